@@ -1,0 +1,500 @@
+"""LMEye: a frozen language model asks a frozen CLIP about a picture (arXiv 2305.03701, version 1).
+
+A static mapping hands the language model one picture token and hopes that it holds everything. LMEye lets the
+model *ask*: it reads the question, its hidden state becomes a request, the request meets the picture inside
+CLIP's own frozen text transformer, and what comes out is handed back as one more token.
+
+    picture ──► CLIP image tower ──► f ──┬── align ──► <img>                                    1. see
+                                         │               │
+                     frozen LM reads [bos] Image: <img> \\nQuestion: {question} <img-d>  ──► h    2. ask
+                                         │                                                 │
+                                     decompose                                          request
+                                         │                                                 │
+        frozen CLIP text transformer [SOS, f₁ … f_N,                                  request(h), EOS] ──► v
+                                                                                               3. interact
+        <img-d> becomes transmit(v);  frozen LM reads on from there: \\nAnswer: {answer}[eos]   4. answer
+
+Trained: the four linear layers `align`, `request`, `decompose`, `transmit` and two vectors, `img` and `img_d`.
+Frozen: everything else. Phase 1 trains `align` and `img` on captions, phase 2 the others on instructions.
+
+Steps 2 and 4 are two passes of the LM over the same beginning. Attention is causal: nothing before <img-d>
+depends on what stands there. So the keys and values of the first pass are kept, gradients included; only the
+entry of <img-d> is dropped, and the second pass runs no more than <img-d> and what follows it.
+
+Axes, in the shape comments of this file:
+    B records   T tokens   K choices   D width of the LM's embeddings   V size of its vocabulary
+    C CLIP's joint space   W width of CLIP's text transformer   N decomposed features   Q <img-d> slots
+
+Where this departs from the paper or from the authors' first release, and why:
+  - One cache serves both passes: the same numbers for half the work.
+  - Trained weights and the loss are fp32, only frozen weights may be half precision: the release recast its
+    weights at every step, and such training ends in NaN sooner or later.
+  - A batch is padded between <img> and the question, so that both slots stand in one column for all records.
+  - Whether `align` goes on learning in phase 2 is open in the paper: here it does not, unless asked to.
+"""
+
+import inspect
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from torch import nn
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: told in one line, without a traceback."""
+
+
+def run(main):
+    """Run a program's `main()`: exit status 2 and one line on a UserError, 130 on Ctrl-C."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- Settings and presets ------------------------------------------------------------------------------------
+
+
+def setting(default, help, choices=None):
+    """A dataclass field with its help text beside its default: the command-line flags are made from these."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """What must be known to build a model. Each field is a flag too: `n_features` is `--n-features`."""
+
+    preset: str = setting("mini", "which pair of frozen models (default: opt-1.3b with a CUDA GPU, else mini)",
+                          choices=("mini", "opt-1.3b", "bloomz-7b1"))
+    llm: str = setting("out/mini/llm", "causal language model: a hub name or a local folder")
+    clip: str = setting("local-dir:out/mini/clip", "CLIP as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME "
+                                                   "or local-dir:FOLDER")
+    interaction: str = setting("full", "full: LMEye. static: no <img-d>, the picture token must do. norequest: as "
+                                       "full, but the request is zero", choices=("full", "static", "norequest"))
+    n_features: int = setting(5, "N, how many features the picture's feature is decomposed into")
+    n_slots: int = setting(1, "Q, how many <img-d> slots carry the answer to the request back")
+    dropout: float = setting(0.5, "dropout on the decomposed features")
+    precision: str = setting("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU",
+                             choices=("auto", "bf16", "fp16", "fp32"))
+
+
+OPENAI_CLIP = "ViT-L-14:openai"
+PRESETS = {
+    "mini": Settings(),
+    "opt-1.3b": Settings(preset="opt-1.3b", llm="facebook/opt-1.3b", clip=OPENAI_CLIP),
+    "bloomz-7b1": Settings(preset="bloomz-7b1", llm="bigscience/bloomz-7b1", clip=OPENAI_CLIP, n_slots=5),
+}
+
+
+def add_flags(parser):
+    """Give an argparse parser one flag for each field of Settings (None: as the preset has it)."""
+    for f in fields(Settings):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f.metadata["help"],
+                            choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.name.upper())
+
+
+def settings_from(args):
+    """Settings from parsed flags: the preset, then what was given. `args.out` is where `mini` has its models."""
+    preset = args.preset or ("opt-1.3b" if torch.cuda.is_available() else "mini")
+    settings = PRESETS[preset]
+    if preset == "mini":
+        settings = replace(settings, llm=f"{args.out}/mini/llm", clip=f"local-dir:{args.out}/mini/clip")
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
+    return replace(settings, **given)
+
+
+# ---- The frozen backbones ------------------------------------------------------------------------------------
+
+
+def device_and_dtype(precision):
+    """(device, dtype of the frozen weights) for a `precision` setting; the device is a CUDA GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def load_llm(name, device, dtype):
+    """(causal LM, tokenizer) from a hub name or local folder, by transformers. UserError if that fails."""
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
+        raise UserError(f"--llm {name}: no such folder, and not a hub name such as facebook/opt-1.3b")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        llm = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    except Exception as error:  # what a foreign folder or an absent network raises is not ours to foresee
+        raise UserError(f"--llm {name}: can't be loaded ({type(error).__name__}: {error})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--llm {name}: its tokenizer has no end-of-text token, so answers could not end")
+    return llm, tokenizer
+
+
+def load_clip(name, device, dtype):
+    """(CLIP, preprocess: PIL picture → (3, S, S) pixels, tokenizer) by open_clip. UserError if that fails.
+
+    OpenAI's weights and some others were trained with QuickGELU and give silently different features without
+    it (open_clip issues 771 and 915): the tag knows, so it decides.
+    """
+    model, _, tag = (name, "", "") if name.startswith(("local-dir:", "hf-hub:")) else name.partition(":")
+    quick_gelu = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    try:
+        clip, preprocess = open_clip.create_model_from_pretrained(
+            model, tag or None, precision=precision, device=device, force_quick_gelu=quick_gelu)
+        return clip, preprocess, open_clip.get_tokenizer(model)
+    except Exception as error:
+        raise UserError(f"--clip {name}: can't be loaded ({type(error).__name__}: {error})") from error
+
+
+# ---- The prompt: one template for training, generation and scoring -------------------------------------------
+
+IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"
+
+
+def dialogue(turns):
+    """Turns (question, answer, question, …, question) → one string, to stand where a question stands."""
+    return "".join(([QUESTION, ANSWER + " "][i % 2] if i else "") + turn for i, turn in enumerate(turns))
+
+
+class Tokens(NamedTuple):
+    """Token ids with their masks (1 real, 0 padding). For captions `question` has no columns."""
+
+    question: torch.Tensor  # (B, T) left-padded
+    question_mask: torch.Tensor
+    answer: torch.Tensor  # (B, T') right-padded, eos included
+    answer_mask: torch.Tensor
+
+
+def pad(rows, left=False):
+    """Lists of token ids of any lengths → (ids, mask), each (B, longest)."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long), 1
+    return ids, mask
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Choose the next token from logits (B, V) → (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits / temperature).sort(-1, descending=True)
+    p = logits.softmax(-1)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    unlikely = p.cumsum(-1) - p >= top_p  # the tokens before it already hold top_p
+    p = p.masked_fill(unlikely | (rank >= (top_k or len(rank))), 0)
+    return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+
+# ---- LMEye ---------------------------------------------------------------------------------------------------
+
+
+class LMEye(nn.Module):
+    """Four linear layers and two vectors between a frozen language model and a frozen CLIP.
+
+    `f` is always the picture feature of `encode_image`, (B, C). `questions` is a list of B strings, or None for
+    captions: the answer then follows the picture at once, as in phase 1, and nothing is asked.
+    """
+
+    def __init__(self, settings, llm, tokenizer, clip, preprocess, clip_tokenizer):
+        super().__init__()
+        self.settings, self.tokenizer, self.preprocess = settings, tokenizer, preprocess
+        self.llm, self.clip = llm.requires_grad_(False).eval(), clip.requires_grad_(False).eval()
+        self.text = getattr(clip, "text", clip)  # open_clip.CLIP keeps its text transformer flat, others in .text
+        if getattr(self.text, "attn_mask", None) is None or not hasattr(self.text, "token_embedding"):
+            raise UserError(f"--clip {settings.clip}: needs a CLIP whose text transformer is causal and ends in EOS")
+
+        D = llm.get_input_embeddings().weight.shape[1]
+        W = self.text.positional_embedding.shape[1]
+        C = clip.visual.output_dim
+        N, Q = settings.n_features, settings.n_slots
+        if N + 3 > len(self.text.positional_embedding):
+            raise UserError(f"--n-features {N}: at most {len(self.text.positional_embedding) - 3} fit into this CLIP")
+        self.align = nn.Linear(C, D)
+        self.request = nn.Linear(D, W)
+        self.decompose = nn.Linear(C, N * W)
+        self.transmit = nn.Linear(C, D * Q)
+        self.img = nn.Parameter(torch.zeros(D))
+        self.img_d = nn.Parameter(torch.zeros(D))
+        self.dropout = nn.Dropout(settings.dropout)
+
+        # [bos] where the model's own tokenizer writes one; SOS and EOS as CLIP's tokenizer frames an empty text.
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
+        self.register_buffer("image_ids", torch.tensor(bos + self.ids(IMAGE)), persistent=False)
+        self.register_buffer("answer_ids", torch.tensor(self.ids(ANSWER)), persistent=False)
+        self.register_buffer("sos_eos", clip_tokenizer([""])[0, :2].clone(), persistent=False)
+        self.takes_positions = "position_ids" in inspect.signature(llm.base_model.forward).parameters
+        self.to(next(llm.parameters()).device)
+
+    @classmethod
+    def from_settings(cls, settings):
+        """Load both backbones as the settings name them; the trained layers are new. UserError if that fails."""
+        device, dtype = device_and_dtype(settings.precision)
+        llm, tokenizer = load_llm(settings.llm, device, dtype)
+        return cls(settings, llm, tokenizer, *load_clip(settings.clip, device, dtype))
+
+    def train(self, mode=True):
+        """As nn.Module.train, but the frozen parts stay in eval: their dropout must not wake up."""
+        super().train(mode)
+        self.llm.eval(), self.clip.eval()
+        return self
+
+    @property
+    def device(self):
+        return self.img.device
+
+    # -- 1. see: the picture becomes one feature, the feature becomes the <img> token
+
+    @torch.no_grad()
+    def encode_image(self, pixels):
+        """Pixels (B, 3, S, S), as `preprocess` makes them → f (B, C): projected, not normalised, fp32."""
+        return self.clip.encode_image(pixels.to(self.device, self.text.transformer.get_cast_dtype())).float()
+
+    def see(self, f):
+        return (self.align(f) + self.img)[:, None]  # (B, 1, D)
+
+    # -- 2. ask: the last hidden state at <img-d> becomes a vector in the space of CLIP's words
+
+    def ask(self, h):
+        if self.settings.interaction == "norequest":
+            return self.request.bias.new_zeros(len(h), self.request.out_features)
+        return self.request(h.float())  # (B, W)
+
+    # -- 3. interact: request and picture meet as words of one sentence in CLIP's text transformer
+
+    def interact(self, f, request):
+        fine = self.dropout(self.decompose(f)).unflatten(-1, (self.settings.n_features, -1))  # (B, N, W)
+        sos, eos = self.text.token_embedding(self.sos_eos).expand(len(f), -1, -1).split(1, dim=1)  # (B, 1, W) each
+        return self.encode_words(torch.cat([sos, fine, request[:, None], eos], 1))  # v (B, C)
+
+    def encode_words(self, words):
+        """CLIP's text path from word vectors on, (B, T, W) → (B, C): equals `clip.encode_text` where the words
+        are the token embeddings of a text that ends with its EOS. CLIP's mask is cut to T and the state read at
+        the last place explicitly (transformers issue 24650, open_clip issue 1151: other places pass unnoticed)."""
+        text, T = self.text, words.shape[1]
+        x = (words + text.positional_embedding[:T]).to(text.transformer.get_cast_dtype())
+        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:T, :T])[:, -1])
+        projection = text.text_projection
+        return (projection(x) if isinstance(projection, nn.Linear) else x @ projection).float()
+
+    # -- 4. answer: what came out stands in the place of <img-d>, and the language model reads on
+
+    def tell(self, v):
+        return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d  # (B, Q, D)
+
+    # ---- The two passes ----------------------------------------------------------------------------------
+
+    def ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def embed(self, ids):
+        return self.llm.get_input_embeddings()(ids)  # (…, D)
+
+    def read(self, x, mask, cache=None):
+        """Run the frozen LM over embeddings x (B, T, D) → (last hidden states (B, T, D), cache with x appended).
+
+        `mask` (B, T_cache + T) covers what the cache holds and x. Positions count real tokens only, so that
+        padding anywhere never changes a number.
+        """
+        positions = {"position_ids": mask.cumsum(1)[:, -x.shape[1]:] - 1} if self.takes_positions else {}
+        out = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, past_key_values=cache,
+                                  use_cache=True, **positions)
+        return out.last_hidden_state, out.past_key_values
+
+    def begin(self, f, question, question_mask):
+        """Everything up to the answer → (x, mask, cache): reading x (B, T, D) on top of the cache comes next.
+
+        No gradient is computed where none can be needed: with `align` frozen, the graph begins at <img-d>.
+        """
+        B, f = len(f), f.to(self.device)
+        question, question_mask = question.to(self.device), question_mask.to(self.device)
+        x = torch.cat([self.embed(self.image_ids).expand(B, -1, -1), self.see(f), self.embed(question)], 1)
+        mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)
+        if question.shape[1] == 0:
+            return x, mask, None  # a caption: the answer follows the picture at once
+
+        cache = None
+        if self.settings.interaction != "static":
+            Q = self.settings.n_slots
+            _, cache = self.read(x, mask)
+            mask = F.pad(mask, (0, Q), value=1)
+            h, cache = self.read(self.img_d.expand(B, Q, -1), mask, cache)
+            cache.crop(-Q)  # forget <img-d> itself: keys and values of all that precedes it serve the second pass
+            v = self.interact(f, self.ask(h[:, -1]))
+            x = self.tell(v)
+        x = torch.cat([x, self.embed(self.answer_ids).expand(B, -1, -1)], 1)
+        return x, F.pad(mask, (0, len(self.answer_ids)), value=1), cache
+
+    def logits(self, h):
+        return self.llm.get_output_embeddings()(h.to(self.llm.dtype)).float()  # (…, V)
+
+    # ---- Loss --------------------------------------------------------------------------------------------
+
+    def tokens(self, questions, answers):
+        """Texts → Tokens, on the CPU. UserError if a record does not fit into the LM's context.
+
+        Each part is tokenised by itself, so that a question's tokens can't depend on its answer's.
+        """
+        questions = [self.ids(QUESTION + q) for q in questions] if questions else [[]] * len(answers)
+        answers = [self.ids(" " + a) + [self.tokenizer.eos_token_id] for a in answers]
+        fixed = len(self.image_ids) + 1 + self.settings.n_slots + len(self.answer_ids)
+        longest = fixed + max(len(q) + len(a) for q, a in zip(questions, answers))
+        if longest > self.context:
+            raise UserError(f"a prompt of {longest} tokens does not fit into the language model's context of "
+                            f"{self.context}: shorten the question")
+        return Tokens(*pad(questions, left=True), *pad(answers))
+
+    @property
+    def context(self):
+        """How many tokens the LM can read at once (BLOOM has no limit of its own: 2,048, as it was trained)."""
+        return getattr(self.llm.config, "max_position_embeddings", None) or 2048
+
+    def loss(self, f, questions, answers):
+        """Cross-entropy of the answers and their eos, averaged over tokens; a scalar, fp32."""
+        tokens = self.tokens(questions, answers)
+        return self.loss_sum(f, tokens) / tokens.answer_mask.sum()
+
+    def loss_sum(self, f, tokens):
+        """The same, summed over tokens, from Tokens: what a training loop with accumulation needs."""
+        x, mask, cache = self.begin(f, tokens.question, tokens.question_mask)
+        answer, answer_mask = tokens.answer.to(self.device), tokens.answer_mask.to(self.device)
+        h, _ = self.read(torch.cat([x, self.embed(answer[:, :-1])], 1), torch.cat([mask, answer_mask[:, :-1]], 1), cache)
+        h = h[:, x.shape[1] - 1:]  # (B, T', D): the state before each token of the answer
+        real = answer_mask.bool()
+        return F.cross_entropy(self.logits(h[real]), answer[real], reduction="sum")
+
+    # ---- Generation and scoring --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(self, f, questions=None, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+        """Yield the answers' tokens, (B,) at a time, until every row has ended; an ended row repeats eos.
+
+        temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens; `generator` makes sampling repeatable.
+        """
+        B, eos = len(f), self.tokenizer.eos_token_id
+        x, mask, cache = self.begin(f, *self.tokens(questions, [""] * B)[:2])
+        ended = torch.zeros(B, dtype=torch.bool, device=self.device)
+        for _ in range(min(max_tokens, self.context - mask.shape[1])):
+            h, cache = self.read(x, mask, cache)
+            token = pick(self.logits(h[:, -1]), temperature, top_k, top_p, generator).masked_fill(ended, eos)
+            yield token
+            ended |= token == eos
+            if ended.all():
+                return
+            x, mask = self.embed(token)[:, None], F.pad(mask, (0, 1), value=1)
+
+    def generate(self, f, questions=None, **options):
+        """Answers to `questions` about the pictures `f`, or captions: a list of B strings. Options as `stream`."""
+        tokens = torch.stack(list(self.stream(f, questions, **options)), 1)  # (B, T)
+        return [self.decode(row) for row in tokens.tolist()]
+
+    def decode(self, ids):
+        """Token ids, up to the first eos → text."""
+        eos = self.tokenizer.eos_token_id
+        return self.tokenizer.decode(ids[:ids.index(eos)] if eos in ids else ids, skip_special_tokens=True).strip()
+
+    @torch.no_grad()
+    def score(self, f, questions, choices):
+        """Σ log p of the tokens of each choice (eos left out) after its question: (B, K) for B lists of K strings.
+
+        The question is read once for all its choices.
+        """
+        B, K = len(choices), len(choices[0])
+        x, mask, cache = self.begin(f, *self.tokens(questions, [""] * B)[:2])
+        h, cache = self.read(x, mask, cache)
+        cache.batch_repeat_interleave(K)
+        *_, ids, ids_mask = (t.to(self.device) for t in self.tokens(None, sum(choices, [])))  # (B·K, T), eos last
+        mask = torch.cat([mask.repeat_interleave(K, 0), ids_mask[:, :-1]], 1)
+        rest, _ = self.read(self.embed(ids[:, :-1]), mask, cache)
+        h = torch.cat([h[:, -1:].repeat_interleave(K, 0), rest[:, :-1]], 1)  # (B·K, T-1, D): before each token
+        real = ids_mask[:, 1:].bool()
+        logp = torch.zeros(real.shape, device=self.device)
+        logp[real] = -F.cross_entropy(self.logits(h[real]), ids[:, :-1][real], reduction="none")
+        return logp.sum(1).view(B, K)
+
+    # ---- The adapter: what is trained, saved and loaded --------------------------------------------------
+
+    def adapter(self, stage):
+        """{name: parameter} of what a model has after this stage; the layers that it does not use are left out."""
+        parts = ["align", "img"]
+        if stage == 2 and self.settings.interaction != "static":
+            parts += ["decompose", "transmit", "img_d"]
+            parts += ["request"] if self.settings.interaction == "full" else []
+        return {name: p for name, p in self.named_parameters() if name.split(".")[0] in parts}
+
+    def set_trained(self, stage, train_align=False):
+        """Make exactly the tensors of this stage trainable; → {name: parameter}. `static` trains align in both."""
+        frozen = self.adapter(1) if stage == 2 and self.settings.interaction != "static" and not train_align else {}
+        trained = {name: p for name, p in self.adapter(stage).items() if name not in frozen}
+        for name, p in self.named_parameters():
+            p.requires_grad_(name in trained)
+        return trained
+
+    def fingerprint(self):
+        """A few frozen weights of each backbone, to tell it from another of the same shape."""
+        some = [w.detach().flatten()[::max(1, w.numel() // 8)][:8] for w in
+                (self.llm.get_input_embeddings().weight, self.text.token_embedding.weight)]
+        return torch.cat([w.float().cpu() for w in some])
+
+    def save(self, path, stage):
+        """Write the adapter to a safetensors file, with settings and stage in its metadata, atomically."""
+        metadata = {"lmeye": json.dumps({"stage": stage, "settings": asdict(self.settings),
+                                         "fingerprint": self.fingerprint().tolist()})}
+        tensors = {name: p.detach().cpu() for name, p in self.adapter(stage).items()}
+        write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+    def load(self, path):
+        """Load an adapter into this model → its stage. UserError if it belongs to another model or shape."""
+        header, tensors = read_checkpoint(path)
+        theirs, mine = header["settings"], self.settings
+        if not torch.allclose(torch.tensor(header["fingerprint"]), self.fingerprint(), rtol=0.02, atol=1e-6):
+            raise UserError(f"{path}: was trained with --llm {theirs['llm']} --clip {theirs['clip']}, and these weights "
+                            f"of --llm {mine.llm} --clip {mine.clip} are others")
+        if header["stage"] == 2 and theirs["interaction"] != mine.interaction:
+            raise UserError(f"{path}: was trained with --interaction {theirs['interaction']}, not {mine.interaction}")
+        expected = self.adapter(header["stage"])
+        for name in expected.keys() | tensors.keys():
+            shapes = [tuple(t[name].shape) if name in t else "none" for t in (tensors, expected)]
+            if shapes[0] != shapes[1]:
+                raise UserError(f"{path}: holds {name} of shape {shapes[0]}, this model needs {shapes[1]}")
+        with torch.no_grad():
+            for name, p in expected.items():
+                p.copy_(tensors[name])
+        return header["stage"]
+
+
+def read_checkpoint(path):
+    """An adapter file → (header with "stage", "settings" and "fingerprint", {name: tensor}). UserError if it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["lmeye"]), {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # anything may stand in a file
+        raise UserError(f"{path}: is not a checkpoint of this program ({type(error).__name__}: {error})") from error
+
+
+def write_atomically(path, data):
+    """Write bytes beside `path`, flush them to the disk, rename: a reader finds the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
