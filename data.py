@@ -6,6 +6,7 @@ in silence. The second half of the file is a small world that draws its own pict
 can be trained and measured on a laptop. This file knows nothing of training.
 """
 
+import functools
 import itertools
 import json
 import random
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tokenizers
 import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
@@ -185,6 +187,32 @@ def encode(model, records, skipped, batch_size=128):
     return Dataset(records, torch.cat(features), torch.tensor([row[key(r)] for r in records]))
 
 
+def split(dataset, share=0.02, most=500, fewest=50):
+    """Set some pictures with their records aside, always the same → (training, held-out Dataset).
+
+    Of fewer than `fewest` pictures none is held out, and the second is None.
+    """
+    P = len(dataset.features)
+    if P < fewest:
+        return dataset, None
+    aside = torch.zeros(P, dtype=torch.bool)
+    aside[torch.randperm(P, generator=torch.Generator().manual_seed(0))[:min(most, max(1, round(share * P)))]] = True
+    def part(keep):
+        return dataset._replace(records=list(itertools.compress(dataset.records, keep)), picture=dataset.picture[keep])
+    return part(~aside[dataset.picture]), part(aside[dataset.picture])
+
+
+@functools.lru_cache(maxsize=2)
+def shuffle(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def rows_of(step, size, n, seed):
+    """Which `size` of n records a step trains on: each epoch is a new shuffle. A function of its arguments alone,
+    so that a run can be taken up at any step."""
+    return [int(shuffle(n, seed, place // n)[place % n]) for place in range(step * size, (step + 1) * size)]
+
+
 # ---- The miniature's world -----------------------------------------------------------------------------------
 #
 # A scene is one to four objects of a kind: "two small red circles at the left on a blue background". One scene in
@@ -204,7 +232,7 @@ GROUPS = {  # where the objects of a group stand, in units of the room that one 
     "four": [[(-.5, -.5), (.5, -.5), (-.5, .5), (.5, .5)]],
 }
 KINDS = ("color", "shape", "size", "number", "place", "background", "yes/no")
-WEIGHTS=(1,1,1,1,1,1,4)
+OFTEN = (1, 1, 1, 1, 1, 1, 4)  # how often each kind is trained on: comparing takes more practice than looking up
 
 
 class Scene(NamedTuple):
@@ -267,7 +295,8 @@ def describe(scene, named=Scene._fields):
     one = "number" in named and scene.number == "one"
     noun = scene.noun if one else scene._replace(number="many").noun
     words.append(noun if "shape" in named else "thing" if one else "things")
-    words += [f"at the {scene.place}"] * ("place" in named) + [f"on a {scene.background} background"] * ("background" in named)
+    words += [f"at the {scene.place}"] if "place" in named else []
+    words += [f"on a {scene.background} background"] if "background" in named else []
     return " ".join(words)
 
 
@@ -296,7 +325,7 @@ def ask(scene, kind, rng, named=Scene._fields):
     }[kind], getattr(scene, kind)
 
 
-def miniature(stage, held_out_scenes=False, pictures=8000, questions=3, seed=0):
+def miniature(stage, held_out_scenes=False, pictures=6000, questions=6, seed=0):
     """The miniature's records: captions for stage 1, questions for stage 2.
 
     For training: `pictures` of random scenes that are not held out, `questions` about each; every fourth question
@@ -310,7 +339,7 @@ def miniature(stage, held_out_scenes=False, pictures=8000, questions=3, seed=0):
         if stage == 1:
             records.append(Record(picture, (), describe(scene)))
             continue
-        for kind in KINDS if held_out_scenes else rng.choices(KINDS, WEIGHTS, k=questions):
+        for kind in KINDS if held_out_scenes else rng.choices(KINDS, OFTEN, k=questions):
             before = ask(scene, rng.choice(KINDS), rng) if not held_out_scenes and rng.random() < .25 else ()
             question, answer = ask(scene, kind, rng)
             records.append(Record(picture, (*before, question), answer, kind))

@@ -80,8 +80,8 @@ def setting(default, help, choices=None):
 class Settings:
     """What must be known to build a model. Each field is a flag too: `n_features` is `--n-features`."""
 
-    preset: str = setting("mini", "which pair of frozen models (default: opt-1.3b with a CUDA GPU, else mini)",
-                          choices=("mini", "opt-1.3b", "bloomz-7b1"))
+    preset: str = setting("mini", "which pair of frozen models (default: opt-1.3b with a CUDA GPU or where --llm or --clip "
+                                  "is given, else mini)", choices=("mini", "opt-1.3b", "bloomz-7b1"))
     llm: str = setting("out/mini/llm", "causal language model: a hub name or a local folder")
     clip: str = setting("local-dir:out/mini/clip", "CLIP as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME "
                                                    "or local-dir:FOLDER")
@@ -96,7 +96,7 @@ class Settings:
 
 OPENAI_CLIP = "ViT-L-14:openai"
 PRESETS = {
-    "mini": Settings(),
+    "mini": Settings(dropout=0.0),  # measured: in its few minutes of training, dropout only slows it down
     "opt-1.3b": Settings(preset="opt-1.3b", llm="facebook/opt-1.3b", clip=OPENAI_CLIP),
     "bloomz-7b1": Settings(preset="bloomz-7b1", llm="bigscience/bloomz-7b1", clip=OPENAI_CLIP, n_slots=5),
 }
@@ -110,13 +110,19 @@ def add_flags(parser):
 
 
 def settings_from(args):
-    """Settings from parsed flags: the preset, then what was given. `args.out` is where `mini` has its models."""
-    preset = args.preset or ("opt-1.3b" if torch.cuda.is_available() else "mini")
+    """Settings from parsed flags: the preset, then what was given. `args.out` is where `mini` has its models.
+
+    Models other than the preset's make a preset of their own, named after them: so does its folder under `out`.
+    """
+    preset = args.preset or ("opt-1.3b" if torch.cuda.is_available() or args.llm or args.clip else "mini")
     settings = PRESETS[preset]
     if preset == "mini":
         settings = replace(settings, llm=f"{args.out}/mini/llm", clip=f"local-dir:{args.out}/mini/clip")
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
-    return replace(settings, **given)
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
+    settings, standard = replace(settings, **given), settings
+    if (settings.llm, settings.clip) != (standard.llm, standard.clip):
+        settings.preset = f"{Path(settings.llm).name}+{Path(settings.clip.replace(':', '-')).name}"
+    return settings
 
 
 # ---- The frozen backbones ------------------------------------------------------------------------------------
@@ -230,8 +236,9 @@ class LMEye(nn.Module):
         self.request = nn.Linear(D, W)
         self.decompose = nn.Linear(C, N * W)
         self.transmit = nn.Linear(C, D * Q)
-        self.img = nn.Parameter(torch.zeros(D))
-        self.img_d = nn.Parameter(torch.zeros(D))
+        spread = llm.get_input_embeddings().weight.float().std().item()  # the two vectors begin as words do
+        self.img = nn.Parameter(spread * torch.randn(D))
+        self.img_d = nn.Parameter(spread * torch.randn(D))
         self.dropout = nn.Dropout(settings.dropout)
 
         # [bos] where the model's own tokenizer writes one; SOS and EOS as CLIP's tokenizer frames an empty text.
@@ -477,6 +484,9 @@ class LMEye(nn.Module):
             for name, p in expected.items():
                 p.copy_(tensors[name])
         return header["stage"]
+
+
+CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
 
 def read_checkpoint(path):

@@ -3,21 +3,19 @@
     python train.py --stage 1                     phase 1: `align` and `img` on captions
     python train.py --stage 2                     phase 2: the other layers on instructions, then the evaluation
     python train.py --stage 2 --eval-only         only the evaluation of what stage 2 left
-    python train.py --ablate 3                    full, norequest, static and blind from one phase 1, three seeds
 
 Without a CUDA GPU, and without further flags, this trains the miniature: a tiny CLIP and a tiny language model
-(stage 0, run by itself where they are missing) and LMEye between them, in minutes. With your own models and data:
+(stage 0, run by itself where they are missing) and LMEye between them, in minutes. With models and data of your own:
 
     python train.py --stage 1 --llm facebook/opt-125m --clip ViT-B-32:openai --data captions/
     python train.py --stage 2 --llm facebook/opt-125m --clip ViT-B-32:openai --data llava.json --images coco/
 
-A run leaves its checkpoint, its log and its loss curve in out/MODEL/stage1 and out/MODEL/stage2; an earlier run
-there is kept under another name.
+A run leaves its checkpoint, its log and its loss curve in OUT/MODEL/stage1 and OUT/MODEL/stage2 once it is complete
+(before that, in a folder ending in .part); an earlier run there is kept under another name.
 """
 
 import argparse
 import csv
-import io
 import json
 import math
 import random
@@ -37,17 +35,15 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import data
 import lmeye
-from lmeye import ANSWER, IMAGE, QUESTION, LMEye, Settings, UserError
+from lmeye import ANSWER, CHECKPOINT, IMAGE, QUESTION, LMEye, UserError
 
 # What a run takes unless told otherwise. The miniature's values were tuned on it; the others are starting points.
 DEFAULTS = {
-    ("mini", 1): dict(steps=300, batch_size=64, lr=3e-3),
-    ("mini", 2): dict(steps=2000, batch_size=64, lr=3e-3),
+    ("mini", 1): dict(steps=400, batch_size=64, lr=1e-2),
+    ("mini", 2): dict(steps=1500, batch_size=64, lr=3e-3),
     ("real", 1): dict(epochs=1, batch_size=128, lr=1e-3),
     ("real", 2): dict(epochs=1, batch_size=64, lr=2e-4),
 }
-import os
-HINT=float(os.environ.get('HINT','0.4'))
 WARMUP = 0.05  # share of the steps in which the learning rate rises; it then falls along a cosine
 MAX_NORM = 1.0  # gradients are clipped to this norm
 
@@ -197,8 +193,10 @@ def train_clip(folder, seed, steps=500, batch_size=64, captions=128):
 def train_llm(folder, seed, steps=650, batch_size=32, turns=6):
     """Train the miniature's language model to read: a caption, then questions about it. Save it as transformers do.
 
-    The caption stands where <img> will stand. Only captions and answers are learned, and each ends with eos, also
-    where the text goes on: so the model stops after an answer however many turns came before.
+    The caption stands where <img> will stand, and names a random part of the attributes in order that the model
+    learns to read by content, not by position. Sometimes a hint, a phrase that names one or two more, stands before
+    "Answer:", where <img-d> will stand. Only captions and answers are learned, and each ends with eos, also where
+    the text goes on: so the model stops after an answer however many turns came before.
     """
     tokenizer = data.build_tokenizer(ends=False)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -214,14 +212,16 @@ def train_llm(folder, seed, steps=650, batch_size=32, turns=6):
         table[:, 0::2], table[:, 1::2] = 0.1 * angle.sin(), 0.1 * angle.cos()
     rng = random.Random(seed)
 
-    def batch(scenes, kinds, nameds, hints):
-        """(ids, targets, weights of the targets), each (B, T): `kinds` lists the questions about each scene."""
+    def batch(scenes, told, questions):
+        """(ids, targets, weights of the targets), each (B, T). `told` has the attributes that each caption names,
+        `questions` lists for each scene (kind, attributes that a hint before "Answer:" names or None)."""
         parts = []  # (text, weight) of each piece, the same number for each scene
-        for scene, asked, named, hint in zip(scenes, kinds, nameds, hints):
+        for scene, named, asked in zip(scenes, told, questions):
             parts += [(IMAGE, 0), (" " + data.describe(scene, named), 0.2)]
-            for kind, more in zip(asked, hint):
-                question, answer = data.ask(scene, kind, rng, more or named)
-                parts += [(QUESTION + question + (" " + data.describe(scene, more) if more else "") + ANSWER, 0), (" " + answer, 1)]
+            for kind, hint in asked:
+                question, answer = data.ask(scene, kind, rng, hint or named)
+                hint = " " + data.describe(scene, hint) if hint else ""
+                parts += [(QUESTION + question + hint + ANSWER, 0), (" " + answer, 1)]
         pieces = tokenizer([text for text, _ in parts], add_special_tokens=False).input_ids
         each = len(parts) // len(scenes)
         rows = []
@@ -237,22 +237,24 @@ def train_llm(folder, seed, steps=650, batch_size=32, turns=6):
                 for column in zip(*rows)]
 
     def losses(step):
-        nameds = [rng.sample(data.Scene._fields, rng.randint(1, 6)) for _ in range(batch_size)]
-        hints = [[rng.sample(data.Scene._fields, rng.randint(1, 2)) if rng.random() < HINT else None for _ in range(turns)] for _ in range(batch_size)]
-        kinds = [[rng.choice(h or named) if rng.random() < 0.5 else "yes/no" for h in hint]
-                 for named, hint in zip(nameds, hints)]  # yes/no takes comparing, the rest only looking up: it needs more practice
-        ids, targets, weights = batch(rng.choices(scenes, k=batch_size), kinds, nameds, hints)
+        told = [rng.sample(every, rng.randint(1, 6)) for _ in range(batch_size)]
+        questions = []
+        for named in told:
+            hints = [rng.sample(every, rng.randint(1, 2)) if rng.random() < 0.4 else None for _ in range(turns)]
+            # Yes/no takes comparing, the rest only looking up: it needs more practice.
+            questions.append([(rng.choice(hint or named) if rng.random() < 0.5 else "yes/no", hint) for hint in hints])
+        ids, targets, weights = batch(rng.choices(scenes, k=batch_size), told, questions)
         learned = weights > 0
         h = llm.base_model(input_ids=ids).last_hidden_state[learned]
         loss = F.cross_entropy(llm.get_output_embeddings()(h), targets[learned], reduction="none")
         yield (loss * weights[learned]).sum() / weights.sum()
 
-    scenes = [s for s in data.SCENES if not data.held_out(s)]
+    scenes, every = [s for s in data.SCENES if not data.held_out(s)], data.Scene._fields
     fit("stage 0: language model", steps, optimizers_for(llm, 0.01, 1e-3), losses, seed)
 
     right, test = {}, [s for s in data.SCENES if data.held_out(s)]
     for kind in data.KINDS:
-        ids, targets, weights = batch(test, [[kind]] * len(test), [data.Scene._fields] * len(test), [[None]]*len(test))
+        ids, targets, weights = batch(test, [every] * len(test), [[(kind, None)]] * len(test))
         with torch.no_grad():
             guess = llm.eval()(input_ids=ids).logits.argmax(-1)
         right[kind] = ((guess == targets) | (weights < 1)).all(1).float().mean().item()
@@ -293,12 +295,13 @@ def shuffled(dataset):
 
 
 @torch.no_grad()
-def mean_loss(model, dataset, batch_size=256):
-    """Loss per token of the answers of a Dataset."""
+def mean_loss(model, dataset, batch_size, most=512):
+    """Loss per token of the answers of a Dataset, over `most` records taken evenly from it."""
     model.eval()
     total = count = 0
-    for start in range(0, len(dataset.records), batch_size):
-        f, questions, answers = dataset.batch(range(start, min(start + batch_size, len(dataset.records))))
+    rows = range(0, len(dataset.records), math.ceil(len(dataset.records) / most))
+    for start in range(0, len(rows), batch_size):
+        f, questions, answers = dataset.batch(rows[start:start + batch_size])
         tokens = model.tokens(questions, answers)
         total += model.loss_sum(f, tokens).item()
         count += tokens.answer_mask.sum().item()
@@ -319,9 +322,218 @@ def accuracy(model, dataset, name, batch_size=256):
     return shares | ({"mean": sum(shares.values()) / len(shares)} if len(shares) > 1 else {})
 
 
+def evaluate(model, dataset):
+    """Accuracy with the pictures, and blind: with other pictures' features → {"full": {kind: share}, "blind": …}."""
+    return {model.settings.interaction: accuracy(model, dataset, "held-out questions"),
+            "blind": accuracy(model, shuffled(dataset), "held-out questions, blind")}
+
+
 def table(rows):
     """{row name: {column: share}} → lines of text, in percent."""
     columns = list(next(iter(rows.values())))
     lines = [" " * 12 + "".join(f"{c:>12}" for c in columns)]
     lines += [f"{name:<12}" + "".join(f"{100 * shares[c]:>12.1f}" for c in columns) for name, shares in rows.items()]
     return "\n".join(lines)
+
+
+def draw_curves(rows, path):
+    """Draw the loss columns of a log over its steps, on a logarithmic scale, to a PNG."""
+    width, height, left, top, right, bottom = 800, 480, 60, 20, 20, 40
+    names = {"loss": "#1f77b4", "held_out_loss": "#d62728", "held_out_loss_shuffled": "#7f7f7f"}
+    losses = [row[name] for row in rows for name in names if row[name] != ""]
+    low, high, last = min(losses), max(max(losses), 1.01 * min(losses)), rows[-1]["step"]
+    image = Image.new("RGB", (width, height), "white")
+    canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+
+    def at(step, loss):
+        share = math.log(loss / low) / math.log(high / low)
+        return left + step / last * (width - left - right), height - bottom - share * (height - top - bottom)
+
+    for i in range(5):
+        loss, step = low * (high / low) ** (i / 4), last * i // 4
+        canvas.line((at(0, loss), at(last, loss)), "#dddddd")
+        canvas.text((left - 6, at(0, loss)[1]), f"{loss:.3g}", "black", font, "rm")
+        canvas.text((at(step, low)[0], height - bottom + 6), f"{step:,}", "black", font, "ma")
+    canvas.text((width / 2, height - 4), "step", "black", font, "md")
+    for i, (name, color) in enumerate(names.items()):
+        points = [at(row["step"], row[name]) for row in rows if row[name] != ""]
+        if points:
+            canvas.line(points, color, 2)
+            canvas.text((width - right - 8, top + 8 + 18 * i), name.replace("_", " "), color, font, "ra")
+    image.save(path)
+
+
+# ---- Stages 1 and 2 ------------------------------------------------------------------------------------------
+
+
+def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, accumulate=1, seed=0, train_align=False):
+    """Train the layers of one phase on a Dataset; leave adapter, log and loss curve in `folder`.
+
+    `test` is the held-out Dataset or None. A step takes `accumulate` batches; its loss is averaged over all their
+    answers' tokens. Beside the held-out loss stands the one with the pictures shuffled: while the two are the same,
+    the model does not look. Trained weights, their gradients and the loss are fp32, whatever the frozen weights are.
+    """
+    optimizer = torch.optim.AdamW(model.set_trained(stage, train_align).values(), lr, weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.llm.dtype == torch.float16)
+    other = test and shuffled(test)
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    columns = ("step", "loss", "held_out_loss", "held_out_loss_shuffled", "lr", "seconds")
+    start, rows, recent = time.perf_counter(), [], []
+
+    def losses(step):
+        model.train()
+        chosen = data.rows_of(step, batch_size * accumulate, len(train.records), seed)
+        batches = [train.batch(chosen[i::accumulate]) for i in range(accumulate)]
+        tokens = [model.tokens(questions, answers) for _, questions, answers in batches]
+        count = sum(t.answer_mask.sum() for t in tokens).item()
+        for (f, _, _), t in zip(batches, tokens):
+            yield model.loss_sum(f, t) / count
+
+    def report(step, loss):
+        recent.append(loss)
+        if step % max(1, steps // 100) and step != steps:
+            return
+        row = dict(zip(columns, (step, torch.stack(recent).mean().item(), "", "")))
+        if test and (step == steps or step % max(1, steps // 10) == 0):
+            row.update(held_out_loss=mean_loss(model, test, batch_size),
+                       held_out_loss_shuffled=mean_loss(model, other, batch_size))
+        row.update(lr=optimizer.param_groups[0]["lr"], seconds=round(time.perf_counter() - start, 1))
+        log.writerow(row)
+        file.flush()
+        rows.append(row)
+        recent.clear()
+        return f"loss {row['loss']:.3f}"
+
+    with open(part / "log.csv", "w", newline="") as file:
+        log = csv.DictWriter(file, columns)
+        log.writeheader()
+        fit(f"stage {stage}", steps, [optimizer], losses, seed, scaler, report)
+    draw_curves(rows, part / "loss.png")
+    model.save(part / CHECKPOINT, stage)
+    set_aside(folder)
+    part.rename(folder)
+    line = f"stage {stage}: {steps:,} steps in {rows[-1]['seconds']:.0f} s; loss {rows[0]['loss']:.3f} → {rows[-1]['loss']:.3f}"
+    if test:
+        line += ("; held out {held_out_loss:.3f}, with the pictures shuffled {held_out_loss_shuffled:.3f}".format(**rows[-1]))
+    print(f"{line}\n  {Path(folder) / CHECKPOINT}")
+
+
+def load_data(model, stage, path, images):
+    """(training, held-out Dataset or None) from published files, or drawn if the model is the miniature."""
+    skipped = Counter()
+    if model.settings.preset == "mini":
+        train, test = (data.encode(model, data.miniature(stage, held_out), skipped) for held_out in (False, True))
+    else:
+        records, skipped = data.read_records(path, images, stage)
+        train, test = data.split(data.encode(model, records, skipped))
+    held_out = len(test.records) if test else 0
+    print(f"data: {len(train.records):,} records to train on, {held_out:,} held out"
+          + ("" if test else " (too few pictures)"))
+    for reason, n in skipped.most_common(10):
+        print(f"  skipped {n:,}: {reason}")
+    if len(skipped) > 10:
+        print(f"  skipped {sum(n for _, n in skipped.most_common()[10:]):,}: other reasons")
+    return train, test
+
+
+def build_miniature(out, seed, again=False):
+    """Stage 0: train the miniature's CLIP and language model where they are missing, or both anew."""
+    for name, train in (("clip", train_clip), ("llm", train_llm)):
+        if again or not Path(out, "mini", name).is_dir():
+            train(f"{out}/mini/{name}", seed)
+
+
+def leave_examples(model, folder, out):
+    """Draw held-out pictures for the reader to ask about; print a command that does."""
+    rng = random.Random(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(rng.sample([s for s in data.SCENES if data.held_out(s)], 6), 1):
+        data.draw(scene, rng).save(folder / f"{i}.png")
+    where = "" if out == "out" else f" --out {out}"
+    print(f'Try it:  python sample.py {folder / "1.png"} "what shape is it?"{where}')
+
+
+def positive(kind):
+    """An argparse type: a number above zero."""
+    def parse(text):
+        if not (value := kind(text)) > 0 or value == math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 2)[0], epilog=__doc__.split("\n", 2)[2],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2), required=True,
+                        help="0: the miniature's own frozen models. 1: captions. 2: instructions")
+    parser.add_argument("--data", help="a folder of a.jpg beside a.txt, or a JSON file of LLaVA's kind")
+    parser.add_argument("--images", help="the folder that picture names in --data start from (default: where --data is)")
+    parser.add_argument("--out", default="out", help="everything is written below this folder (default: out)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive(int), help="optimiser steps")
+    length.add_argument("--epochs", type=positive(float), help="passes over the data, instead of --steps")
+    parser.add_argument("--batch-size", type=positive(int), help="records that are computed at once")
+    parser.add_argument("--accumulate", type=positive(int), default=1, help="batches to an optimiser step (default: 1)")
+    parser.add_argument("--lr", type=positive(float), help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--train-align", action="store_true", help="stage 2: go on training align and img as well")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the stage's checkpoint, train nothing")
+    lmeye.add_flags(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    settings = lmeye.settings_from(args)
+    mini, out = settings.preset == "mini", Path(args.out, settings.preset)
+    device, dtype = lmeye.device_and_dtype(settings.precision)
+    chosen = "" if args.preset or not mini else " (no CUDA GPU was found)"
+    print(f"preset {settings.preset}{chosen}, on {device.type}, frozen weights in {str(dtype).partition('.')[2]}")
+    if mini and args.data:
+        raise UserError("--data: the miniature reads only its own world of shapes; name a --preset, or --llm and --clip")
+    if args.stage == 0 and not mini:
+        raise UserError("--stage 0 is for the miniature: the other presets' frozen models come trained")
+    if args.stage and not mini and not args.data:
+        raise UserError(f"--stage {args.stage} of {settings.preset} needs --data")
+    same = " ".join(f"--{name} {getattr(args, name)}" for name in ("preset", "llm", "clip", "out")
+                    if getattr(args, name) not in (None, "out"))  # what a further command for this model must repeat
+    folder = out / f"stage{args.stage}"
+    if args.stage == 2 and settings.interaction != "full":
+        folder = out / f"stage2-{settings.interaction}"
+    before = folder if args.eval_only else out / "stage1"
+    if (args.stage == 2 or args.eval_only) and not (before / CHECKPOINT).is_file():
+        stage = args.stage if args.eval_only else 1
+        raise UserError(f"{before / CHECKPOINT}: no such checkpoint. Make it first:  python train.py --stage {stage} {same}")
+
+    if mini:
+        build_miniature(args.out, args.seed, again=args.stage == 0)
+    if args.stage == 0:
+        return
+    torch.manual_seed(args.seed)
+    model = LMEye.from_settings(settings)
+    if args.stage == 2 or args.eval_only:
+        model.load(before / CHECKPOINT)
+    train, test = load_data(model, args.stage, args.data, args.images)
+    if not args.eval_only:
+        given = {name: getattr(args, name) for name in ("steps", "epochs", "batch_size", "lr") if getattr(args, name)}
+        run = DEFAULTS["mini" if mini else "real", args.stage] | given
+        if "steps" not in given and "epochs" in run:
+            run["steps"] = math.ceil(run["epochs"] * len(train.records) / (run["batch_size"] * args.accumulate))
+        run.pop("epochs", None)
+        train_adapter(model, args.stage, train, test, folder, **run, accumulate=args.accumulate, seed=args.seed,
+                      train_align=args.train_align)
+    elif test:
+        print("held-out loss {:.3f}, with the pictures shuffled {:.3f}".format(
+            *(mean_loss(model, d, 64) for d in (test, shuffled(test)))))
+    if args.stage == 2 and test:
+        print("held-out accuracy in percent:\n" + table(evaluate(model, test)))
+    if mini and args.stage == 2 and not args.eval_only:
+        leave_examples(model, out / "examples", args.out)
+
+
+if __name__ == "__main__":
+    lmeye.run(main)
