@@ -102,9 +102,9 @@ PRESETS = {
 }
 
 
-def add_flags(parser):
-    """Give an argparse parser one flag for each field of Settings (None: as the preset has it)."""
-    for f in fields(Settings):
+def add_flags(parser, names=None):
+    """Give an argparse parser one flag for each field of Settings, or for those named (None: as the preset has it)."""
+    for f in (f for f in fields(Settings) if names is None or f.name in names):
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f.metadata["help"],
                             choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.name.upper())
 
@@ -114,11 +114,11 @@ def settings_from(args):
 
     Models other than the preset's make a preset of their own, named after them: so does its folder under `out`.
     """
-    preset = args.preset or ("opt-1.3b" if torch.cuda.is_available() or args.llm or args.clip else "mini")
+    preset = vars(args).get("preset") or ("opt-1.3b" if torch.cuda.is_available() or args.llm or args.clip else "mini")
     settings = PRESETS[preset]
     if preset == "mini":
         settings = replace(settings, llm=f"{args.out}/mini/llm", clip=f"local-dir:{args.out}/mini/clip")
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
+    given = {f.name: vars(args)[f.name] for f in fields(Settings) if vars(args).get(f.name) is not None}
     settings, standard = replace(settings, **given), settings
     if (settings.llm, settings.clip) != (standard.llm, standard.clip):
         settings.preset = f"{Path(settings.llm).name}+{Path(settings.clip.replace(':', '-')).name}"
@@ -468,14 +468,14 @@ class LMEye(nn.Module):
 
     def load(self, path):
         """Load an adapter into this model → its stage. UserError if it belongs to another model or shape."""
-        header, tensors = read_checkpoint(path)
-        theirs, mine = header["settings"], self.settings
-        if not torch.allclose(torch.tensor(header["fingerprint"]), self.fingerprint(), rtol=0.02, atol=1e-6):
-            raise UserError(f"{path}: was trained with --llm {theirs['llm']} --clip {theirs['clip']}, and these weights "
-                            f"of --llm {mine.llm} --clip {mine.clip} are others")
-        if header["stage"] == 2 and theirs["interaction"] != mine.interaction:
-            raise UserError(f"{path}: was trained with --interaction {theirs['interaction']}, not {mine.interaction}")
-        expected = self.adapter(header["stage"])
+        stage, theirs, fingerprint, tensors = read_checkpoint(path)
+        mine, weights = self.settings, self.fingerprint()
+        if fingerprint.shape != weights.shape or not torch.allclose(fingerprint, weights, rtol=0.02, atol=1e-6):
+            raise UserError(f"{path}: was trained with --llm {theirs.llm} --clip {theirs.clip}; the weights of "
+                            f"--llm {mine.llm} --clip {mine.clip} are others")
+        if stage == 2 and theirs.interaction != mine.interaction:
+            raise UserError(f"{path}: was trained with --interaction {theirs.interaction}, not {mine.interaction}")
+        expected = self.adapter(stage)
         for name in expected.keys() | tensors.keys():
             shapes = [tuple(t[name].shape) if name in t else "none" for t in (tensors, expected)]
             if shapes[0] != shapes[1]:
@@ -483,17 +483,28 @@ class LMEye(nn.Module):
         with torch.no_grad():
             for name, p in expected.items():
                 p.copy_(tensors[name])
-        return header["stage"]
+        return stage
 
 
 CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
 
 def read_checkpoint(path):
-    """An adapter file → (header with "stage", "settings" and "fingerprint", {name: tensor}). UserError if it is none."""
+    """An adapter file → (stage, Settings, fingerprint, {name: tensor}). UserError if it is none.
+
+    Nothing in the file is executed, and what its settings name is not loaded from here.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["lmeye"]), {name: file.get_tensor(name) for name in file.keys()}
+            header = json.loads(file.metadata()["lmeye"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        stage, settings, fingerprint = header["stage"], Settings(**header["settings"]), header["fingerprint"]
+        wrong = [f.name for f in fields(Settings) if type(getattr(settings, f.name)) is not f.type]
+        if wrong or stage not in (1, 2):
+            raise ValueError(f"its header is off: {', '.join(wrong) or 'stage'}")
+        return stage, settings, torch.tensor(fingerprint, dtype=torch.float32).flatten(), tensors
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # anything may stand in a file
         raise UserError(f"{path}: is not a checkpoint of this program ({type(error).__name__}: {error})") from error
 

@@ -1,0 +1,189 @@
+"""Ask a trained LMEye about pictures.
+
+    python sample.py picture.jpg "what shape is it?"          the answer, as it is written
+    python sample.py picture.jpg                              a chat about the picture: a question a line
+    python sample.py a.jpg b.jpg c.jpg "what shape is it?"    a batch: a line of JSON for each picture
+    python sample.py a.jpg b.jpg --questions questions.txt    each line of the file, asked about each picture
+
+The newest checkpoint below --out answers, unless --checkpoint names another. One that has only seen stage 1 writes
+captions. Answers go to the standard output, everything else to the standard error.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import lmeye
+from lmeye import CHECKPOINT, PRESETS, LMEye, UserError, dialogue
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def note(text):
+    print(f"note: {text}", file=sys.stderr)
+
+
+def printable(text):
+    """Text without control characters: a terminal obeys them, and a model may write anything."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")
+
+
+def newest(out):
+    """The checkpoint below `out` that was written last. UserError if there is none."""
+    found = sorted(Path(out).glob(f"*/*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"no checkpoint below {out}/: make one with  python train.py --stage 1  and then  --stage 2")
+    return found[-1]
+
+
+def load(args):
+    """(model with its adapter, stage). The checkpoint tells the shape of the layers and which preset it belongs to;
+    models that are no preset's are loaded only where the user names them."""
+    path = args.checkpoint or newest(args.out)
+    _, saved, *_ = lmeye.read_checkpoint(path)
+    if saved.preset in PRESETS:
+        args.preset = saved.preset
+    elif not (args.llm and args.clip):
+        raise UserError(f"{path}: belongs to models of your own: name them with  --llm {saved.llm} --clip {saved.clip}")
+    args.n_features, args.n_slots, args.interaction = saved.n_features, saved.n_slots, saved.interaction
+    settings = lmeye.settings_from(args)
+    if settings.preset == "mini" and not Path(settings.llm).is_dir():
+        raise UserError(f"the miniature's own models are not below {args.out}/: name the folder that has them with --out")
+    model = LMEye.from_settings(settings).eval()
+    return model, model.load(path)
+
+
+def look(model, path):
+    """A picture file → its feature f (1, C)."""
+    picture = data.load_image(path)
+    if model.settings.preset == "mini" and picture.size != (data.SIDE, data.SIDE):
+        note(f"{path}: the miniature knows only its own world, shapes in a picture of {data.SIDE} × {data.SIDE} pixels")
+    return model.encode_image(model.preprocess(picture)[None])
+
+
+def check_words(model, question):
+    """Tell which words of a question the model's vocabulary lacks."""
+    unknown = [word for word in question.split() if model.tokenizer.unk_token_id in model.ids(word)]
+    if unknown and model.settings.preset == "mini":
+        note(f"the miniature does not know: {' '.join(unknown)}")
+
+
+def answer(model, f, question, options):
+    """Print the answer to one question as it is written, and return it. No question: a caption."""
+    ids, shown = [], ""
+    for token in model.stream(f, question and [question], **options):
+        ids += token.tolist()
+        text = printable(model.decode(ids))
+        if text.startswith(shown) and not text.endswith("\ufffd"):  # half of a character is not shown
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print()
+    return shown
+
+
+def chat(model, f, options):
+    """Read questions, a line each, until an empty one; earlier turns are context, and each turn asks anew."""
+    if sys.stdin.isatty():
+        note("a chat about the picture: a question a line, an empty line ends it")
+    turns = ()
+    while question := read_line("> " if sys.stdin.isatty() else ""):
+        check_words(model, question)
+        while turns and not fits(model, dialogue((*turns, question))):
+            turns = turns[2:]
+            note("the language model's context is full: the earliest turn is forgotten")
+        try:
+            turns += (question, answer(model, f, dialogue((*turns, question)), options))
+        except UserError as error:
+            note(error)
+
+
+def read_line(prompt):
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+def fits(model, question):
+    try:
+        return model.tokens([question], [""]) is not None
+    except UserError:
+        return False
+
+
+def batch(model, pictures, questions, options, batch_size):
+    """Ask every question about every picture (none: write captions), and print a line of JSON for each answer."""
+    f = {path: look(model, path) for path in tqdm(pictures, desc="pictures", disable=None)}
+    asked = [(path, question) for path in pictures for question in questions or [None]]
+    for start in tqdm(range(0, len(asked), batch_size), desc="answers", disable=None):
+        part = asked[start:start + batch_size]
+        features = torch.cat([f[path] for path, _ in part])
+        answers = model.generate(features, [q for _, q in part] if questions else None, **options)
+        for (path, question), text in zip(part, answers):
+            line = {"image": path, "question": question, "answer": printable(text)}
+            print(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False), flush=True)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 2)[0], epilog=__doc__.split("\n", 2)[2],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE… [QUESTION]",
+                        help="pictures, and behind them a question; the last word is taken for a picture if it is a "
+                             "file or ends as picture files do")
+    parser.add_argument("--questions", metavar="FILE", help="a text file, a question a line")
+    parser.add_argument("--checkpoint", metavar="FILE", help=f"an {CHECKPOINT} (default: the newest below --out)")
+    parser.add_argument("--out", default="out", help="where train.py wrote (default: out)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="the longest answer (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens only (0: from all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold P in sum")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once in a batch (default: 32)")
+    lmeye.add_flags(parser, ("llm", "clip", "precision"))
+    args = parser.parse_args()
+    if args.max_tokens < 1 or args.batch_size < 1 or args.top_k < 0 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--max-tokens and --batch-size start at 1, --top-k and --temperature at 0, --top-p is in (0, 1]")
+    return args
+
+
+def main():
+    args = parse_args()
+    *pictures, last = args.inputs
+    is_picture = not pictures or Path(last).is_file() or last.lower().endswith(PICTURES)
+    pictures, questions = (args.inputs, []) if is_picture else (pictures, [last])
+    if args.questions:
+        try:
+            questions += Path(args.questions).read_text("utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--questions {args.questions}: can't be read ({error})") from error
+    questions = [q.strip() for q in questions]
+    if not all(questions):
+        raise UserError("the question is empty")
+    for path in pictures:
+        data.load_image(path)  # a wrong picture is told before the models are loaded
+
+    model, stage = load(args)
+    if stage == 1 and questions:
+        note("this checkpoint has seen stage 1 only, captions. To get answers:  python train.py --stage 2")
+        questions = []
+    for question in questions:
+        check_words(model, question)
+    options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                   generator=torch.Generator(model.device).manual_seed(args.seed))
+    if len(pictures) > 1 or args.questions:
+        if stage == 2 and not questions:
+            raise UserError("several pictures: behind them a question is needed, or --questions FILE")
+        batch(model, pictures, questions, options, args.batch_size)
+    elif stage == 1 or questions:
+        answer(model, look(model, pictures[0]), questions[0] if questions else None, options)
+    else:
+        chat(model, look(model, pictures[0]), options)
+
+
+if __name__ == "__main__":
+    lmeye.run(main)

@@ -1,0 +1,111 @@
+"""Tiny random models of the real classes, for all tests. Nothing here needs a network or a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import data
+from lmeye import LMEye, Settings
+
+# Every width differs from every other, so that no two axes can be mistaken for each other.
+CLIP_CONFIG = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 40, "layers": 1, "head_width": 20},
+    "text_cfg": {"context_length": 16, "width": 36, "heads": 4, "layers": 2, "hf_tokenizer_name": "in this folder"},
+}
+HIDDEN = 32
+
+
+def tiny_llm(family, vocabulary, **ends):
+    """A random causal LM of one of the families that differ in positions, embeddings or norm."""
+    common = dict(vocab_size=vocabulary, **ends)
+    config = {
+        "opt": lambda: transformers.OPTConfig(
+            hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, **common),
+        "opt-350m": lambda: transformers.OPTConfig(  # embeddings narrower than the states, norm after, none at the end
+            hidden_size=HIDDEN, word_embed_proj_dim=20, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, do_layer_norm_before=False, **common),
+        "bloom": lambda: transformers.BloomConfig(hidden_size=HIDDEN, n_layer=2, n_head=4, **common),
+        "llama": lambda: transformers.LlamaConfig(
+            hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, **common),
+        "gpt2": lambda: transformers.GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, **common),
+    }[family]()
+    llm = transformers.AutoModelForCausalLM.from_config(config)
+    for p in llm.parameters():  # the published initialisations are so small that mistakes would hide in rounding
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    return llm.eval()
+
+
+def tiny_clip(vocabulary):
+    config = json.loads(json.dumps(CLIP_CONFIG))
+    config["text_cfg"]["vocab_size"] = vocabulary
+    return open_clip.CLIP(**config).eval(), config
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """(--llm, --clip): folders of a tiny OPT and a tiny CLIP, which speak the miniature's words."""
+    return save_llm(tmp_path / "llm"), save_clip(tmp_path / "clip")
+
+
+def save_llm(folder, seed=0):
+    torch.manual_seed(seed)
+    tokenizer = data.build_tokenizer(ends=False)
+    tokenizer.save_pretrained(folder)
+    tiny_llm("opt", len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
+             eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    return str(folder)
+
+
+def save_clip(folder, seed=0):
+    torch.manual_seed(seed)
+    tokenizer = data.build_tokenizer(ends=True)
+    tokenizer.save_pretrained(folder)
+    clip, config = tiny_clip(len(tokenizer))
+    safetensors.torch.save_file(clip.state_dict(), Path(folder, "open_clip_model.safetensors"))
+    Path(folder, "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return f"local-dir:{folder}"
+
+
+def tiny_model(family="opt", seed=0, **settings):
+    """LMEye between a tiny random LM of a family and a tiny random CLIP, dropout off unless asked for."""
+    torch.manual_seed(seed)
+    tokenizer = data.build_tokenizer(ends=False)
+    clip_tokenizer = data.build_tokenizer(ends=True)
+    llm = tiny_llm(family, len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
+                   eos_token_id=tokenizer.eos_token_id)
+    clip, _ = tiny_clip(len(clip_tokenizer))
+
+    def tokenize_for_clip(texts):
+        return clip_tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+
+    preprocess = open_clip.image_transform(32, is_train=False)
+    return LMEye(Settings(**{"dropout": 0.0, **settings}), llm, tokenizer, clip, preprocess, tokenize_for_clip)
+
+
+def run(*command, cwd=None, stdin="", timeout=600):
+    """Run a program of the project on the CPU → CompletedProcess with its texts."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1"}
+    return subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd, input=stdin,
+                          capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def fails_in_one_line(result):
+    """Whether a program ended as a user's mistake should: status 2, one line, no traceback. For use in assert."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    return result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr and len(lines[0]) > 20

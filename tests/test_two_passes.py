@@ -1,0 +1,189 @@
+"""The cache of the first pass serves the second, and nothing changes by it.
+
+The reference below is written anew from the paper: two whole passes over embeddings, one record at a time, no cache,
+no mask, no padding, nothing but `inputs_embeds`.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+
+FAMILIES = ("opt", "opt-350m", "bloom", "llama", "gpt2")
+QUESTIONS = ["what color is it?", "is the background red?", "how many things are there?"]
+ANSWERS = ["red", "yes it is on a red background", "two small"]
+
+
+def plain_prompt(model, f, question):
+    """Embeddings (1, T, D) of everything up to the answer, for one record, by the two passes of the paper."""
+    words, tokenizer, settings = model.llm.get_input_embeddings(), model.tokenizer, model.settings
+
+    def embed(text):
+        return words(torch.tensor([tokenizer(text, add_special_tokens=False).input_ids]))
+
+    bos = words(torch.tensor([[tokenizer.bos_token_id]]))
+    img = (f @ model.align.weight.T + model.align.bias + model.img)[None]
+    if question is None:
+        return torch.cat([bos, embed("Image:"), img], 1)
+    prefix = torch.cat([bos, embed("Image:"), img, embed("\nQuestion: " + question)], 1)
+    if settings.interaction == "static":
+        return torch.cat([prefix, embed("\nAnswer:")], 1)
+    slots = model.img_d.expand(1, settings.n_slots, -1)
+    h = model.llm.base_model(inputs_embeds=torch.cat([prefix, slots], 1)).last_hidden_state[:, -1]
+    request = h @ model.request.weight.T + model.request.bias
+    if settings.interaction == "norequest":
+        request = torch.zeros_like(request)
+
+    # CLIP's text transformer at its full length: what stands behind EOS cannot reach it.
+    clip, N = model.clip, settings.n_features
+    sos, eos = clip.token_embedding(torch.tensor([[model.sos_eos[0]]])), clip.token_embedding(model.sos_eos[1:][None])
+    fine = (f @ model.decompose.weight.T + model.decompose.bias).reshape(1, N, -1)
+    x = torch.cat([sos, fine, request[:, None], eos], 1)
+    x = F.pad(x, (0, 0, 0, clip.context_length - N - 3)) + clip.positional_embedding
+    x = clip.transformer(x, attn_mask=clip.attn_mask)
+    v = clip.ln_final(x[:, N + 2]) @ clip.text_projection
+    told = (v @ model.transmit.weight.T + model.transmit.bias).reshape(1, settings.n_slots, -1) + model.img_d
+    return torch.cat([prefix, told, embed("\nAnswer:")], 1)
+
+
+def plain_logits(model, f, question, ids):
+    """Logits (len(ids) + 1, V) before each of the tokens `ids` of an answer and behind the last."""
+    x = plain_prompt(model, f, question)
+    answer = model.llm.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
+    return model.llm(inputs_embeds=torch.cat([x, answer], 1)).logits[0, x.shape[1] - 1:]
+
+
+def answer_ids(model, answer, eos=True):
+    return model.tokenizer(" " + answer, add_special_tokens=False).input_ids + [model.tokenizer.eos_token_id] * eos
+
+
+def plain_loss(model, f, questions, answers):
+    total, count = 0, 0
+    for i, (question, answer) in enumerate(zip(questions, answers)):
+        ids = answer_ids(model, answer)
+        total = total + F.cross_entropy(plain_logits(model, f[i:i + 1], question, ids[:-1]), torch.tensor(ids),
+                                        reduction="sum")
+        count += len(ids)
+    return total / count
+
+
+def features(model, n=3):
+    return torch.randn(n, model.clip.visual.output_dim, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("n_slots", (1, 3))
+@pytest.mark.parametrize("interaction", ("full", "norequest", "static"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_those_of_two_whole_passes(family, interaction, n_slots):
+    model = tiny_model(family, interaction=interaction, n_slots=n_slots)
+    model.set_trained(2, train_align=True)
+    f = features(model)
+    loss, plain = model.loss(f, QUESTIONS, ANSWERS), plain_loss(model, f, QUESTIONS, ANSWERS)
+    assert abs(loss - plain) < 1e-5 * plain
+    mine, theirs = gradients(model, loss), gradients(model, plain)
+    assert mine.keys() == theirs.keys() == model.adapter(2).keys()
+    for name in mine:
+        assert theirs[name].abs().max() > 0, name
+        assert torch.allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-5 * theirs[name].abs().max()), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caption_loss_and_gradients_equal_those_of_a_plain_pass(family):
+    model = tiny_model(family)
+    model.set_trained(1)
+    f = features(model)
+    loss, plain = model.loss(f, None, ANSWERS), plain_loss(model, f, [None] * 3, ANSWERS)
+    assert abs(loss - plain) < 1e-5 * plain
+    mine, theirs = gradients(model, loss), gradients(model, plain)
+    assert mine.keys() == theirs.keys() == model.adapter(1).keys()
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-5 * theirs[name].abs().max()), name
+
+
+def test_with_align_frozen_the_other_gradients_stay_the_same():
+    """Nothing below <img-d> is kept for the backward pass then; the paths through <img-d> itself must be."""
+    model = tiny_model()
+    f = features(model)
+    model.set_trained(2, train_align=True)
+    everything = gradients(model, model.loss(f, QUESTIONS, ANSWERS))
+    model.set_trained(2)
+    some = gradients(model, model.loss(f, QUESTIONS, ANSWERS))
+    assert some.keys() == everything.keys() - {"align.weight", "align.bias", "img"}
+    for name in some:
+        assert torch.allclose(some[name], everything[name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_equal_those_of_whole_passes(family):
+    model = tiny_model(family)
+    f = features(model)
+    expected = []
+    for i, question in enumerate(QUESTIONS):
+        ids = []
+        while len(ids) < 6 and model.tokenizer.eos_token_id not in ids:
+            ids.append(plain_logits(model, f[i:i + 1], question, ids)[-1].argmax().item())
+        expected.append(model.decode(ids))
+    assert model.generate(f, QUESTIONS, max_tokens=6) == expected
+    assert [model.generate(f[i:i + 1], [q], max_tokens=6)[0] for i, q in enumerate(QUESTIONS)] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_those_of_whole_passes(family):
+    model = tiny_model(family)
+    f, choices = features(model), [["red", "yes", "on a red background"]] * 2 + [["two small", "no", "one"]]
+    expected = torch.zeros(3, 3)
+    for i, question in enumerate(QUESTIONS):
+        for k, choice in enumerate(choices[i]):
+            ids = answer_ids(model, choice, eos=False)
+            logp = plain_logits(model, f[i:i + 1], question, ids)[:-1].log_softmax(-1)
+            expected[i, k] = logp[range(len(ids)), ids].sum()
+    assert torch.allclose(model.score(f, QUESTIONS, choices), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_never_changes_a_number(family):
+    """A long neighbour pads the others at both ends; more of either would too."""
+    model = tiny_model(family)
+    f = features(model)
+    tokens = model.tokens(QUESTIONS[:1], ANSWERS[:1])
+    alone = model.loss_sum(f[:1], tokens)
+    wide = tokens._replace(
+        question=F.pad(tokens.question, (5, 0), value=3), question_mask=F.pad(tokens.question_mask, (5, 0)),
+        answer=F.pad(tokens.answer, (0, 4), value=7), answer_mask=F.pad(tokens.answer_mask, (0, 4)))
+    assert torch.allclose(model.loss_sum(f[:1], wide), alone, rtol=1e-6)
+    each = sum(model.loss_sum(f[i:i + 1], model.tokens([q], [a])) for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS)))
+    assert torch.allclose(model.loss_sum(f, model.tokens(QUESTIONS, ANSWERS)), each, rtol=1e-5)
+
+
+def requests(model, f, questions, answers):
+    """What `ask` returns while the loss of these records is computed."""
+    seen = []
+    hook = model.request.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    model.loss(f, questions, answers)
+    hook.remove()
+    return seen[0]
+
+
+def test_the_answer_cannot_alter_the_request_but_question_and_picture_do():
+    model = tiny_model()
+    f = features(model)
+    first = requests(model, f[:1], ["what color is it?"], ["red"])
+    assert torch.equal(first, requests(model, f[:1], ["what color is it?"], ["blue"]))
+    assert not torch.allclose(first, requests(model, f[:1], ["how big is it?"], ["red"]), atol=1e-2)
+    assert not torch.allclose(first, requests(model, f[1:2], ["what color is it?"], ["red"]), atol=1e-3)
+
+
+def test_without_a_request_the_interaction_never_hears_the_question():
+    model = tiny_model(interaction="norequest")
+    heard = []
+    model.transmit.register_forward_hook(lambda module, inputs, output: heard.append(inputs[0].detach()))
+    f = features(model)[:1]
+    for question in QUESTIONS:
+        model.loss(f, [question], ["red"])
+    assert torch.equal(heard[0], heard[1]) and torch.equal(heard[0], heard[2])
