@@ -11,6 +11,7 @@ captions. Answers go to the standard output, everything else to the standard err
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def parse_args():
 def main():
     args = parse_args()
     *pictures, last = args.inputs
-    is_picture = not pictures or Path(last).is_file() or last.lower().endswith(PICTURES)
+    is_picture = not pictures or os.path.isfile(last) or last.lower().endswith(PICTURES)
     pictures, questions = (args.inputs, []) if is_picture else (pictures, [last])
     if args.questions:
         try:

@@ -1,14 +1,18 @@
 """Tiny random models of the real classes, for all tests. Nothing here needs a network or a GPU."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import open_clip
 import pytest
@@ -17,7 +21,14 @@ import torch
 import transformers
 
 import data
+import lmeye
 from lmeye import LMEye, Settings
+
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
 
 # Every width differs from every other, so that no two axes can be mistaken for each other.
 CLIP_CONFIG = {
@@ -25,7 +36,7 @@ CLIP_CONFIG = {
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 40, "layers": 1, "head_width": 20},
     "text_cfg": {"context_length": 16, "width": 36, "heads": 4, "layers": 2, "hf_tokenizer_name": "in this folder"},
 }
-HIDDEN = 32
+HIDDEN = 64
 
 
 def tiny_llm(family, vocabulary, **ends):
@@ -33,14 +44,14 @@ def tiny_llm(family, vocabulary, **ends):
     common = dict(vocab_size=vocabulary, **ends)
     config = {
         "opt": lambda: transformers.OPTConfig(
-            hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=64, **common),
         "opt-350m": lambda: transformers.OPTConfig(  # embeddings narrower than the states, norm after, none at the end
-            hidden_size=HIDDEN, word_embed_proj_dim=20, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            hidden_size=HIDDEN, word_embed_proj_dim=20, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=64, do_layer_norm_before=False, **common),
         "bloom": lambda: transformers.BloomConfig(hidden_size=HIDDEN, n_layer=2, n_head=4, **common),
         "llama": lambda: transformers.LlamaConfig(
-            hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, **common),
         "gpt2": lambda: transformers.GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, **common),
     }[family]()
@@ -98,11 +109,28 @@ def tiny_model(family="opt", seed=0, **settings):
     return LMEye(Settings(**{"dropout": 0.0, **settings}), llm, tokenizer, clip, preprocess, tokenize_for_clip)
 
 
-def run(*command, cwd=None, stdin="", timeout=600):
-    """Run a program of the project on the CPU → CompletedProcess with its texts."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1"}
-    return subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd, input=stdin,
-                          capture_output=True, text=True, timeout=timeout, env=environment)
+def run(program, *flags, cwd=".", stdin=""):
+    """Run a program's main() in this process, as from the command line in `cwd` → Result with its texts.
+
+    A process for each would spend most of the suite's time on importing torch; test_command_line.py starts some.
+    """
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    main = importlib.import_module(Path(program).stem).main
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [program, *map(str, flags)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            lmeye.run(main)
+        except SystemExit as end:
+            status = end.code or 0
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def fails_in_one_line(result):

@@ -1,11 +1,12 @@
 """Pictures and words go through CLIP as open_clip's own functions send them."""
 
+import random
+
 import open_clip
 import pytest
 import safetensors.torch
 import torch
 from conftest import CLIP_CONFIG, tiny_model
-from PIL import Image
 
 import data
 import lmeye
@@ -34,8 +35,7 @@ def test_text_path_equals_encode_text_in_a_published_architecture(name):
 
 def test_image_path_equals_encode_image():
     model = tiny_model()
-    picture = data.draw(data.SCENES[0], __import__("random").Random(0))
-    pixels = model.preprocess(picture)[None]
+    pixels = model.preprocess(data.draw(data.SCENES[0], random.Random(0)))[None]
     assert torch.equal(model.encode_image(pixels), model.clip.encode_image(pixels))
     assert model.encode_image(pixels).norm() != pytest.approx(1, abs=0.01)  # projected, but not normalised
 

@@ -1,0 +1,89 @@
+"""An adapter file holds the trained tensors and no more, and is refused where it does not belong."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import tiny_model
+from safetensors import safe_open
+
+import lmeye
+from lmeye import UserError
+
+
+@pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "norequest"), (2, "static")])
+def test_what_is_saved_is_loaded(tmp_path, stage, interaction):
+    model, other = tiny_model(interaction=interaction), tiny_model(interaction=interaction)
+    for p in model.adapter(2).values():
+        torch.nn.init.normal_(p)
+    model.save(tmp_path / "a.safetensors", stage)
+    assert other.load(tmp_path / "a.safetensors") == stage
+    assert all(torch.equal(p, model.adapter(stage)[name]) for name, p in other.adapter(stage).items())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.adapter(stage))
+
+
+def test_layers_that_are_not_used_are_not_saved():
+    assert set(tiny_model(interaction="norequest").adapter(2)) == set(tiny_model().adapter(2)) - {
+        "request.weight", "request.bias"}
+    assert set(tiny_model(interaction="static").adapter(2)) == {"align.weight", "align.bias", "img"}
+
+
+@pytest.mark.parametrize("other, reason", [
+    (dict(seed=1), "others"),  # models of the same shape with other weights
+    (dict(family="opt-350m"), "others"),
+    (dict(n_features=4), "decompose"),
+    (dict(n_slots=2), "transmit"),
+    (dict(interaction="norequest"), "--interaction full"),
+])
+def test_a_file_of_another_model_is_refused_in_one_line_and_nothing_is_loaded(tmp_path, other, reason):
+    tiny_model().save(tmp_path / "a.safetensors", 2)
+    model = tiny_model(**other)
+    before = {name: p.clone() for name, p in model.adapter(2).items()}
+    with pytest.raises(UserError, match=reason) as error:
+        model.load(tmp_path / "a.safetensors")
+    assert "\n" not in str(error.value) and "a.safetensors" in str(error.value)
+    assert all(torch.equal(p, before[name]) for name, p in model.adapter(2).items())
+
+
+def header(**changes):
+    whole = {"stage": 2, "settings": {}, "fingerprint": [0.0] * 16} | changes
+    return {"lmeye": json.dumps(whole)}
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not a checkpoint", b"\xff" * 100, safetensors.torch.save({"a": torch.zeros(1)}),
+    safetensors.torch.save({"a": torch.zeros(1)}, {"lmeye": "[]"}),
+    safetensors.torch.save({"a": torch.zeros(1)}, header(stage=3)),
+    safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"n_features": "5"})),
+    safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"folder": "/"})),
+    safetensors.torch.save({"a": torch.zeros(1)}, header(fingerprint=["x"])),
+    safetensors.torch.save({"a": torch.zeros(1)}, header()),
+])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UserError):
+        tiny_model().load(tmp_path / "a")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    lmeye.write_atomically(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lmeye.os, "fsync", full)
+    with pytest.raises(OSError):
+        lmeye.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_checkpoint_cannot_name_what_is_loaded(tmp_path):
+    """Its settings may say anything; the models are those that the user named."""
+    model = tiny_model(llm="/somewhere/evil", clip="hf-hub:evil/evil")
+    model.save(tmp_path / "a.safetensors", 1)
+    mine = tiny_model()
+    mine.load(tmp_path / "a.safetensors")
+    assert mine.settings.llm == tiny_model().settings.llm

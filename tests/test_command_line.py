@@ -1,0 +1,208 @@
+"""The programs as a user meets them: real runs, and mistakes that end in one line with status 2."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, fails_in_one_line, run, save_clip, save_llm
+from test_data import broken_pictures, save_picture
+
+import data
+from lmeye import CHECKPOINT
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with tiny frozen models and a run of both stages on six pictures: (cwd, flags for the models)."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--llm", save_llm(folder / "llm"), "--clip", save_clip(folder / "clip")]
+    items = []
+    for color in ("red", "green", "blue", "yellow", "white", "black"):
+        save_picture(folder / f"pictures/{color}.jpg", color)
+        (folder / f"pictures/{color}.txt").write_text(f"a {color} background")
+        items.append({"image": f"{color}.jpg", "conversations": [
+            {"from": "human", "value": "<image>\nwhat color is it?"}, {"from": "gpt", "value": color},
+            {"from": "human", "value": "is it red?"}, {"from": "gpt", "value": "yes" if color == "red" else "no"}]})
+    (folder / "chat.json").write_text(json.dumps(items))
+    brief = ["--steps", 3, "--batch-size", 4]
+    one = run("train.py", "--stage", 1, *flags, *brief, "--data", "pictures", cwd=folder)
+    assert one.returncode == 0, one.stderr
+    two = run("train.py", "--stage", 2, *flags, *brief, "--data", "chat.json", "--images", "pictures", cwd=folder)
+    assert two.returncode == 0, two.stderr
+    return folder, flags
+
+
+def test_a_run_leaves_checkpoint_log_and_curve(trained):
+    folder, _ = trained
+    for stage in ("stage1", "stage2"):
+        assert {p.name for p in (folder / "out" / "llm+clip" / stage).iterdir()} == {CHECKPOINT, "log.csv", "loss.png"}
+
+
+def test_one_picture_one_question_one_answer(trained):
+    folder, flags = trained
+    result = run("sample.py", "pictures/red.jpg", "what color is it?", *flags, cwd=folder)
+    assert result.returncode == 0 and result.stderr == "" and len(result.stdout.splitlines()) <= 3
+
+
+def test_a_batch_gives_the_answers_that_each_gets_alone(trained):
+    folder, flags = trained
+    pictures = [f"pictures/{color}.jpg" for color in ("red", "green", "blue")]
+    (folder / "questions.txt").write_text("what color is it?\nhow big are the things on the red background?\n")
+    batch = run("sample.py", *pictures, "--questions", "questions.txt", *flags, cwd=folder)
+    lines = [json.loads(line) for line in batch.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [p for p in pictures for _ in range(2)]
+    alone = run("sample.py", lines[3]["image"], lines[3]["question"], *flags, cwd=folder)
+    assert alone.stdout.strip() == lines[3]["answer"].strip()
+
+
+def test_a_chat_reads_questions_until_an_empty_line(trained):
+    folder, flags = trained
+    chat = run("sample.py", "pictures/red.jpg", *flags, "--max-tokens", 3, cwd=folder, stdin="what?\nis it red?\n\nno\n")
+    assert chat.returncode == 0 and "Traceback" not in chat.stderr
+    first = run("sample.py", "pictures/red.jpg", "what?", *flags, "--max-tokens", 3, cwd=folder)
+    assert chat.stdout.startswith(first.stdout) and len(chat.stdout) > len(first.stdout)
+
+
+def test_a_chat_longer_than_the_context_forgets_its_beginning(trained):
+    folder, flags = trained
+    chat = run("sample.py", "pictures/red.jpg", *flags, "--max-tokens", 8, cwd=folder,
+               stdin="what color is it is it is it is it is it?\n" * 6 + "red " * 100 + "\nis it red?\n")
+    assert chat.returncode == 0 and "earliest turn is forgotten" in chat.stderr and "shorten" in chat.stderr
+
+
+def test_a_stage_1_checkpoint_writes_captions_and_says_so(trained):
+    folder, flags = trained
+    checkpoint = ["--checkpoint", folder / "out" / "llm+clip" / "stage1" / CHECKPOINT]
+    caption = run("sample.py", "pictures/red.jpg", *flags, *checkpoint, cwd=folder)
+    asked = run("sample.py", "pictures/red.jpg", "what color is it?", *flags, *checkpoint, cwd=folder)
+    assert caption.returncode == asked.returncode == 0 and caption.stdout == asked.stdout
+    assert caption.stderr == "" and "stage 1" in asked.stderr
+
+
+def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
+    folder, flags = trained
+    broken = broken_pictures(tmp_path)
+    for name in broken:
+        assert fails_in_one_line(run("sample.py", tmp_path / name, "what?", *flags, cwd=folder)), name
+    picture = "pictures/red.jpg"
+    save_llm(tmp_path / "llm", seed=5)
+    other = ["--llm", tmp_path / "llm", *flags[2:]]
+    for mistake in (
+        [picture, "", *flags],  # an empty question
+        [picture, "red " * 5000, *flags],  # longer than the context
+        [picture, "what?", *other],  # the checkpoint belongs to other weights
+        [picture, "what?"],  # models of one's own, not named
+        [picture, "what?", "--llm", "no/such/folder", "--clip", "local-dir:nowhere"],
+        [picture, "what?", "--llm", flags[1], "--clip", "local-dir:nowhere"],
+        [picture, "what?", *flags, "--checkpoint", picture],
+        [picture, "what?", *flags, "--checkpoint", "nowhere"],
+        [picture, picture, *flags],  # several pictures, no question
+        [picture, "--questions", "nowhere", *flags],
+    ):
+        result = run("sample.py", *mistake, cwd=folder)
+        assert fails_in_one_line(result), (mistake, result.stderr)
+    nothing = run("sample.py", folder / picture, "what?", cwd=tmp_path)
+    assert fails_in_one_line(nothing) and "train.py --stage 1" in nothing.stderr
+
+
+def test_mistakes_in_training_end_in_one_line(trained, tmp_path):
+    folder, flags = trained
+    for mistake in (
+        ["--stage", 1, *flags],  # no data
+        ["--stage", 1, "--data", "pictures"],  # data for the miniature
+        ["--stage", 0, *flags],
+        ["--stage", 2, *flags, "--data", "chat.json", "--out", "elsewhere"],  # no phase 1
+        ["--stage", 1, *flags, "--data", "nowhere"],
+        ["--stage", 1, *flags, "--data", "questions.txt"],
+        ["--stage", 1, *flags, "--data", "chat.json", "--images", "nowhere"],
+        ["--stage", 2, *flags, "--data", "pictures"],  # captions are no questions
+        ["--stage", 1, "--llm", "nowhere", "--clip", "ViT-B-32", "--data", "pictures"],
+        ["--stage", 1, *flags, "--data", "pictures", "--n-features", 100],
+    ):
+        result = run("train.py", *mistake, cwd=folder)
+        assert fails_in_one_line(result), (mistake, result.stderr)
+    for flag in (["--steps", 0], ["--lr", -1], ["--epochs", 0], ["--stage", 3], ["--precision", "int8"], ["--lr", "nan"]):
+        result = run("train.py", "--stage", 1, *flag, cwd=folder)
+        assert result.returncode == 2 and "Traceback" not in result.stderr and flag[0] in result.stderr
+
+
+def test_stage_2_names_the_command_that_is_missing(tmp_path):
+    result = run("train.py", "--stage", 2, "--preset", "mini", cwd=tmp_path)
+    assert fails_in_one_line(result) and "python train.py --stage 1 --preset mini" in result.stderr
+
+
+def test_ctrl_c_ends_without_a_traceback(trained, tmp_path):
+    folder, flags = trained
+    command = ["--stage", "1", *flags, "--data", "pictures", "--steps", "20000", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], cwd=folder, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "llm+clip" / "stage1.part" / "log.csv"
+    for _ in range(600):
+        if log.exists() and log.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "opt-tokenizer").is_dir() or not (SHARED / "photos").is_dir(),
+                    reason="needs OPT's tokenizer and the photographs in ../shared")
+def test_photographs_are_learned_by_heart_with_opts_own_tokenizer(tmp_path):
+    """Both phases from the command line, to a falling loss and the right answers: `facebook/opt-…` in small."""
+    llm = tmp_path / "opt-small"
+    llm.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(SHARED / "opt-tokenizer" / name, llm)
+    ends = {f"{name}_token": "</s>" for name in ("bos", "eos", "unk")}
+    (llm / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>", "add_bos_token": True, **ends}))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
+    photos = SHARED / "photos"
+    items = json.loads((photos / "instruct.json").read_text())
+    talks = [[turn["value"].replace("<image>", "").strip() for turn in item["conversations"]] for item in items]
+    torch.manual_seed(0)
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=50272, hidden_size=64, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, init_std=0.1, dropout=0.0))
+    questions, answers = ([text for talk in talks for text in talk[turn::2]] for turn in (0, 1))
+    texts = [f"Image: {a}\nQuestion: {q}\nAnswer: {a}</s>" for q in questions for a in answers]
+    texts += [f"Image: {path.read_text().strip()}</s>" for path in photos.glob("COCO*.txt")] * 10
+    optimizer = torch.optim.AdamW(opt.parameters(), 3e-3)
+    for _ in range(150):  # a language model that reads and speaks these words, as a published one does
+        batch = tokenizer(random.sample(texts, 32), return_tensors="pt", padding=True)
+        loss = opt(**batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    opt.save_pretrained(llm)
+    flags = ["--llm", llm, "--clip", save_clip(tmp_path / "clip"), "--dropout", 0, "--batch-size", 8]
+
+    def losses(stage):
+        lines = Path(tmp_path, f"out/opt-small+clip/stage{stage}/log.csv").read_text().splitlines()
+        return [float(line.split(",")[1]) for line in lines[1:]]
+
+    for path in (photos, photos / "chat.json"):
+        result = run("train.py", "--stage", 1, *flags, "--data", path, "--steps", 100, "--lr", 0.03, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert losses(1)[-1] < losses(1)[0] - 0.5
+    result = run("train.py", "--stage", 2, *flags, "--data", photos / "instruct.json", "--steps", 600, "--lr", 0.03,
+                 cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses(2)[-1] < 0.2 * losses(2)[0]
+    right = 0
+    for item, (question, answer, *_) in zip(items, talks):
+        said = run("sample.py", photos / item["image"], question, *flags[:4], cwd=tmp_path).stdout.strip()
+        right += said == answer
+    assert right >= len(items) - 1

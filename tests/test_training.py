@@ -1,0 +1,142 @@
+"""Training moves exactly the tensors of its phase, learns, and repeats itself from a seed."""
+
+import csv
+import hashlib
+
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+
+import data
+import train
+from lmeye import CHECKPOINT
+
+
+def dataset(model, stage, n=4):
+    """n records with features of their own and different answers."""
+    answers = ["red", "two small", "yes", "at the left", "blue", "no", "three", "ring"][:n]
+    records = [data.Record(f"{i}.jpg", ("what color is it?",) if stage == 2 else (), a) for i, a in enumerate(answers)]
+    features = torch.randn(n, model.clip.visual.output_dim, generator=torch.Generator().manual_seed(2))
+    return data.Dataset(records, features, torch.arange(n))
+
+
+def hashes(model):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: hashlib.sha256(t.detach().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+
+
+def train_briefly(model, stage, folder, steps=3, **options):
+    settings = dict(steps=steps, batch_size=4, lr=1e-2) | options
+    train.train_adapter(model, stage, dataset(model, stage), None, folder, **settings)
+    return {name: p.detach().clone() for name, p in model.adapter(stage).items()}
+
+
+@pytest.mark.parametrize("stage, interaction, train_align, parts", [
+    (1, "full", False, {"align", "img"}),
+    (2, "full", False, {"request", "decompose", "transmit", "img_d"}),
+    (2, "full", True, {"align", "img", "request", "decompose", "transmit", "img_d"}),
+    (2, "norequest", False, {"decompose", "transmit", "img_d"}),
+    (2, "static", False, {"align", "img"}),
+])
+def test_exactly_the_tensors_of_the_phase_change(tmp_path, stage, interaction, train_align, parts):
+    model = tiny_model(interaction=interaction, dropout=0.5)
+    before = hashes(model)
+    train_briefly(model, stage, tmp_path / "run", train_align=train_align)
+    after = hashes(model)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name, _ in model.named_parameters() if name.split(".")[0] in parts}
+    assert all(p.dtype == torch.float32 for p in model.adapter(2).values())
+
+
+def test_the_frozen_parts_stay_in_eval():
+    """Else their dropout wakes up, as in the authors' release."""
+    model = tiny_model().train()
+    assert model.training and model.dropout.training
+    assert not any(m.training for part in (model.llm, model.clip) for m in part.modules())
+
+
+@pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "norequest"), (2, "static")])
+def test_four_examples_are_learned_by_heart(tmp_path, stage, interaction):
+    model = tiny_model(interaction=interaction, n_slots=4)
+    train_briefly(model, stage, tmp_path / "run", steps=800, lr=3e-2)
+    f, questions, answers = dataset(model, stage).batch(range(4))
+    assert model.generate(f, questions, max_tokens=8) == answers
+    with open(tmp_path / "run" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["loss"]) < 0.2 * float(rows[0]["loss"])
+    with Image.open(tmp_path / "run" / "loss.png") as curve:
+        assert len(curve.getcolors(1 << 20)) > 3
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(tmp_path):
+    runs = [train_briefly(tiny_model(dropout=0.5), 2, tmp_path / str(i), batch_size=2, seed=seed)
+            for i, seed in enumerate((0, 0, 1))]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not torch.equal(runs[0]["request.weight"], runs[2]["request.weight"])
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    """Answers of different lengths: the mean is over all tokens of a step, not over the means of its batches."""
+    large = train_briefly(tiny_model(), 2, tmp_path / "large", batch_size=4)
+    small = train_briefly(tiny_model(), 2, tmp_path / "small", batch_size=1, accumulate=4)
+    for name in large:
+        assert torch.allclose(large[name], small[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_fp16_weights_train_with_a_scaled_loss_and_the_trained_weights_stay_fp32(tmp_path):
+    model = tiny_model()
+    model.llm.half()
+    run = train_briefly(model, 2, tmp_path / "run", steps=150, lr=3e-2)
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in run.values())
+    with open(tmp_path / "run" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
+
+
+def test_an_earlier_run_is_kept(tmp_path):
+    folder = tmp_path / "run"
+    train_briefly(tiny_model(), 1, folder)
+    first = (folder / CHECKPOINT).read_bytes()
+    train_briefly(tiny_model(), 1, folder, seed=1)
+    train_briefly(tiny_model(), 1, folder, seed=2)
+    assert (tmp_path / "run.1" / CHECKPOINT).read_bytes() == first
+    assert (tmp_path / "run.2" / CHECKPOINT).is_file() and (folder / CHECKPOINT).is_file()
+
+
+def test_every_record_is_seen_once_an_epoch_and_a_step_knows_its_records():
+    seen = [row for step in range(5) for row in data.rows_of(step, 6, 10, seed=0)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+    assert seen[12:18] == data.rows_of(2, 6, 10, seed=0) != data.rows_of(2, 6, 10, seed=1)
+
+
+def test_learning_rate_rises_then_falls_along_a_cosine():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=2.0)
+    rates = []
+    train.fit("", 100, [optimizer], lambda step: [weight.sum()], 0,
+              report=lambda step, loss: rates.append(optimizer.param_groups[0]["lr"]))
+    assert rates[0] == pytest.approx(2 / 5) and rates[4] == pytest.approx(2.0, rel=0.01)  # 5% of warm-up
+    assert rates[50] == pytest.approx(1.0) and rates[99] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_gradients_are_clipped_once_a_step():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    train.fit("", 1, [torch.optim.SGD([weight], lr=1.0)], lambda step: [30 * weight.sum(), 70 * weight.sum()], 0)
+    assert weight.item() == pytest.approx(-1.0)  # 100 clipped to 1; two clipped halves would give -2
+
+
+def test_blind_evaluation_gives_every_record_another_picture():
+    model = tiny_model()
+    plain = dataset(model, 2, n=8)
+    blind = train.shuffled(plain)
+    assert not (blind.picture == plain.picture).any() and sorted(blind.picture) == sorted(plain.picture)
+
+
+def test_accuracy_counts_by_kind_and_whole_answers_only(monkeypatch):
+    model = tiny_model()
+    records = dataset(model, 2).records
+    kinds = ("a", "a", "b", "b")
+    some = dataset(model, 2)._replace(records=[r._replace(kind=k) for r, k in zip(records, kinds)])
+    monkeypatch.setattr(model, "generate", lambda f, questions, **_: ["red", "two", "YES", "at the left side"])
+    assert train.accuracy(model, some, "") == {"a": 0.5, "b": 0.5, "mean": 0.5}
