@@ -2,18 +2,24 @@
 
 Everything that is trained on or asked about is a Record: a picture, the turns of the prompt, the answer. Readers
 turn published files into records as they are; what they leave out is counted and reported, never passed over
-in silence. The second half of the file is a small world that draws its own pictures, so that the whole method
+in silence. The last part of the file is a small world that draws its own pictures, so that the whole method
 can be trained and measured on a laptop. This file knows nothing of training.
 """
 
 import functools
+import hashlib
+import io
 import itertools
 import json
+import os
 import random
 import re
-import sys
+import tarfile
+import tempfile
+import warnings
+import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +31,25 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from lmeye import ANSWER, IMAGE, QUESTION, UserError, dialogue
+from lmeye import ANSWER, IMAGE, QUESTION, Tokens, UserError, dialogue, pad
+
+MOST_BYTES = 100_000_000  # of one picture or text inside an archive; Pillow's own limit is 89 million pixels
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+class Member(NamedTuple):
+    """A file inside a zip archive or a tar shard, read in place."""
+
+    archive: str
+    name: str
+    offset: int = -1  # where its bytes begin in a tar; a zip has a directory of its own
+    size: int = 0
 
 
 class Record(NamedTuple):
     """One picture with one answer. `turns` is (question, answer, …, question), or empty for a caption."""
 
-    image: Path | Image.Image
+    image: str | Member | Image.Image
     turns: tuple
     answer: str
     kind: str = "all"  # of question, where the data has kinds: accuracy is reported for each
@@ -42,149 +60,372 @@ class Record(NamedTuple):
 
 
 # ---- Reading published formats -------------------------------------------------------------------------------
+#
+# Each reader yields samples (picture, caption or "", turns, kind) or, where there is none, the reason, a string.
+# A picture is a Member, a path, or a Name that is yet to be found under --images.
 
 
-def read_records(path, images, stage):
-    """Records of a file or folder, told apart by content → (list, Counter of what was skipped and why).
+class Name(str):
+    """A picture's name as a data file has it."""
 
-    A folder: `a.jpg` beside `a.txt`, the caption. A JSON list of LLaVA's kind: `image` is joined to the folder
-    `images`; stage 1 takes the caption and ignores the "describe it" prompt, stage 2 makes a record of each turn.
-    UserError if the path holds nothing that can be read, or nothing for this stage.
+
+def read_records(paths, images, stage):
+    """Records of files and folders, told apart by content → (list, Counter of what was skipped and why).
+
+    The names of pictures are joined to the folders or zip archives `images` (without any: to the data file's folder).
+    Stage 1 takes captions, stage 2 makes a record of each turn of a conversation, the earlier turns in its prompt.
+    UserError if a path is not there or can't be parsed, or if nothing remains.
     """
-    path, skipped = Path(path), Counter()
-    if path.is_dir():
-        records = read_caption_folder(path, skipped)
-    elif path.is_file():
-        records = read_llava(path, Path(images or path.parent), stage, skipped)
-    else:
-        raise UserError(f"--data {path}: no such file or folder")
-    if stage == 2 and any(not r.turns for r in records):
-        raise UserError(f"--data {path}: holds captions, and stage 2 learns from questions: use it with --stage 1")
+    records, skipped, tables = [], Counter(), {}
+    samples = itertools.chain.from_iterable(read_path(Path(path), tables) for path in paths)
+    roots = [open_root(Path(root)) for root in images or [p if Path(p).is_dir() else Path(p).parent for p in paths]]
+    for sample in itertools.chain(samples, join_tables(tables)):
+        if isinstance(sample, str):
+            skipped[sample] += 1
+            continue
+        picture, caption, turns, kind = sample
+        if isinstance(picture, Name):
+            picture, reason = find_picture(roots, picture)
+            if not picture:
+                skipped[reason] += 1
+                continue
+        if stage == 1 and caption:
+            records.append(Record(picture, (), caption))
+        elif stage == 2 and turns:
+            records += [Record(picture, turns[:n], turns[n], kind) for n in range(1, len(turns), 2)]
+        else:
+            skipped["questions, not a caption" if stage == 1 else "a caption, for --stage 1"] += 1
     if not records:
-        why = ", ".join(f"{reason} ({n})" for reason, n in skipped.items()) or "it is empty"
-        raise UserError(f"--data {path}: nothing to train on for stage {stage}: {why}")
+        why = ", ".join(f"{reason} ({n:,})" for reason, n in skipped.most_common(5)) or "there are no records"
+        raise UserError(f"--data {' '.join(map(str, paths))}: nothing to train on for stage {stage}: {why}")
     return records, skipped
 
 
-def read_caption_folder(folder, skipped):
-    """`a.jpg` (or .jpeg, .png, .webp) beside `a.txt`, in any depth → records."""
-    records = []
+def read_path(path, tables):
+    """Samples of one file or folder. Files that are tables to be joined (COCO, VQA) are added to `tables`."""
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        return itertools.chain.from_iterable(map(read_shard, shards)) if shards else read_caption_folder(path)
+    if not path.is_file():
+        raise UserError(f"--data {path}: no such file or folder")
+    if tarfile.is_tarfile(path):
+        return read_shard(path)
+    content = read_json(path)
+    if isinstance(content, list):
+        return map(read_item, content)
+    names = [name for name in ("images", "annotations", "questions") if isinstance(content.get(name), list)]
+    if not names:
+        raise UserError(f"--data {path}: is of no known kind: no list of records, and no images, annotations or questions")
+    for name in names:
+        split = content.get("data_subtype", "val2014")  # VQA's files name the pictures' split here
+        tables.setdefault(name, []).extend((row, split) for row in content[name])
+    return []
+
+
+def read_json(path):
+    """A JSON file, or JSON Lines: a list, in which a line that can't be parsed is an error string."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {path}: can't be read as text ({error})") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        content = [parse_line(line) for line in lines]
+        if not any(isinstance(item, dict) for item in content):
+            raise UserError(f"--data {path}: is neither JSON nor JSON Lines: {error}") from error
+    if not isinstance(content, (list, dict)):
+        raise UserError(f"--data {path}: a list of records is expected, found {type(content).__name__}")
+    return [content] if isinstance(content, dict) and "answer_choices" in content else content  # one line of VCR
+
+
+def parse_line(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return "a line is not JSON"
+
+
+def read_caption_folder(folder):
+    """`a.jpg` (or .jpeg, .png, .webp) beside `a.txt`, in any depth."""
     for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")):
         text = image.with_suffix(".txt")
         caption = " ".join(text.read_text("utf-8", "replace").split()) if text.is_file() else ""
-        if caption:
-            records.append(Record(image, (), caption))
-        else:
-            skipped["picture without a caption in a .txt beside it"] += 1
-    return records
+        yield (str(image), caption, (), "all") if caption else "a picture without a caption in a .txt beside it"
 
 
-def read_llava(path, images, stage, skipped):
-    """LLaVA's JSON: a list of {"image": …, "conversations": [{"from": "human" | "gpt", "value": …}, …]}."""
+def read_shard(path):
+    """A WebDataset shard: `key.jpg` with `key.txt` (a caption) or `key.json` (a caption or a conversation)."""
+    groups = {}
     try:
-        items = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"--data {path}: is not JSON ({error})") from error
-    if not isinstance(items, list):
-        raise UserError(f"--data {path}: a list of records is expected, found {type(items).__name__}")
-    if not images.is_dir():
-        raise UserError(f"--images {images}: no such folder")
-    root = images.resolve()
-    records = []
-    for i, item in enumerate(items):
-        if not isinstance(item, dict) or not isinstance(item.get("conversations"), list):
-            skipped["not a record with a list of conversations"] += 1
-        elif not isinstance(item.get("image"), str) or not item["image"]:
-            skipped["no picture"] += 1
-        elif not (root / item["image"]).resolve().is_relative_to(root):
-            skipped["picture path leaves --images"] += 1
-        else:
-            turns = llava_turns(item["conversations"])
-            if not turns:
-                skipped["turns do not alternate between human and gpt, or are empty"] += 1
-            elif stage == 2:
-                records += [Record(root / item["image"], turns[:n], turns[n]) for n in range(1, len(turns), 2)]
-            elif len(turns) == 2:
-                records.append(Record(root / item["image"], (), turns[1]))
+        with tarfile.open(path) as tar:
+            for info in tar:
+                folder, file = os.path.split(info.name)
+                key, _, ending = file.lower().partition(".")
+                group = groups.setdefault((folder, key), {})
+                if not info.isfile() or info.size > MOST_BYTES:
+                    yield "a link, a folder or an oversized file in a tar shard"
+                elif ending in ("jpg", "jpeg", "png", "webp"):
+                    group["image"] = Member(str(path), info.name, info.offset_data, info.size)
+                elif ending in ("txt", "json"):
+                    group[ending] = tar.extractfile(info).read().decode("utf-8", "replace")
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"--data {path}: is no whole tar archive ({error})") from error
+    for group in groups.values():
+        if group and "image" not in group:
+            yield "a text without its picture in a tar shard"
+        elif group and group.get("txt", "").strip():
+            yield group["image"], " ".join(group["txt"].split()), (), "all"
+        elif group:
+            item = parse_line(group.get("json", ""))
+            sample = read_item({**item, "image": "here"}) if isinstance(item, dict) else "a picture without a text"
+            yield sample if isinstance(sample, str) else (group["image"], *sample[1:])
+
+
+def read_item(item):
+    """One record of a list or of JSON Lines: of LLaVA's kind, of VCR's, of LMEye's release, or with a caption."""
+    try:
+        if isinstance(item, str):
+            return item
+        if "answer_choices" in item:
+            return read_vcr(item)
+        if "questions" in item:
+            texts = [re.fullmatch(r"\s*(?:\d+[.)]\s*)?(Question|Answer):\s*(.+)", t, re.S) for t in item["questions"]]
+            turns = tuple(match[2].strip() for match in texts)
+            if [match[1] for match in texts] != ["Question", "Answer"] * (len(turns) // 2) or not turns:
+                return "questions and answers do not alternate"
+            name = item["image_id"] if isinstance(item["image_id"], str) else f"{item['image_id']:012d}.jpg"
+            return Name(name), str(item.get("caption") or "").strip(), turns, "all"
+        if not isinstance(item.get("image"), str) or not item["image"]:
+            return "no picture"
+        if isinstance(item.get("caption"), str):
+            return Name(item["image"]), " ".join(item["caption"].split()), (), "all"
+        turns = tuple(turn["value"].replace("<image>", "").strip() for turn in item["conversations"])
+        speakers = [turn["from"] for turn in item["conversations"]]
+        if not turns or not all(turns) or speakers != ["human", "gpt"] * (len(turns) // 2):
+            return "turns do not alternate between human and gpt, or are empty"
+        return Name(item["image"]), turns[1] if len(turns) == 2 else "", turns, "all"
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        return "a record that lacks a field, or has one of another type"
+
+
+def read_vcr(item):
+    """VCR: the answer, then its rationale. Text is a list of words; [0, 1] in it names two of `objects`, from 0."""
+    def render(words):
+        text = " ".join(" and ".join(f"{item['objects'][i]} {i + 1}" for i in word) if isinstance(word, list) else word
+                        for word in words)
+        return re.sub(r" (['’]) ?(?=(?:s|t|re|ve|ll|d|m)\b)", r"\1", re.sub(r" (?=[?.!,;:])", "", text))
+
+    if "answer_label" not in item or "rationale_label" not in item:
+        return "no label"
+    answer = render(item["answer_choices"][item["answer_label"]])
+    why = render(item["rationale_choices"][item["rationale_label"]])
+    return Name(item["img_fn"]), "", (render(item["question"]), answer, "Why?", why), "all"
+
+
+def join_tables(tables):
+    """COCO's captions with their pictures, VQA's questions with their answers."""
+    try:
+        files = {row["id"]: row["file_name"] for row, _ in tables.get("images", [])}
+        questions = {row["question_id"]: (row, split) for row, split in tables.get("questions", [])}
+        for row, _ in tables.get("annotations", []):
+            if "question_id" in row:
+                if row["question_id"] not in questions:
+                    yield "an answer without its question"
+                    continue
+                question, split = questions.pop(row["question_id"])
+                name = f"COCO_{split}_{question['image_id']:012d}.jpg"
+                yield Name(name), "", (question["question"], row["multiple_choice_answer"]), row["answer_type"]
+            elif row["image_id"] in files and row["caption"].strip():
+                yield Name(files[row["image_id"]]), " ".join(row["caption"].split()), (), "all"
             else:
-                skipped["a conversation of several turns, not a caption"] += 1
-    return records
+                yield "a caption without its picture"
+        yield from ["a question without an answer"] * len(questions)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--data: a row of images, annotations or questions lacks a field or has one of another type "
+                        f"({type(error).__name__}: {error})") from error
 
 
-def llava_turns(conversation):
-    """(question, answer, question, …) with the <image> mark taken out, or () if the turns are not of that kind."""
-    turns = []
-    for i, turn in enumerate(conversation):
-        text = turn.get("value") if isinstance(turn, dict) else None
-        if not isinstance(text, str) or turn.get("from") != ("human", "gpt")[i % 2]:
-            return ()
-        turns.append(text.replace("<image>", "").strip())
-    return tuple(turns) if turns and len(turns) % 2 == 0 and all(turns) else ()
+# ---- Pictures ------------------------------------------------------------------------------------------------
+
+open_zip = functools.lru_cache(zipfile.ZipFile)
 
 
-# ---- Pictures and their features -----------------------------------------------------------------------------
+def open_root(root):
+    """A folder or zip archive of --images → (its path, None or {name: name in the archive})."""
+    if root.is_dir():
+        return str(root), None
+    try:
+        names = {info.filename: info.filename for info in open_zip(str(root)).infolist() if not info.is_dir()}
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"--images {root}: is neither a folder nor a zip archive ({error})") from error
+    tops = {name.partition("/")[0] for name in names}
+    if len(tops) == 1:  # everything in one folder, as in COCO's train2017.zip: its name may be left out
+        names |= {name.partition("/")[2]: name for name in list(names)}
+    return str(root), names
+
+
+def find_picture(roots, name):
+    """A name → (path or Member, "") or (None, the reason). It may not lead out of its folder."""
+    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name or "\0" in name:
+        return None, "picture path leaves --images"
+    for root, names in roots:
+        if names is None and (len(roots) == 1 or os.path.exists(os.path.join(root, name))):
+            return os.path.join(root, name), ""
+        if names and name in names:
+            return Member(root, names[name]), ""
+    return None, "picture is not in --images"
 
 
 def load_image(source):
-    """A path (or a picture, returned as it is) → RGB picture, turned as its EXIF says. UserError if unreadable."""
+    """A path, Member or picture (returned as it is) → RGB picture, turned as its EXIF says. UserError if unreadable."""
     if isinstance(source, Image.Image):
         return source
+    name = f"{source.archive}: {source.name}" if isinstance(source, Member) else source
     try:
-        with Image.open(source) as image:
+        with Image.open(read_member(source) if isinstance(source, Member) else source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"{source}: no such picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: no such picture") from None
+    except Exception as error:  # Pillow's decoders raise what they like at broken bytes
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{source}: can't be read as a picture: {reason}") from error
+        raise UserError(f"{name}: can't be read as a picture: {reason}") from error
+
+
+def read_member(member):
+    """The bytes of a file in an archive, as a stream."""
+    if member.offset >= 0:
+        with open(member.archive, "rb") as file:
+            file.seek(member.offset)
+            return io.BytesIO(file.read(member.size))
+    info = open_zip(member.archive).getinfo(member.name)
+    if info.file_size > MOST_BYTES:
+        raise ValueError(f"unpacks to {info.file_size:,} bytes")
+    return io.BytesIO(open_zip(member.archive).read(info))
+
+
+# ---- Features: each picture goes through CLIP once ------------------------------------------------------------
 
 
 class Dataset(NamedTuple):
-    """Records with the CLIP features of their pictures, each picture encoded once."""
+    """Records with the CLIP features of their pictures and with their token ids."""
 
     records: list
-    features: torch.Tensor  # (P, C)
-    picture: torch.Tensor  # (R,) the row of `features` of each record
+    tokens: list  # (ids of the question, ids of the answer) of each record
+    features: np.ndarray  # (P, C) float16, mapped from a file
+    picture: np.ndarray  # (R,) the row of `features` of each record
+
+    def f(self, rows):
+        return torch.from_numpy(self.features[self.picture[rows]]).float()  # (B, C)
 
     def batch(self, rows):
-        """Indices of records → (f (B, C), questions or None for captions, answers)."""
-        records = [self.records[i] for i in rows]
-        questions = [r.question for r in records] if records[0].turns else None
-        return self.features[self.picture[rows]], questions, [r.answer for r in records]
+        """Indices of records → (f (B, C), Tokens)."""
+        questions, answers = zip(*(self.tokens[i] for i in rows))
+        return self.f(rows), Tokens(*pad(questions, left=True), *pad(answers))
+
+    def take(self, keep):
+        """The records where `keep` (R,) is true, with the same features."""
+        return self._replace(records=list(itertools.compress(self.records, keep)),
+                             tokens=list(itertools.compress(self.tokens, keep)), picture=self.picture[keep])
 
 
-def encode(model, records, skipped, batch_size=128):
-    """Compute the CLIP features of the records' pictures → Dataset. Decoding runs in threads.
-
-    Records whose picture is missing or broken are left out, and each such picture is counted in `skipped`.
-    """
+def encode(model, records, skipped, folder=None):
+    """Features and tokens of records → Dataset. Left out, and counted in `skipped`: records whose picture can't be
+    read, and those longer than the language model's context. With `folder`, the features are kept in a file there."""
     def key(record):
-        return record.image if isinstance(record.image, Path) else id(record.image)
+        return id(record.image) if isinstance(record.image, Image.Image) else record.image
 
-    def pixels(record):
+    images = {key(r): r.image for r in records}
+    row = {k: i for i, k in enumerate(images)}
+    images = list(images.values())
+    features = encode_images(model, images, folder)
+    broken = np.isnan(features[:, 0])
+    for i in np.flatnonzero(broken):
         try:
-            return model.preprocess(load_image(record.image))
+            load_image(images[i])
+            skipped["a picture that could not be read when the features were computed"] += 1
         except UserError as error:
-            return error
+            skipped[str(error)] += 1
+    tokens = []
+    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 50_000 else True):
+        part = records[start:start + 1000]
+        questions = [r.question for r in part] if part[0].turns else None
+        tokens += [tuple(np.array(ids, np.int32) for ids in pair)
+                   for pair in zip(*model.token_ids(questions, [r.answer for r in part]))]
+    picture = np.array([row[key(r)] for r in records])
+    fits = np.array([len(q) + len(a) <= model.room for q, a in tokens])
+    skipped["longer than the language model's context"] += int((~fits).sum())
+    keep = fits & ~broken[picture]
+    if not keep.any():
+        raise UserError(f"not one of {len(records)} records can be used: {skipped.most_common(1)[0][0]}")
+    return Dataset(records, tokens, features, picture).take(keep)
 
-    pictures = list({key(r): r for r in records}.values())  # one record for each picture
-    features, row = [], {}
-    with ThreadPoolExecutor() as pool, tqdm(total=len(pictures), desc="CLIP features", disable=None) as bar:
-        for start in range(0, len(pictures), batch_size):
-            chunk, good = pictures[start:start + batch_size], []
-            for record, x in zip(chunk, pool.map(pixels, chunk)):
-                if isinstance(x, UserError):
-                    skipped[str(x)] += 1
-                else:
-                    row[key(record)] = len(row)
-                    good.append(x)
-            if good:
-                features.append(model.encode_image(torch.stack(good)))
-            bar.update(len(chunk))
-    records = [r for r in records if key(r) in row]
-    if not records:
-        raise UserError(f"not one of {len(pictures)} pictures can be read; the first: {next(iter(skipped))}")
-    return Dataset(records, torch.cat(features), torch.tensor([row[key(r)] for r in records]))
+
+def encode_images(model, images, folder=None, batch_size=128, chunk=16):
+    """CLIP features of pictures (P, C), float16, mapped from a file; the row of one that can't be read is NaN.
+
+    The file is written `chunk` batches at a time. Its name is a hash of the CLIP and of the pictures, and its length
+    tells how far it is, so a pass that was broken off goes on from the last whole chunk. Without `folder` the file
+    is a temporary one.
+    """
+    C = model.clip.visual.output_dim
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, f"{features_key(model, images)}.f16"), "a+b") if folder else tempfile.TemporaryFile() as file:
+        size = file.seek(0, os.SEEK_END) // (2 * C)  # pictures in the file
+        done = size if size == len(images) else size - size % (chunk * batch_size)
+        file.truncate(done * 2 * C)
+        with tqdm(total=len(images), initial=done, desc="CLIP features", disable=None) as bar:
+            waiting = []
+            for pixels in decode(model.preprocess, images[done:], batch_size):
+                good = [x for x in pixels if x is not None]
+                rows = np.full((len(pixels), C), np.nan, np.float16)
+                if good:
+                    rows[[x is not None for x in pixels]] = model.encode_image(torch.stack(good)).cpu().numpy()
+                waiting.append(rows.tobytes())
+                bar.update(len(pixels))
+                if len(waiting) == chunk or bar.n == len(images):
+                    file.write(b"".join(waiting))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    waiting.clear()
+        return np.memmap(file, np.float16, "r", shape=(len(images), C))
+
+
+def features_key(model, images):
+    """A hash of what decides the features: the CLIP, and each picture's place, size and time of change."""
+    key = hashlib.sha256(model.settings.clip.encode())
+    for p in model.clip.visual.parameters():
+        key.update(p.detach().flatten()[:4].float().cpu().numpy().tobytes())
+    for image in images:
+        if isinstance(image, Member):
+            info = open_zip(image.archive).getinfo(image.name) if image.offset < 0 else image
+            mark = (*image, info.CRC if image.offset < 0 else os.stat(image.archive).st_mtime_ns)
+        else:
+            stat = os.stat(image) if os.path.exists(image) else None
+            mark = (image, stat and stat.st_size, stat and stat.st_mtime_ns)
+        key.update(repr(mark).encode())
+    return key.hexdigest()[:16]
+
+
+def decode(preprocess, images, batch_size, ahead=3):
+    """Yield lists of `batch_size` pixel tensors (3, S, S), None for what can't be read; threads work `ahead` batches
+    before. (Pillow's decoding and resizing run without Python's lock, so threads do what processes would.)"""
+    def pixels(image):
+        try:
+            return preprocess(load_image(image))
+        except UserError:
+            return None
+
+    queue = deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(images), batch_size):
+            queue.append([pool.submit(pixels, image) for image in images[start:start + batch_size]])
+            if len(queue) > ahead:
+                yield [future.result() for future in queue.popleft()]
+        while queue:
+            yield [future.result() for future in queue.popleft()]
 
 
 def split(dataset, share=0.02, most=500, fewest=50):
@@ -192,25 +433,38 @@ def split(dataset, share=0.02, most=500, fewest=50):
 
     Of fewer than `fewest` pictures none is held out, and the second is None.
     """
-    P = len(dataset.features)
-    if P < fewest:
+    pictures = np.unique(dataset.picture)
+    if len(pictures) < fewest:
         return dataset, None
-    aside = torch.zeros(P, dtype=torch.bool)
-    aside[torch.randperm(P, generator=torch.Generator().manual_seed(0))[:min(most, max(1, round(share * P)))]] = True
-    def part(keep):
-        return dataset._replace(records=list(itertools.compress(dataset.records, keep)), picture=dataset.picture[keep])
-    return part(~aside[dataset.picture]), part(aside[dataset.picture])
+    aside = np.random.default_rng(0).permutation(pictures)[:min(most, max(1, round(share * len(pictures))))]
+    held_out = np.isin(dataset.picture, aside)
+    return dataset.take(~held_out), dataset.take(held_out)
 
 
-@functools.lru_cache(maxsize=2)
-def shuffle(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def batches(dataset, size, tokens=None, seed=0, window=400):
+    """Yield the rows of one batch after the other, without end; each epoch is a new shuffle of the Dataset.
 
+    A batch has `size` records, fewer where their tokens, with padding, would be more than `tokens`. Records of like
+    length come together: each shuffled stretch of `window` batches is halved by its longer side, question or answer,
+    until the parts are batches, and these come in random order. All depends on the arguments alone.
+    """
+    lengths = np.array([(len(q), len(a)) for q, a in dataset.tokens])
 
-def rows_of(step, size, n, seed):
-    """Which `size` of n records a step trains on: each epoch is a new shuffle. A function of its arguments alone,
-    so that a run can be taken up at any step."""
-    return [int(shuffle(n, seed, place // n)[place % n]) for place in range(step * size, (step + 1) * size)]
+    def cut(rows):
+        if len(rows) <= size and (not tokens or len(rows) == 1 or len(rows) * lengths[rows].max(0).sum() <= tokens):
+            return [rows]
+        axis = np.ptp(lengths[rows], 0).argmax()
+        rows = rows[lengths[rows, axis].argsort(kind="stable")]
+        whole = max(size, len(rows) // 2 // size * size)  # halves of whole batches, as long as there are any
+        half = whole if whole < len(rows) else len(rows) // 2
+        return cut(rows[:half]) + cut(rows[half:])
+
+    for epoch in itertools.count():
+        rng = np.random.default_rng((seed, epoch))
+        order = rng.permutation(len(lengths))
+        plan = [batch for i in range(0, len(order), window * size) for batch in cut(order[i:i + window * size])]
+        for i in rng.permutation(len(plan)):
+            yield plan[i]
 
 
 # ---- The miniature's world -----------------------------------------------------------------------------------

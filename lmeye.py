@@ -80,8 +80,8 @@ def setting(default, help, choices=None):
 class Settings:
     """What must be known to build a model. Each field is a flag too: `n_features` is `--n-features`."""
 
-    preset: str = setting("mini", "which pair of frozen models (default: opt-1.3b with a CUDA GPU or where --llm or --clip "
-                                  "is given, else mini)", choices=("mini", "opt-1.3b", "bloomz-7b1"))
+    preset: str = setting("mini", "which pair of frozen models (default: opt-1.3b with a CUDA GPU, or where --llm or "
+                                  "--clip is given, else mini)", choices=("mini", "opt-1.3b", "bloomz-7b1"))
     llm: str = setting("out/mini/llm", "causal language model: a hub name or a local folder")
     clip: str = setting("local-dir:out/mini/clip", "CLIP as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME "
                                                    "or local-dir:FOLDER")
@@ -192,7 +192,7 @@ def pad(rows, left=False):
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
         where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long), 1
+        ids[i, where], mask[i, where] = torch.as_tensor(row), 1
     return ids, mask
 
 
@@ -353,24 +353,32 @@ class LMEye(nn.Module):
 
     # ---- Loss --------------------------------------------------------------------------------------------
 
-    def tokens(self, questions, answers):
-        """Texts → Tokens, on the CPU. UserError if a record does not fit into the LM's context.
+    def token_ids(self, questions, answers):
+        """Texts → two lists of lists of token ids: of the questions (empty for captions), of the answers with eos.
 
         Each part is tokenised by itself, so that a question's tokens can't depend on its answer's.
         """
-        questions = [self.ids(QUESTION + q) for q in questions] if questions else [[]] * len(answers)
-        answers = [self.ids(" " + a) + [self.tokenizer.eos_token_id] for a in answers]
-        fixed = len(self.image_ids) + 1 + self.settings.n_slots + len(self.answer_ids)
-        longest = fixed + max(len(q) + len(a) for q, a in zip(questions, answers))
-        if longest > self.context:
-            raise UserError(f"a prompt of {longest} tokens does not fit into the language model's context of "
-                            f"{self.context}: shorten the question")
+        questions = self.ids([QUESTION + q for q in questions]) if questions else [[]] * len(answers)
+        return questions, [ids + [self.tokenizer.eos_token_id] for ids in self.ids([" " + a for a in answers])]
+
+    def tokens(self, questions, answers):
+        """Texts → Tokens, on the CPU. UserError if a record does not fit into the LM's context."""
+        questions, answers = self.token_ids(questions, answers)
+        longest = max(len(q) + len(a) for q, a in zip(questions, answers))
+        if longest > self.room:
+            raise UserError(f"a question of {longest} tokens does not fit into the language model's context, which has "
+                            f"room for {self.room}: shorten it")
         return Tokens(*pad(questions, left=True), *pad(answers))
 
     @property
     def context(self):
         """How many tokens the LM can read at once (BLOOM has no limit of its own: 2,048, as it was trained)."""
         return getattr(self.llm.config, "max_position_embeddings", None) or 2048
+
+    @property
+    def room(self):
+        """How many of them are left for a question and its answer beside the template and the slots."""
+        return self.context - len(self.image_ids) - 1 - self.settings.n_slots - len(self.answer_ids)
 
     def loss(self, f, questions, answers):
         """Cross-entropy of the answers and their eos, averaged over tokens; a scalar, fp32."""
@@ -381,7 +389,8 @@ class LMEye(nn.Module):
         """The same, summed over tokens, from Tokens: what a training loop with accumulation needs."""
         x, mask, cache = self.begin(f, tokens.question, tokens.question_mask)
         answer, answer_mask = tokens.answer.to(self.device), tokens.answer_mask.to(self.device)
-        h, _ = self.read(torch.cat([x, self.embed(answer[:, :-1])], 1), torch.cat([mask, answer_mask[:, :-1]], 1), cache)
+        told = torch.cat([x, self.embed(answer[:, :-1])], 1)
+        h, _ = self.read(told, torch.cat([mask, answer_mask[:, :-1]], 1), cache)
         h = h[:, x.shape[1] - 1:]  # (B, T', D): the state before each token of the answer
         real = answer_mask.bool()
         return F.cross_entropy(self.logits(h[real]), answer[real], reduction="sum")

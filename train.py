@@ -79,7 +79,7 @@ def fit(name, steps, optimizers, losses, seed, scaler=None, report=None):
                 optimizer.zero_grad()
             scaler.update()
             if report:
-                bar.set_postfix_str(report(step + 1, loss))
+                bar.set_postfix_str(report(step + 1, loss) or bar.postfix)
             bar.update()
 
 
@@ -288,10 +288,9 @@ def set_aside(path):
 
 def shuffled(dataset):
     """The same records, each with some other picture: what a model that does not look would lose nothing by."""
-    order = torch.randperm(len(dataset.features), generator=torch.Generator().manual_seed(0))
-    other = torch.empty_like(order)
-    other[order] = order.roll(1)
-    return dataset._replace(picture=other[dataset.picture])
+    pictures = np.random.default_rng(0).permutation(np.unique(dataset.picture))
+    other = dict(zip(pictures, np.roll(pictures, 1)))
+    return dataset._replace(picture=np.array([other[p] for p in dataset.picture]))
 
 
 @torch.no_grad()
@@ -301,8 +300,7 @@ def mean_loss(model, dataset, batch_size, most=512):
     total = count = 0
     rows = range(0, len(dataset.records), math.ceil(len(dataset.records) / most))
     for start in range(0, len(rows), batch_size):
-        f, questions, answers = dataset.batch(rows[start:start + batch_size])
-        tokens = model.tokens(questions, answers)
+        f, tokens = dataset.batch(rows[start:start + batch_size])
         total += model.loss_sum(f, tokens).item()
         count += tokens.answer_mask.sum().item()
     return total / count
@@ -313,11 +311,11 @@ def accuracy(model, dataset, name, batch_size=256):
     model.eval()
     right, asked = Counter(), Counter()
     for start in tqdm(range(0, len(dataset.records), batch_size), desc=name, disable=None):
-        rows = range(start, min(start + batch_size, len(dataset.records)))
-        f, questions, answers = dataset.batch(rows)
-        for i, said, answer in zip(rows, model.generate(f, questions, max_tokens=16), answers):
-            asked[dataset.records[i].kind] += 1
-            right[dataset.records[i].kind] += said.lower() == answer.lower()
+        records = dataset.records[start:start + batch_size]
+        f = dataset.f(range(start, start + len(records)))
+        for record, said in zip(records, model.generate(f, [r.question for r in records], max_tokens=16)):
+            asked[record.kind] += 1
+            right[record.kind] += said.lower() == record.answer.lower()
     shares = {kind: right[kind] / n for kind, n in asked.items()}
     return shares | ({"mean": sum(shares.values()) / len(shares)} if len(shares) > 1 else {})
 
@@ -379,17 +377,16 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, accu
     part = Path(f"{folder}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    plan = data.batches(train, batch_size, tokens, seed)
     columns = ("step", "loss", "held_out_loss", "held_out_loss_shuffled", "lr", "seconds")
     start, rows, recent = time.perf_counter(), [], []
 
     def losses(step):
         model.train()
-        chosen = data.rows_of(step, batch_size * accumulate, len(train.records), seed)
-        batches = [train.batch(chosen[i::accumulate]) for i in range(accumulate)]
-        tokens = [model.tokens(questions, answers) for _, questions, answers in batches]
-        count = sum(t.answer_mask.sum() for t in tokens).item()
-        for (f, _, _), t in zip(batches, tokens):
-            yield model.loss_sum(f, t) / count
+        batches = [train.batch(next(plan)) for _ in range(accumulate)]
+        count = sum(tokens.answer_mask.sum() for _, tokens in batches).item()
+        for f, tokens in batches:
+            yield model.loss_sum(f, tokens) / count
 
     def report(step, loss):
         recent.append(loss)
@@ -414,10 +411,10 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, accu
     model.save(part / CHECKPOINT, stage)
     set_aside(folder)
     part.rename(folder)
-    line = f"stage {stage}: {steps:,} steps in {rows[-1]['seconds']:.0f} s; loss {rows[0]['loss']:.3f} → {rows[-1]['loss']:.3f}"
-    if test:
-        line += ("; held out {held_out_loss:.3f}, with the pictures shuffled {held_out_loss_shuffled:.3f}".format(**rows[-1]))
-    print(f"{line}\n  {Path(folder) / CHECKPOINT}")
+    first, last = rows[0], rows[-1]
+    print(f"stage {stage}: {steps:,} steps in {last['seconds']:.0f} s; loss {first['loss']:.3f} → {last['loss']:.3f}"
+          + (f"; held out {last['held_out_loss']:.3f}, with the pictures shuffled {last['held_out_loss_shuffled']:.3f}"
+             if test else "") + f"\n  {Path(folder) / CHECKPOINT}")
 
 
 def load_data(model, stage, path, images):
@@ -471,7 +468,7 @@ def parse_args():
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), required=True,
                         help="0: the miniature's own frozen models. 1: captions. 2: instructions")
     parser.add_argument("--data", help="a folder of a.jpg beside a.txt, or a JSON file of LLaVA's kind")
-    parser.add_argument("--images", help="the folder that picture names in --data start from (default: where --data is)")
+    parser.add_argument("--images", help="the folder where picture names in --data start (default: where --data is)")
     parser.add_argument("--out", default="out", help="everything is written below this folder (default: out)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive(int), help="optimiser steps")
@@ -507,7 +504,7 @@ def main():
     before = folder if args.eval_only else out / "stage1"
     if (args.stage == 2 or args.eval_only) and not (before / CHECKPOINT).is_file():
         stage = args.stage if args.eval_only else 1
-        raise UserError(f"{before / CHECKPOINT}: no such checkpoint. Make it first:  python train.py --stage {stage} {same}")
+        raise UserError(f"{before / CHECKPOINT} is missing. Make it first:  python train.py --stage {stage} {same}")
 
     if mini:
         build_miniature(args.out, args.seed, again=args.stage == 0)
