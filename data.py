@@ -8,14 +8,18 @@ can be trained and measured on a laptop. This file knows nothing of training.
 
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
 import os
 import random
 import re
+import shutil
+import sys
 import tarfile
 import tempfile
+import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -247,6 +251,76 @@ def join_tables(tables):
                         f"({type(error).__name__}: {error})") from error
 
 
+# ---- Published data that fetches itself ----------------------------------------------------------------------
+
+PUBLISHED = {  # what a stage takes without --data: its folder, then the records and the pictures, as file and address
+    1: ("llava-cc3m-595k", {
+        "chat.json": "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K/resolve/main/chat.json",
+        "images.zip": "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K/resolve/main/images.zip"}),
+    2: ("llava-instruct-150k", {
+        "llava_instruct_150k.json": "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/main/"
+                                    "llava_instruct_150k.json",
+        "train2017.zip": "http://images.cocodataset.org/zips/train2017.zip"}),
+}
+
+
+def fetch(stage, out, agreed):
+    """Have the published data of a stage below `out` → ([records], [pictures]) for `read_records`.
+
+    States sizes and place first, and downloads only if `agreed` or told so on a terminal. UserError without that,
+    without room on the disk, or if a download breaks off: the next call goes on where it ended.
+    """
+    name, files = PUBLISHED[stage]
+    folder = Path(out, "data", name)
+    missing = {folder / file: url for file, url in files.items() if not (folder / file).is_file()}
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = {path: remote_size(url) for path, url in missing.items()}
+        need = sum(size - part_size(path) for path, size in sizes.items())
+        print(f"--stage {stage} without --data takes {name}: {need / 1e9:.2f} GB to download into {folder}/")
+        if not agreed and not (sys.stdin.isatty() and input("Download now? [y/N] ").strip().lower() in ("y", "yes")):
+            raise UserError("nothing was downloaded: add --download to agree, or name data of your own with --data")
+        if need > (free := shutil.disk_usage(folder).free):
+            raise UserError(f"{folder}: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+        for path, url in missing.items():
+            download(url, path, sizes[path])
+    return tuple([str(folder / file)] for file in files)
+
+
+def part_size(path):
+    part = Path(f"{path}.part")
+    return part.stat().st_size if part.exists() else 0
+
+
+def remote_size(url):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as answer:
+            return int(answer.headers["Content-Length"])
+    except (OSError, TypeError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: can't be reached ({error}); name data of your own with --data") from error
+
+
+def download(url, path, size):
+    """Fetch a file of `size` bytes into path.part, from where an earlier try ended, and rename it when it is whole."""
+    part, done = f"{path}.part", part_size(path)
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if 0 < done < size else {})
+        if done < size:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                done = done if answer.status == 206 else 0  # a server without ranges starts again
+                with open(part, "ab" if done else "wb") as file, tqdm(
+                        total=size, initial=done, desc=Path(path).name, unit="B", unit_scale=True, disable=None) as bar:
+                    while block := answer.read(1 << 20):
+                        bar.update(file.write(block))
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: the download broke off ({error}); the same command goes on from there") from error
+    if part_size(path) != size:
+        if part_size(path) > size:
+            os.remove(part)
+        raise UserError(f"{url}: the download ended before its {size:,} bytes; the same command goes on from there")
+    os.replace(part, path)
+
+
 # ---- Pictures ------------------------------------------------------------------------------------------------
 
 open_zip = functools.lru_cache(zipfile.ZipFile)
@@ -384,8 +458,9 @@ def encode_images(model, images, folder=None, batch_size=128, chunk=16):
                 if good:
                     rows[[x is not None for x in pixels]] = model.encode_image(torch.stack(good)).cpu().numpy()
                 waiting.append(rows.tobytes())
+                done += len(pixels)
                 bar.update(len(pixels))
-                if len(waiting) == chunk or bar.n == len(images):
+                if len(waiting) == chunk or done == len(images):
                     file.write(b"".join(waiting))
                     file.flush()
                     os.fsync(file.fileno())
@@ -441,14 +516,20 @@ def split(dataset, share=0.02, most=500, fewest=50):
     return dataset.take(~held_out), dataset.take(held_out)
 
 
-def batches(dataset, size, tokens=None, seed=0, window=400):
+def batches(dataset, size, tokens=None, seed=0):
     """Yield the rows of one batch after the other, without end; each epoch is a new shuffle of the Dataset.
 
     A batch has `size` records, fewer where their tokens, with padding, would be more than `tokens`. Records of like
     length come together: each shuffled stretch of `window` batches is halved by its longer side, question or answer,
     until the parts are batches, and these come in random order. All depends on the arguments alone.
     """
-    lengths = np.array([(len(q), len(a)) for q, a in dataset.tokens])
+    for epoch in itertools.count():
+        yield from plan_epoch(dataset, size, tokens, seed, epoch)
+
+
+def plan_epoch(dataset, size, tokens, seed, epoch, window=500):
+    """The rows of all batches of one epoch, a list of arrays: see `batches`."""
+    lengths, rng = np.array([(len(q), len(a)) for q, a in dataset.tokens]), np.random.default_rng((seed, epoch))
 
     def cut(rows):
         if len(rows) <= size and (not tokens or len(rows) == 1 or len(rows) * lengths[rows].max(0).sum() <= tokens):
@@ -459,12 +540,9 @@ def batches(dataset, size, tokens=None, seed=0, window=400):
         half = whole if whole < len(rows) else len(rows) // 2
         return cut(rows[:half]) + cut(rows[half:])
 
-    for epoch in itertools.count():
-        rng = np.random.default_rng((seed, epoch))
-        order = rng.permutation(len(lengths))
-        plan = [batch for i in range(0, len(order), window * size) for batch in cut(order[i:i + window * size])]
-        for i in rng.permutation(len(plan)):
-            yield plan[i]
+    order = rng.permutation(len(lengths))
+    plan = [batch for i in range(0, len(order), window * size) for batch in cut(order[i:i + window * size])]
+    return [plan[i] for i in rng.permutation(len(plan))]
 
 
 # ---- The miniature's world -----------------------------------------------------------------------------------

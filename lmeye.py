@@ -54,6 +54,11 @@ class UserError(Exception):
     """A mistake that the user can mend: told in one line, without a traceback."""
 
 
+def printable(text):
+    """Text in one line without control characters, which a terminal obeys: a file or a model may hold anything."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
 def run(main):
     """Run a program's `main()`: exit status 2 and one line on a UserError, 130 on Ctrl-C."""
     transformers.logging.set_verbosity_error()
@@ -61,7 +66,7 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -29,11 +29,6 @@ def note(text):
     print(f"note: {text}", file=sys.stderr)
 
 
-def printable(text):
-    """Text without control characters: a terminal obeys them, and a model may write anything."""
-    return "".join(c for c in text if c.isprintable() or c == "\n")
-
-
 def newest(out):
     """The checkpoint below `out` that was written last. UserError if there is none."""
     found = sorted(Path(out).glob(f"*/*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
@@ -79,7 +74,7 @@ def answer(model, f, question, options):
     ids, shown = [], ""
     for token in model.stream(f, question and [question], **options):
         ids += token.tolist()
-        text = printable(model.decode(ids))
+        text = lmeye.printable(model.decode(ids))
         if text.startswith(shown) and not text.endswith("\ufffd"):  # half of a character is not shown
             print(text[len(shown):], end="", flush=True)
             shown = text
@@ -126,7 +121,7 @@ def batch(model, pictures, questions, options, batch_size):
         features = torch.cat([f[path] for path, _ in part])
         answers = model.generate(features, [q for _, q in part] if questions else None, **options)
         for (path, question), text in zip(part, answers):
-            line = {"image": path, "question": question, "answer": printable(text)}
+            line = {"image": path, "question": question, "answer": lmeye.printable(text)}
             print(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False), flush=True)
 
 

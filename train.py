@@ -40,7 +40,7 @@ from lmeye import ANSWER, CHECKPOINT, IMAGE, QUESTION, LMEye, UserError
 # What a run takes unless told otherwise. The miniature's values were tuned on it; the others are starting points.
 DEFAULTS = {
     ("mini", 1): dict(steps=400, batch_size=64, lr=1e-2),
-    ("mini", 2): dict(steps=1500, batch_size=64, lr=3e-3),
+    ("mini", 2): dict(steps=1800, batch_size=64, lr=6e-3),
     ("real", 1): dict(epochs=1, batch_size=128, lr=1e-3),
     ("real", 2): dict(epochs=1, batch_size=64, lr=2e-4),
 }
@@ -55,7 +55,7 @@ def fit(name, steps, optimizers, losses, seed, scaler=None, report=None):
     """Train: at each step, the losses that `losses(step)` yields are summed, and the optimisers move once.
 
     All randomness is a function of seed and step alone. `report(step, loss)`, if given, is called after each step;
-    what it returns is shown at the bar.
+    what it returns, if anything, is shown at the bar.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -78,8 +78,8 @@ def fit(name, steps, optimizers, losses, seed, scaler=None, report=None):
                 scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
-            if report:
-                bar.set_postfix_str(report(step + 1, loss) or bar.postfix)
+            if report and (shown := report(step + 1, loss)):
+                bar.set_postfix_str(shown)
             bar.update()
 
 
@@ -364,7 +364,8 @@ def draw_curves(rows, path):
 # ---- Stages 1 and 2 ------------------------------------------------------------------------------------------
 
 
-def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, accumulate=1, seed=0, train_align=False):
+def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, tokens=None, accumulate=1, seed=0,
+                  train_align=False):
     """Train the layers of one phase on a Dataset; leave adapter, log and loss curve in `folder`.
 
     `test` is the held-out Dataset or None. A step takes `accumulate` batches; its loss is averaged over all their
@@ -417,21 +418,26 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, accu
              if test else "") + f"\n  {Path(folder) / CHECKPOINT}")
 
 
-def load_data(model, stage, path, images):
-    """(training, held-out Dataset or None) from published files, or drawn if the model is the miniature."""
+def load_data(model, stage, paths, images, folder=None):
+    """(training, held-out Dataset or None) from published files, or drawn if the model is the miniature.
+
+    The features of published pictures are kept in `folder`; CLIP's image tower has then done its work and is dropped.
+    """
     skipped = Counter()
     if model.settings.preset == "mini":
         train, test = (data.encode(model, data.miniature(stage, held_out), skipped) for held_out in (False, True))
     else:
-        records, skipped = data.read_records(path, images, stage)
-        train, test = data.split(data.encode(model, records, skipped))
+        records, skipped = data.read_records(paths, images, stage)
+        train, test = data.split(data.encode(model, records, skipped, folder))
+        model.clip.visual = None
     held_out = len(test.records) if test else 0
     print(f"data: {len(train.records):,} records to train on, {held_out:,} held out"
           + ("" if test else " (too few pictures)"))
-    for reason, n in skipped.most_common(10):
-        print(f"  skipped {n:,}: {reason}")
-    if len(skipped) > 10:
-        print(f"  skipped {sum(n for _, n in skipped.most_common()[10:]):,}: other reasons")
+    reasons = +skipped  # those that did occur
+    for reason, n in reasons.most_common(10):
+        print(f"  skipped {n:,}: {lmeye.printable(reason)}")
+    if len(reasons) > 10:
+        print(f"  skipped {sum(n for _, n in reasons.most_common()[10:]):,}: other reasons")
     return train, test
 
 
@@ -467,13 +473,19 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), required=True,
                         help="0: the miniature's own frozen models. 1: captions. 2: instructions")
-    parser.add_argument("--data", help="a folder of a.jpg beside a.txt, or a JSON file of LLaVA's kind")
-    parser.add_argument("--images", help="the folder where picture names in --data start (default: where --data is)")
+    parser.add_argument("--data", action="append", metavar="PATH", help="a folder of a.jpg beside a.txt, tar shards, or "
+                        "a file as LLaVA, COCO, VQA, VCR or LMEye publish it; given more than once: mixed")
+    parser.add_argument("--images", action="append", metavar="PATH", help="the folder or zip archive where picture "
+                        "names in --data start (default: the folder of --data); may be given more than once")
+    parser.add_argument("--download", action="store_true", help="without --data: agree to download the published data")
+    parser.add_argument("--no-cache", action="store_true", help="do not keep the pictures' features for a later run")
     parser.add_argument("--out", default="out", help="everything is written below this folder (default: out)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive(int), help="optimiser steps")
     length.add_argument("--epochs", type=positive(float), help="passes over the data, instead of --steps")
-    parser.add_argument("--batch-size", type=positive(int), help="records that are computed at once")
+    parser.add_argument("--batch-size", type=positive(int), help="records that are computed at once, at most")
+    parser.add_argument("--tokens", type=positive(int), help="text tokens that are computed at once, at most, with "
+                        "padding: this bounds the memory")
     parser.add_argument("--accumulate", type=positive(int), default=1, help="batches to an optimiser step (default: 1)")
     parser.add_argument("--lr", type=positive(float), help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -494,8 +506,6 @@ def main():
         raise UserError("--data: the miniature reads only its own world of shapes; name a --preset, or --llm and --clip")
     if args.stage == 0 and not mini:
         raise UserError("--stage 0 is for the miniature: the other presets' frozen models come trained")
-    if args.stage and not mini and not args.data:
-        raise UserError(f"--stage {args.stage} of {settings.preset} needs --data")
     same = " ".join(f"--{name} {getattr(args, name)}" for name in ("preset", "llm", "clip", "out")
                     if getattr(args, name) not in (None, "out"))  # what a further command for this model must repeat
     folder = out / f"stage{args.stage}"
@@ -506,6 +516,8 @@ def main():
         stage = args.stage if args.eval_only else 1
         raise UserError(f"{before / CHECKPOINT} is missing. Make it first:  python train.py --stage {stage} {same}")
 
+    if not mini and not args.data:
+        args.data, args.images = data.fetch(args.stage, args.out, args.download)
     if mini:
         build_miniature(args.out, args.seed, again=args.stage == 0)
     if args.stage == 0:
@@ -514,15 +526,15 @@ def main():
     model = LMEye.from_settings(settings)
     if args.stage == 2 or args.eval_only:
         model.load(before / CHECKPOINT)
-    train, test = load_data(model, args.stage, args.data, args.images)
+    train, test = load_data(model, args.stage, args.data, args.images, None if args.no_cache else out / "features")
     if not args.eval_only:
-        given = {name: getattr(args, name) for name in ("steps", "epochs", "batch_size", "lr") if getattr(args, name)}
-        run = DEFAULTS["mini" if mini else "real", args.stage] | given
-        if "steps" not in given and "epochs" in run:
-            run["steps"] = math.ceil(run["epochs"] * len(train.records) / (run["batch_size"] * args.accumulate))
-        run.pop("epochs", None)
-        train_adapter(model, args.stage, train, test, folder, **run, accumulate=args.accumulate, seed=args.seed,
-                      train_align=args.train_align)
+        names = ("steps", "batch_size", "tokens", "lr", "accumulate", "seed", "train_align")
+        run = DEFAULTS["mini" if mini else "real", args.stage] | {n: getattr(args, n) for n in names if getattr(args, n)}
+        epochs = args.epochs or run.pop("epochs", 1)
+        if args.epochs or "steps" not in run:
+            an_epoch = len(data.plan_epoch(train, run["batch_size"], args.tokens, args.seed, 0))
+            run["steps"] = math.ceil(epochs * an_epoch / args.accumulate)
+        train_adapter(model, args.stage, train, test, folder, **run)
     elif test:
         print("held-out loss {:.3f}, with the pictures shuffled {:.3f}".format(
             *(mean_loss(model, d, 64) for d in (test, shuffled(test)))))

@@ -118,7 +118,6 @@ def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
 def test_mistakes_in_training_end_in_one_line(trained, tmp_path):
     folder, flags = trained
     for mistake in (
-        ["--stage", 1, *flags],  # no data
         ["--stage", 1, "--data", "pictures"],  # data for the miniature
         ["--stage", 0, *flags],
         ["--stage", 2, *flags, "--data", "chat.json", "--out", "elsewhere"],  # no phase 1
