@@ -20,7 +20,6 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
-import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -37,8 +36,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lmeye import ANSWER, IMAGE, QUESTION, Tokens, UserError, dialogue, pad
 
-MOST_BYTES = 100_000_000  # of one picture or text inside an archive; Pillow's own limit is 89 million pixels
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+MOST_BYTES = 100_000_000  # of one file inside an archive, unpacked
+MOST_PIXELS = 100_000_000  # of one picture; this takes the place of Pillow's own two limits, which warn and raise
+Image.MAX_IMAGE_PIXELS = None
 
 
 class Member(NamedTuple):
@@ -359,6 +359,8 @@ def load_image(source):
     name = f"{source.archive}: {source.name}" if isinstance(source, Member) else source
     try:
         with Image.open(read_member(source) if isinstance(source, Member) else source) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} × {image.height} pixels are too many")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{name}: no such picture") from None

@@ -1,0 +1,268 @@
+"""Every published format is read as it is: small files of exactly the published shape, with their traps."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_model
+from PIL import Image
+
+import data
+from data import Member, Record, read_records
+from lmeye import UserError
+
+
+def jpeg(color="red"):
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30), color).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def write_zip(path, names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, jpeg())
+    return path
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_coco_captions_are_joined_with_their_pictures(tmp_path):
+    path = write(tmp_path / "captions.json", {
+        "info": {}, "licenses": [], "images": [{"id": 9, "file_name": "000000000009.jpg", "height": 3}],
+        "annotations": [{"image_id": 9, "id": 1, "caption": "A cat.\n"}, {"image_id": 9, "id": 2, "caption": "A pet."},
+                        {"image_id": 7, "id": 3, "caption": "Lost."}]})
+    records, skipped = read_records([path], [tmp_path], 1)
+    assert records == [Record(f"{tmp_path}/000000000009.jpg", (), text) for text in ("A cat.", "A pet.")]
+    assert dict(skipped) == {"a caption without its picture": 1}
+
+
+VQA_QUESTIONS = {"data_subtype": "train2014", "questions": [
+    {"image_id": 42, "question": "What is it?", "question_id": 42000},
+    {"image_id": 43, "question": "Why?", "question_id": 43000}]}
+VQA_ANNOTATIONS = {"data_subtype": "train2014", "annotations": [{
+    "question_type": "what", "multiple_choice_answer": "cat", "image_id": 42, "answer_type": "other", "question_id": 42000,
+    "answers": [{"answer": "cat", "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)]}]}
+
+
+def test_vqa_questions_and_annotations_are_joined_in_either_order(tmp_path):
+    files = [write(tmp_path / "q.json", VQA_QUESTIONS), write(tmp_path / "a.json", VQA_ANNOTATIONS)]
+    for paths in (files, files[::-1]):
+        records, skipped = read_records(paths, [tmp_path], 2)
+        assert records == [Record(f"{tmp_path}/COCO_train2014_000000000042.jpg", ("What is it?",), "cat", "other")]
+        assert dict(skipped) == {"a question without an answer": 1}
+    with pytest.raises(UserError, match="without an answer"):  # as in the test split
+        read_records(files[:1], [tmp_path], 2)
+
+
+def vcr(**changes):
+    return {"movie": "m", "objects": ["person", "person", "chair"], "img_fn": "lsmdc/a.jpg", "metadata_fn": "lsmdc/a.json",
+            "question": ["Why", "is", [0], "pointing", "at", [1, 2], "?"],
+            "answer_choices": [["No", "."], [[0], "is", "telling", [1], "that", "it", "'", "s", "late", "."], ["A"], ["B"]],
+            "answer_label": 1, "rationale_choices": [["C"], ["D"], [[1], "does", "n't", "know", "."], ["E"]],
+            "rationale_label": 2, "annot_id": "val-0", "answer_orig": "1 is telling 2"} | changes
+
+
+def test_vcr_counts_objects_from_zero_and_asks_for_answer_and_rationale(tmp_path):
+    lines = [vcr(), {k: v for k, v in vcr().items() if "label" not in k}, vcr(question=["Who", "is", [7], "?"])]
+    path = write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, lines)) + "\nnot json\n")
+    records, skipped = read_records([path], [tmp_path], 2)
+    question, answer = "Why is person 1 pointing at person 2 and chair 3?", "person 1 is telling person 2 that it's late."
+    assert records == [Record(f"{tmp_path}/lsmdc/a.jpg", (question,), answer),
+                       Record(f"{tmp_path}/lsmdc/a.jpg", (question, answer, "Why?"), "person 2 does n't know.")]
+    assert skipped == {"no label": 1, "a record that lacks a field, or has one of another type": 1, "a line is not JSON": 1}
+
+
+def test_one_line_of_vcr_is_read_as_one_record(tmp_path):
+    assert len(read_records([write(tmp_path / "val.jsonl", vcr())], [tmp_path], 2)[0]) == 2
+
+
+def test_lmeyes_own_release(tmp_path):
+    path = write(tmp_path / "release.json", [
+        {"image_id": "a.jpg", "caption": "A cat.", "questions": ["Question: What is it?", "Answer: A cat.",
+                                                                 "2. Question: Where?", "2. Answer: Here."]},
+        {"image_id": 7, "caption": "A dog.", "questions": ["Question: What?", "Answer: A dog."]},
+        {"image_id": "b.jpg", "caption": "", "questions": ["Question: What?", "Question: Where?"]},
+        {"image_id": "c.jpg", "caption": "", "questions": ["What?", "That"]}, {"image_id": "d.jpg", "questions": []}])
+    records, skipped = read_records([path], [tmp_path], 2)
+    assert [(r.image, r.turns, r.answer) for r in records] == [
+        (f"{tmp_path}/a.jpg", ("What is it?",), "A cat."),
+        (f"{tmp_path}/a.jpg", ("What is it?", "A cat.", "Where?"), "Here."),
+        (f"{tmp_path}/000000000007.jpg", ("What?",), "A dog.")]
+    assert sum(skipped.values()) == 3
+    assert [r.answer for r in read_records([path], [tmp_path], 1)[0]] == ["A cat.", "A dog."]
+
+
+def test_llava_mixture_with_prefixes_and_rows_without_pictures(tmp_path):
+    chat = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cat."}]
+    path = write(tmp_path / "mix.json", [{"id": 1, "image": "coco/train2017/1.jpg", "conversations": chat},
+                                         {"id": 2, "conversations": chat}])
+    records, skipped = read_records([path], [tmp_path], 2)
+    assert records == [Record(f"{tmp_path}/coco/train2017/1.jpg", ("What?",), "A cat.")]
+    assert dict(skipped) == {"no picture": 1}
+
+
+def test_webdataset_shards(tmp_path):
+    chat = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_tar(folder / "00000.tar", {"0001.jpg": jpeg("red"), "0001.txt": b"red\n", "0002.jpg": jpeg(), "3.txt": b"x"})
+    write_tar(folder / "00001.tar", {"x/0001.png": jpeg("blue"), "x/0001.json": json.dumps({"caption": "blue"}).encode(),
+                                     "y/0001.jpg": jpeg("green"),
+                                     "y/0001.json": json.dumps({"conversations": chat}).encode()})
+    records, skipped = read_records([folder], None, 1)
+    assert [r.answer for r in records] == ["red", "blue", "A dog."] and sum(skipped.values()) == 2
+    for record, color in zip(records, ((254, 0, 0), (0, 0, 254), (0, 128, 0))):
+        seen = data.load_image(record.image).getpixel((0, 0))
+        assert max(abs(a - b) for a, b in zip(seen, color)) < 4
+    assert [r.turns for r in read_records([folder / "00001.tar"], None, 2)[0]] == [("What?",)]
+
+
+def test_links_in_a_shard_are_not_followed(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("1.jpg", tarfile.SYMTYPE), ("2.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    with pytest.raises(UserError, match="a link"):
+        read_records([tmp_path / "a.tar"], None, 1)
+
+
+CHAT = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cat."}]
+
+
+def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):
+    path = write(tmp_path / "chat.json", [{"image": "1.jpg", "conversations": CHAT}, {"image": "9.jpg", "conversations": CHAT}])
+    for name in ("1.jpg", "train2017/1.jpg"):
+        archive = write_zip(tmp_path / "images.zip", [name])
+        data.open_zip.cache_clear()
+        records, skipped = read_records([path], [archive], 1)
+        assert [r.image for r in records] == [Member(str(archive), name)] and skipped == {"picture is not in --images": 1}
+        assert data.load_image(records[0].image).size == (40, 30)
+
+
+def test_several_files_and_picture_places_are_mixed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.jpg").write_bytes(jpeg())
+    archive = write_zip(tmp_path / "images.zip", ["2.jpg"])
+    one = write(tmp_path / "one.json", [{"image": "1.jpg", "conversations": CHAT}])
+    two = write(tmp_path / "two.json", [{"image": "2.jpg", "conversations": CHAT}])
+    records, skipped = read_records([one, two], [tmp_path / "folder", archive], 2)
+    assert [r.image for r in records] == [f"{tmp_path}/folder/1.jpg", Member(str(archive), "2.jpg")] and not skipped
+
+
+@pytest.mark.parametrize("name", ["../1.jpg", "a/../../1.jpg", "/1.jpg", "..\\1.jpg", "C:\\1.jpg", "\\\\host\\1.jpg", "a\0.jpg"])
+def test_a_picture_name_cannot_leave_its_place(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "1.jpg").write_bytes(jpeg())
+    archive = write_zip(tmp_path / "images.zip", [name.replace("\0", "")])
+    for images in (tmp_path / "in", archive):
+        with pytest.raises(UserError, match="leaves --images"):
+            read_records([write(tmp_path / "a.json", [{"image": name, "conversations": CHAT}])], [images], 1)
+
+
+def test_bombs_are_left_unopened(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MOST_BYTES", 1000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.jpg", b"\0" * 100_000)
+    with pytest.raises(UserError, match="unpacks to 100,000"):
+        data.load_image(Member(str(tmp_path / "bomb.zip"), "1.jpg"))
+    monkeypatch.setattr(data, "MOST_PIXELS", 1000)
+    Image.new("1", (40, 30)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match="pixels"):
+        data.load_image(str(tmp_path / "wide.png"))
+
+
+@pytest.mark.parametrize("form", ("folder", "llava", "llava-zip", "coco", "vqa", "vcr", "release", "shards"))
+def test_both_phases_train_on_every_format_and_answer(tmp_path, form):
+    """From the command line; formats without captions come after a phase 1 on a folder, those without questions stop."""
+    colors = ("red", "green", "blue", "white")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, color in enumerate(colors):
+        (pictures / f"{i}.jpg").write_bytes(jpeg(color))
+        (pictures / f"COCO_val2014_{i:012d}.jpg").write_bytes(jpeg(color))
+        write(pictures / f"{i}.txt", f"a {color} background")
+    chats = [[{"from": "human", "value": "<image>\nwhat color is it?"}, {"from": "gpt", "value": c}] for c in colors]
+    llava = [{"image": f"{i}.jpg", "conversations": chat} for i, chat in enumerate(chats)]
+    images = ["--images", pictures]
+    files = {
+        "folder": lambda: [], "llava": lambda: [write(tmp_path / "d.json", llava)],
+        "llava-zip": lambda: [write(tmp_path / "d.json", llava)],
+        "coco": lambda: [write(tmp_path / "d.json", {
+            "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(4)],
+            "annotations": [{"id": i, "image_id": i, "caption": f"a {c} background"} for i, c in enumerate(colors)]})],
+        "vqa": lambda: [write(tmp_path / "q.json", {"questions": [
+            {"image_id": i, "question": "what color is it?", "question_id": i} for i in range(4)]}),
+            write(tmp_path / "a.json", {"annotations": [
+                {"question_id": i, "image_id": i, "multiple_choice_answer": c, "answer_type": "other"}
+                for i, c in enumerate(colors)]})],
+        "vcr": lambda: [write(tmp_path / "d.jsonl", "\n".join(json.dumps(vcr(img_fn=f"{i}.jpg")) for i in range(4)))],
+        "release": lambda: [write(tmp_path / "d.json", [
+            {"image_id": f"{i}.jpg", "caption": c, "questions": ["Question: what color is it?", f"Answer: {c}"]}
+            for i, c in enumerate(colors)])],
+        "shards": lambda: [write_tar(tmp_path / "0.tar", {
+            name: content for i, c in enumerate(colors)
+            for name, content in ((f"{i}.jpg", jpeg(c)), (f"{i}.json", json.dumps({"conversations": chats[i]}).encode()))})],
+    }[form]()
+    if form == "llava-zip":
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+            for i, color in enumerate(colors):
+                archive.write(pictures / f"{i}.jpg", f"{i}.jpg")
+        images = ["--images", tmp_path / "images.zip"]
+    flags = ["--llm", save_llm(tmp_path / "llm"), "--clip", save_clip(tmp_path / "clip"), "--steps", 2]
+    given = [flag for file in files for flag in ("--data", file)] + images
+    first = ["--data", pictures] if form in ("folder", "vqa", "vcr") else given
+    result = run("train.py", "--stage", 1, *flags, *first, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = run("train.py", "--stage", 2, *flags, *(given if files else first), cwd=tmp_path)
+    if form in ("folder", "coco"):
+        assert fails_in_one_line(result) and "--stage 1" in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+        result = run("sample.py", pictures / "0.jpg", "what color is it?", *flags[:4], cwd=tmp_path)
+        assert result.returncode == 0 and not result.stderr
+
+
+def test_a_feature_file_is_taken_up_where_it_ended_and_equals_an_unbroken_one(tmp_path, monkeypatch):
+    model, images = tiny_model(), []
+    for i in range(20):
+        images.append(str(tmp_path / f"{i}.jpg"))
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg((12 * i, 0, 0)) if i != 13 else b"broken")
+    whole = np.array(data.encode_images(model, images, tmp_path / "whole", batch_size=2, chunk=2))
+    assert np.isnan(whole[13]).all() and np.isfinite(np.delete(whole, 13, 0)).all()
+    file = next((tmp_path / "whole").iterdir())
+    for stop in range(1, 10):  # the power fails after some batches, in the middle of a write
+        folder = tmp_path / f"broken{stop}"
+        with monkeypatch.context() as patch:
+            encoded = iter(range(stop))
+            real = model.encode_image
+            patch.setattr(model, "encode_image", lambda pixels: (next(encoded), real(pixels))[1])
+            with pytest.raises((RuntimeError, StopIteration)):
+                data.encode_images(model, images, folder, batch_size=2, chunk=2)
+        part = next(folder.iterdir())
+        assert part.name == file.name and part.stat().st_size >= (stop - 1) // 2 * 4 * 24 * 2  # a chunk is lost at most
+        with open(part, "ab") as half:
+            half.write(b"half a row")
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "encode_image", lambda pixels: (calls.append(1), real(pixels))[1])
+            data.encode_images(model, images, folder, batch_size=2, chunk=2)
+        assert part.read_bytes() == file.read_bytes() and len(calls) == 10 - stop // 2 * 2
+    (tmp_path / "0.jpg").write_bytes(jpeg("blue") + b" ")  # a picture that changes has other features
+    assert not np.array_equal(data.encode_images(model, images, tmp_path / "whole", 2, 2)[0], whole[0])
