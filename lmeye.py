@@ -65,11 +65,11 @@ def run(main):
     transformers.logging.disable_progress_bar()
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # the system's own words, for a full disk or a forbidden folder, will do
         print(f"{Path(sys.argv[0]).name}: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(printable(str(stop)) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 

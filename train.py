@@ -15,11 +15,18 @@ A run leaves its checkpoint, its log and its loss curve in OUT/MODEL/stage1 and 
 """
 
 import argparse
+import contextlib
 import csv
+import fcntl
+import io
+import itertools
 import json
 import math
+import os
 import random
-import shutil
+import shlex
+import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -46,41 +53,110 @@ DEFAULTS = {
 }
 WARMUP = 0.05  # share of the steps in which the learning rate rises; it then falls along a cosine
 MAX_NORM = 1.0  # gradients are clipped to this norm
+MOST_BAD = 20  # steps in a row whose loss is not finite, before the run gives up
+STATES = ("state.pt", "state.before.pt")  # of a run that is not complete, newest first
 
 
 # ---- The loop, for all stages --------------------------------------------------------------------------------
 
 
-def fit(name, steps, optimizers, losses, seed, scaler=None, report=None):
+def fit(name, folder, steps, tensors, optimizers, losses, seed, log, report=None, scaler=None, resume=False,
+        save_every=200, settings=""):
     """Train: at each step, the losses that `losses(step)` yields are summed, and the optimisers move once.
 
-    All randomness is a function of seed and step alone. `report(step, loss)`, if given, is called after each step;
-    what it returns, if anything, is shown at the bar.
+    All randomness is a function of seed and step. So `tensors` ({name: what is trained, and buffers}), the optimisers,
+    `log` (a list that `report` fills) and the number of the step are the whole state: it is saved in `folder` every
+    `save_every` steps, when the program is told to stop, and at the end. With `resume`, a saved state is taken up.
+    `settings` tells a run from others: only with the same ones can it be resumed. `report(step, loss)`, if given, is
+    called after each step; what it returns, if anything, is shown at the bar.
     """
+    settings = f"{steps} steps, seed {seed}, {settings}"
     scaler = scaler or torch.amp.GradScaler(enabled=False)
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    start = load_state(folder, settings, tensors, optimizers, log, scaler) if resume else 0
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
     weights = [p for group in groups for p in group["params"]]
-    with tqdm(total=steps, desc=name, disable=None) as bar:
-        for step in range(steps):
-            done = step / steps
-            for group, peak in zip(groups, peaks):
-                group["lr"] = peak * min((step + 1) / (WARMUP * steps), 0.5 + 0.5 * math.cos(math.pi * done))
-            torch.manual_seed(seed * 1_000_003 + step)
-            loss = 0.0
-            for part in losses(step):
-                scaler.scale(part).backward()
-                loss += part.detach()
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad()
-            scaler.update()
-            if report and (shown := report(step + 1, loss)):
-                bar.set_postfix_str(shown)
-            bar.update()
+    bad, stop = 0, []  # steps in a row whose loss was not finite; signals that came
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with tqdm(total=steps, initial=start, desc=name, disable=None) as bar:
+            for step in range(start, steps):
+                done = step / steps
+                for group, peak in zip(groups, peaks):
+                    group["lr"] = peak * min((step + 1) / (WARMUP * steps), 0.5 + 0.5 * math.cos(math.pi * done))
+                torch.manual_seed(seed * 1_000_003 + step)
+                loss = torch.zeros((), device=weights[0].device)
+                for part in losses(step):
+                    scaler.scale(part).backward()
+                    loss += part.detach()
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
+                bad = 0 if loss.isfinite() and (norm.isfinite() or scaler.is_enabled()) else bad + 1
+                for optimizer in optimizers:
+                    if not bad:
+                        scaler.step(optimizer)
+                    optimizer.zero_grad()
+                scaler.update()
+                if bad:
+                    log.append({"step": step + 1, "loss": "not finite: skipped"})
+                if bad == MOST_BAD:
+                    raise UserError(f"{name}: the loss was not finite in {bad} steps in a row: lower --lr, or use "
+                                    f"--precision fp32; the state of the last good save is in {folder}")
+                if report and not bad and (shown := report(step + 1, loss)):
+                    bar.set_postfix_str(shown)
+                bar.update()
+                if not bad and ((step + 1) % save_every == 0 or step + 1 == steps) or stop:
+                    save_state(folder, step + 1, settings, tensors, optimizers, log, scaler)
+                if stop:
+                    raise KeyboardInterrupt(f"{name}: stopped after step {step + 1:,} of {steps:,}; to go on:  "
+                                            f"{resume_command()}")
+    except torch.OutOfMemoryError:
+        raise UserError("the GPU's memory does not suffice: lower --tokens or --batch-size (and raise --accumulate)"
+                        f"; a run with other settings starts anew, with the same ones go on by:  {resume_command()}") from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def resume_command():
+    return "python " + shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
+
+
+def save_state(folder, step, settings, tensors, optimizers, log, scaler):
+    """Write the state of a run, atomically, and keep the one before it."""
+    stream = io.BytesIO()
+    torch.save({"step": step, "settings": settings, "tensors": {name: t.detach() for name, t in tensors.items()},
+                "optimizers": [o.state_dict() for o in optimizers], "log": log, "scaler": scaler.state_dict()}, stream)
+    new, old = Path(folder, STATES[0]), Path(folder, STATES[1])
+    if new.exists():
+        os.replace(new, old)
+    lmeye.write_atomically(new, stream.getvalue())
+
+
+def load_state(folder, settings, tensors, optimizers, log, scaler):
+    """Take up the newest state that can be read → its step, 0 if there is none. UserError if it is of another run."""
+    for path in (Path(folder, name) for name in STATES):
+        try:
+            state = torch.load(path, weights_only=True)
+        except FileNotFoundError:
+            continue
+        except Exception:  # a file that is damaged: the one before it serves
+            print(f"note: {path} can't be read")
+            continue
+        if state["settings"] != settings:
+            raise UserError(f"{path}: is of a run with other settings, resume with the same ones: it had "
+                            f"{state['settings']}, this has {settings}")
+        with torch.no_grad():
+            for name, t in tensors.items():
+                t.copy_(state["tensors"][name])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        if scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        log[:] = state["log"]
+        return state["step"]
+    return 0
 
 
 # ---- Stage 0: the miniature's own frozen models --------------------------------------------------------------
@@ -121,7 +197,7 @@ def optimizers_for(model, muon_lr, adam_lr):
     return [Muon(matrix, muon_lr), torch.optim.AdamW(other, adam_lr, betas=(0.9, 0.98))]
 
 
-def train_clip(folder, seed, steps=500, batch_size=64, captions=128):
+def train_clip(folder, seed, resume, save_every, steps=500, batch_size=64, captions=128):
     """Train the miniature's CLIP on pictures drawn on the fly; save it as a folder that open_clip loads.
 
     Captions name a random subset of the attributes, and every picture that fits a caption counts as a positive: with
@@ -136,7 +212,7 @@ def train_clip(folder, seed, steps=500, batch_size=64, captions=128):
     }
     torch.manual_seed(seed)
     clip = open_clip.CLIP(**config)
-    rng = random.Random(seed)
+    rng = random.Random()
     scenes = [s for s in data.SCENES if not data.held_out(s)]
     attributes, weights = data.Scene._fields, (2, 1, 1.5, 3, 2, 0.5)
 
@@ -148,6 +224,7 @@ def train_clip(folder, seed, steps=500, batch_size=64, captions=128):
         return tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
 
     def losses(step):
+        rng.seed(f"{seed} {step}")
         batch = rng.choices(scenes, k=batch_size)
         told = [batch[i % batch_size] for i in range(captions)]  # the scene that each caption is about
         named = [attributes if rng.random() < 0.2 else set(rng.choices(attributes, weights, k=rng.choice((1, 2))))
@@ -163,7 +240,9 @@ def train_clip(folder, seed, steps=500, batch_size=64, captions=128):
         logits = clip.logit_scale.exp() * f @ v.T  # (B, captions)
         yield -sum((logits.log_softmax(axis) * fits / fits.sum(axis, keepdim=True)).sum(axis).mean() for axis in (0, 1))
 
-    fit("stage 0: CLIP", steps, optimizers_for(clip, 0.02, 5e-3), losses, seed)
+    part = part_of(folder, resume)
+    fit("stage 0: CLIP", part, steps, clip.state_dict(), optimizers_for(clip, 0.02, 5e-3), losses, seed, [],
+        resume=resume, save_every=save_every)
     clip.eval()
     with torch.no_grad():
         # Cosines don't feel the length of a feature; four linear layers do: give both towers unit variance.
@@ -180,17 +259,14 @@ def train_clip(folder, seed, steps=500, batch_size=64, captions=128):
             right[name] = sum(getattr(s, name) == data.VALUES[name][g] for s, g in zip(test, guess)) / len(test)
     print("  CLIP, zero-shot on held-out scenes: " + percent(right))
 
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)
     tokenizer.save_pretrained(part)
     safetensors.torch.save_file(clip.state_dict(), part / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (part / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    set_aside(folder)
-    part.rename(folder)
+    complete(part, folder)
 
 
-def train_llm(folder, seed, steps=650, batch_size=32, turns=6):
+def train_llm(folder, seed, resume, save_every, steps=650, batch_size=32, turns=6):
     """Train the miniature's language model to read: a caption, then questions about it. Save it as transformers do.
 
     The caption stands where <img> will stand, and names a random part of the attributes in order that the model
@@ -210,7 +286,7 @@ def train_llm(folder, seed, steps=650, batch_size=32, turns=6):
     with torch.no_grad():  # a table of sinusoids is learned from sooner than one of noise
         angle = torch.arange(len(table))[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, width, 2) / width)
         table[:, 0::2], table[:, 1::2] = 0.1 * angle.sin(), 0.1 * angle.cos()
-    rng = random.Random(seed)
+    rng = random.Random()
 
     def batch(scenes, told, questions):
         """(ids, targets, weights of the targets), each (B, T). `told` has the attributes that each caption names,
@@ -237,6 +313,7 @@ def train_llm(folder, seed, steps=650, batch_size=32, turns=6):
                 for column in zip(*rows)]
 
     def losses(step):
+        rng.seed(f"{seed} {step}")
         told = [rng.sample(every, rng.randint(1, 6)) for _ in range(batch_size)]
         questions = []
         for named in told:
@@ -250,7 +327,9 @@ def train_llm(folder, seed, steps=650, batch_size=32, turns=6):
         yield (loss * weights[learned]).sum() / weights.sum()
 
     scenes, every = [s for s in data.SCENES if not data.held_out(s)], data.Scene._fields
-    fit("stage 0: language model", steps, optimizers_for(llm, 0.01, 1e-3), losses, seed)
+    part = part_of(folder, resume)
+    fit("stage 0: language model", part, steps, dict(llm.named_parameters()), optimizers_for(llm, 0.01, 1e-3), losses,
+        seed, [], resume=resume, save_every=save_every)
 
     right, test = {}, [s for s in data.SCENES if data.held_out(s)]
     for kind in data.KINDS:
@@ -260,12 +339,9 @@ def train_llm(folder, seed, steps=650, batch_size=32, turns=6):
         right[kind] = ((guess == targets) | (weights < 1)).all(1).float().mean().item()
     print("  language model, questions about held-out captions: " + percent(right))
 
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)
     llm.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    set_aside(folder)
-    part.rename(folder)
+    complete(part, folder)
 
 
 def percent(right):
@@ -273,14 +349,30 @@ def percent(right):
     return ", ".join(f"{kind} {100 * share:.0f}%" for kind, share in right.items())
 
 
+def part_of(folder, resume):
+    """The folder in which a run works until it is complete. What an interrupted run left there is kept aside, unless
+    it is to be resumed."""
+    part = Path(f"{folder}.part")
+    if not resume and any((part / name).exists() for name in STATES):
+        set_aside(part)
+    part.mkdir(parents=True, exist_ok=True)
+    return part
+
+
+def complete(part, folder):
+    """Give the results of a run their place; an earlier run there gets another name."""
+    for name in STATES:
+        (part / name).unlink(missing_ok=True)
+    set_aside(folder)
+    part.rename(folder)
+
+
 def set_aside(path):
     """Rename what stands at `path`, if anything, to the first free of path.1, path.2, …: nothing saved is lost."""
-    path, n = Path(path), 1
-    while path.exists():
-        kept = path.with_name(f"{path.name}.{n}")
-        if not kept.exists():
-            path.rename(kept)
-        n += 1
+    path = Path(path)
+    if path.exists():
+        free = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
+        path.rename(path.with_name(f"{path.name}.{free}"))
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------
@@ -334,6 +426,14 @@ def table(rows):
     return "\n".join(lines)
 
 
+def write_log(rows, path):
+    text = io.StringIO(newline="")
+    log = csv.DictWriter(text, ("step", "loss", "held_out_loss", "held_out_loss_shuffled", "lr", "seconds"))
+    log.writeheader()
+    log.writerows(rows)
+    lmeye.write_atomically(path, text.getvalue().encode())
+
+
 def draw_curves(rows, path):
     """Draw the loss columns of a log over its steps, on a logarithmic scale, to a PNG."""
     width, height, left, top, right, bottom = 800, 480, 60, 20, 20, 40
@@ -365,7 +465,7 @@ def draw_curves(rows, path):
 
 
 def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, tokens=None, accumulate=1, seed=0,
-                  train_align=False):
+                  train_align=False, resume=False, save_every=200):
     """Train the layers of one phase on a Dataset; leave adapter, log and loss curve in `folder`.
 
     `test` is the held-out Dataset or None. A step takes `accumulate` batches; its loss is averaged over all their
@@ -375,43 +475,42 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
     optimizer = torch.optim.AdamW(model.set_trained(stage, train_align).values(), lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.llm.dtype == torch.float16)
     other = test and shuffled(test)
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    plan = data.batches(train, batch_size, tokens, seed)
-    columns = ("step", "loss", "held_out_loss", "held_out_loss_shuffled", "lr", "seconds")
-    start, rows, recent = time.perf_counter(), [], []
+    part = part_of(folder, resume)
+    plan, rows, recent, start = None, [], [], time.perf_counter()
 
     def losses(step):
+        nonlocal plan
+        plan = plan or itertools.islice(data.batches(train, batch_size, tokens, seed), step * accumulate, None)
         model.train()
         batches = [train.batch(next(plan)) for _ in range(accumulate)]
-        count = sum(tokens.answer_mask.sum() for _, tokens in batches).item()
-        for f, tokens in batches:
-            yield model.loss_sum(f, tokens) / count
+        count = sum(texts.answer_mask.sum() for _, texts in batches).item()
+        for f, texts in batches:
+            yield model.loss_sum(f, texts) / count
 
     def report(step, loss):
         recent.append(loss)
         if step % max(1, steps // 100) and step != steps:
             return
-        row = dict(zip(columns, (step, torch.stack(recent).mean().item(), "", "")))
+        row = {"step": step, "loss": torch.stack(recent).mean().item(), "held_out_loss": "", "held_out_loss_shuffled": "",
+               "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - start, 1)}
         if test and (step == steps or step % max(1, steps // 10) == 0):
-            row.update(held_out_loss=mean_loss(model, test, batch_size),
-                       held_out_loss_shuffled=mean_loss(model, other, batch_size))
-        row.update(lr=optimizer.param_groups[0]["lr"], seconds=round(time.perf_counter() - start, 1))
-        log.writerow(row)
-        file.flush()
+            losses = [mean_loss(model, some, batch_size) for some in (test, other)]
+            row.update(held_out_loss=losses[0], held_out_loss_shuffled=losses[1])
+            if losses[0] == min(r["held_out_loss"] for r in [*rows, row] if r.get("held_out_loss", "") != ""):
+                model.save(part / "best.safetensors", stage)
         rows.append(row)
         recent.clear()
+        write_log(rows, part / "log.csv")
         return f"loss {row['loss']:.3f}"
 
-    with open(part / "log.csv", "w", newline="") as file:
-        log = csv.DictWriter(file, columns)
-        log.writeheader()
-        fit(f"stage {stage}", steps, [optimizer], losses, seed, scaler, report)
+    settings = (f"lr {lr}, batch size {batch_size}, tokens {tokens}, accumulate {accumulate}, align "
+                f"{'trained' if train_align else 'frozen'}, {len(train.records)} records, {model.settings}")
+    fit(f"stage {stage}", part, steps, model.adapter(stage), [optimizer], losses, seed, rows, report, scaler, resume,
+        save_every, settings)
+    rows = [row for row in rows if isinstance(row["loss"], float)]
     draw_curves(rows, part / "loss.png")
     model.save(part / CHECKPOINT, stage)
-    set_aside(folder)
-    part.rename(folder)
+    complete(part, folder)
     first, last = rows[0], rows[-1]
     print(f"stage {stage}: {steps:,} steps in {last['seconds']:.0f} s; loss {first['loss']:.3f} → {last['loss']:.3f}"
           + (f"; held out {last['held_out_loss']:.3f}, with the pictures shuffled {last['held_out_loss_shuffled']:.3f}"
@@ -441,11 +540,11 @@ def load_data(model, stage, paths, images, folder=None):
     return train, test
 
 
-def build_miniature(out, seed, again=False):
+def build_miniature(out, seed, again=False, resume=False, save_every=200):
     """Stage 0: train the miniature's CLIP and language model where they are missing, or both anew."""
     for name, train in (("clip", train_clip), ("llm", train_llm)):
         if again or not Path(out, "mini", name).is_dir():
-            train(f"{out}/mini/{name}", seed)
+            train(f"{out}/mini/{name}", seed, resume, save_every)
 
 
 def leave_examples(model, folder, out):
@@ -490,9 +589,26 @@ def parse_args():
     parser.add_argument("--lr", type=positive(float), help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--train-align", action="store_true", help="stage 2: go on training align and img as well")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted, exactly")
+    parser.add_argument("--save-every", type=positive(int), default=200, metavar="STEPS",
+                        help="how often the state is saved, to be resumed from (default: 200)")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the stage's checkpoint, train nothing")
     lmeye.add_flags(parser)
     return parser.parse_args()
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other runs out of a folder. The system drops the lock when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run works in this folder; wait for it, or name another with --out") from None
+    finally:
+        os.close(handle)
 
 
 def main():
@@ -506,20 +622,29 @@ def main():
         raise UserError("--data: the miniature reads only its own world of shapes; name a --preset, or --llm and --clip")
     if args.stage == 0 and not mini:
         raise UserError("--stage 0 is for the miniature: the other presets' frozen models come trained")
-    same = " ".join(f"--{name} {getattr(args, name)}" for name in ("preset", "llm", "clip", "out")
-                    if getattr(args, name) not in (None, "out"))  # what a further command for this model must repeat
     folder = out / f"stage{args.stage}"
     if args.stage == 2 and settings.interaction != "full":
         folder = out / f"stage2-{settings.interaction}"
+    if args.resume and (folder / CHECKPOINT).is_file() and not any(Path(f"{folder}.part", s).is_file() for s in STATES):
+        print(f"nothing to resume: {folder} is complete")
+        args.eval_only = True
     before = folder if args.eval_only else out / "stage1"
     if (args.stage == 2 or args.eval_only) and not (before / CHECKPOINT).is_file():
-        stage = args.stage if args.eval_only else 1
-        raise UserError(f"{before / CHECKPOINT} is missing. Make it first:  python train.py --stage {stage} {same}")
-
+        same = [f"--{name} {getattr(args, name)}" for name in ("preset", "llm", "clip", "out")
+                if getattr(args, name) not in (None, "out")]  # what a further command for this model must repeat
+        missing = " ".join([f"--stage {args.stage if args.eval_only else 1}", *same])
+        raise UserError(f"{before / CHECKPOINT} is missing. Make it first:  python train.py {missing}")
     if not mini and not args.data:
         args.data, args.images = data.fetch(args.stage, args.out, args.download)
+    with locked(out):
+        run_stage(args, settings, folder, before)
+
+
+def run_stage(args, settings, folder, before):
+    """Train (or only evaluate) one stage into `folder`; `before` has the checkpoint that it starts from."""
+    mini, out = settings.preset == "mini", folder.parent
     if mini:
-        build_miniature(args.out, args.seed, again=args.stage == 0)
+        build_miniature(args.out, args.seed, args.stage == 0 and not args.resume, args.resume, args.save_every)
     if args.stage == 0:
         return
     torch.manual_seed(args.seed)
@@ -528,7 +653,7 @@ def main():
         model.load(before / CHECKPOINT)
     train, test = load_data(model, args.stage, args.data, args.images, None if args.no_cache else out / "features")
     if not args.eval_only:
-        names = ("steps", "batch_size", "tokens", "lr", "accumulate", "seed", "train_align")
+        names = ("steps", "batch_size", "tokens", "lr", "accumulate", "seed", "train_align", "resume", "save_every")
         run = DEFAULTS["mini" if mini else "real", args.stage] | {n: getattr(args, n) for n in names if getattr(args, n)}
         epochs = args.epochs or run.pop("epochs", 1)
         if args.epochs or "steps" not in run:
@@ -537,10 +662,10 @@ def main():
         train_adapter(model, args.stage, train, test, folder, **run)
     elif test:
         print("held-out loss {:.3f}, with the pictures shuffled {:.3f}".format(
-            *(mean_loss(model, d, 64) for d in (test, shuffled(test)))))
+            *(mean_loss(model, some, 64) for some in (test, shuffled(test)))))
     if args.stage == 2 and test:
         print("held-out accuracy in percent:\n" + table(evaluate(model, test)))
-    if mini and args.stage == 2 and not args.eval_only:
+    if mini and args.stage == 2:
         leave_examples(model, out / "examples", args.out)
 
 

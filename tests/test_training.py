@@ -107,19 +107,20 @@ def test_an_earlier_run_is_kept(tmp_path):
     assert (tmp_path / "run.2" / CHECKPOINT).is_file() and (folder / CHECKPOINT).is_file()
 
 
-def test_learning_rate_rises_then_falls_along_a_cosine():
+def test_learning_rate_rises_then_falls_along_a_cosine(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=2.0)
     rates = []
-    train.fit("", 100, [optimizer], lambda step: [weight.sum()], 0,
+    train.fit("", tmp_path, 100, {}, [optimizer], lambda step: [weight.sum()], 0, [],
               report=lambda step, loss: rates.append(optimizer.param_groups[0]["lr"]))
     assert rates[0] == pytest.approx(2 / 5) and rates[4] == pytest.approx(2.0, rel=0.01)  # 5% of warm-up
     assert rates[50] == pytest.approx(1.0) and rates[99] == pytest.approx(0.0, abs=1e-3)
 
 
-def test_gradients_are_clipped_once_a_step():
+def test_gradients_are_clipped_once_a_step(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(1))
-    train.fit("", 1, [torch.optim.SGD([weight], lr=1.0)], lambda step: [30 * weight.sum(), 70 * weight.sum()], 0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    train.fit("", tmp_path, 1, {}, [optimizer], lambda step: [30 * weight.sum(), 70 * weight.sum()], 0, [])
     assert weight.item() == pytest.approx(-1.0)  # 100 clipped to 1; two clipped halves would give -2
 
 
