@@ -344,9 +344,12 @@ class LMEye(nn.Module):
         cache = None
         if self.settings.interaction != "static":
             Q = self.settings.n_slots
-            _, cache = self.read(x, mask)
-            mask = F.pad(mask, (0, Q), value=1)
-            h, cache = self.read(self.img_d.expand(B, Q, -1), mask, cache)
+            slots, before, mask = self.img_d.expand(B, Q, -1), mask, F.pad(mask, (0, Q), value=1)
+            if torch.is_grad_enabled():  # apart, so that with align frozen no graph is kept for what precedes <img-d>
+                _, cache = self.read(x, before)
+                h, cache = self.read(slots, mask, cache)
+            else:
+                h, cache = self.read(torch.cat([x, slots], 1), mask)
             cache.crop(-Q)  # forget <img-d> itself: keys and values of all that precedes it serve the second pass
             v = self.interact(f, self.ask(h[:, -1]))
             x = self.tell(v)
