@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -39,6 +40,7 @@ from lmeye import ANSWER, IMAGE, QUESTION, Tokens, UserError, dialogue, pad
 MOST_BYTES = 100_000_000  # of one file inside an archive, unpacked
 MOST_PIXELS = 100_000_000  # of one picture; this takes the place of Pillow's own two limits, which warn and raise
 Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module="PIL")  # about what it mends by itself
 
 
 class Member(NamedTuple):
@@ -73,6 +75,9 @@ class Name(str):
     """A picture's name as a data file has it."""
 
 
+MALFORMED = "a record that lacks a field, or has one of another type"
+
+
 def read_records(paths, images, stage):
     """Records of files and folders, told apart by content → (list, Counter of what was skipped and why).
 
@@ -88,6 +93,9 @@ def read_records(paths, images, stage):
             skipped[sample] += 1
             continue
         picture, caption, turns, kind = sample
+        if not all(map(is_text, turns + (caption,) * bool(caption))):
+            skipped["an empty or unreadable text"] += 1
+            continue
         if isinstance(picture, Name):
             picture, reason = find_picture(roots, picture)
             if not picture:
@@ -211,7 +219,7 @@ def read_item(item):
             return "turns do not alternate between human and gpt, or are empty"
         return Name(item["image"]), turns[1] if len(turns) == 2 else "", turns, "all"
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        return "a record that lacks a field, or has one of another type"
+        return MALFORMED
 
 
 def read_vcr(item):
@@ -230,25 +238,32 @@ def read_vcr(item):
 
 def join_tables(tables):
     """COCO's captions with their pictures, VQA's questions with their answers."""
-    try:
-        files = {row["id"]: row["file_name"] for row, _ in tables.get("images", [])}
-        questions = {row["question_id"]: (row, split) for row, split in tables.get("questions", [])}
-        for row, _ in tables.get("annotations", []):
+    def index(name, key):
+        return {str(row.get(key)): (row, split) for row, split in tables.get(name, []) if isinstance(row, dict)}
+
+    images, questions = index("images", "id"), index("questions", "question_id")
+    for row, _ in tables.get("annotations", []):
+        try:
             if "question_id" in row:
-                if row["question_id"] not in questions:
+                question, split = questions.pop(str(row["question_id"]), (None, None))
+                if question is None:
                     yield "an answer without its question"
                     continue
-                question, split = questions.pop(row["question_id"])
                 name = f"COCO_{split}_{question['image_id']:012d}.jpg"
-                yield Name(name), "", (question["question"], row["multiple_choice_answer"]), row["answer_type"]
-            elif row["image_id"] in files and row["caption"].strip():
-                yield Name(files[row["image_id"]]), " ".join(row["caption"].split()), (), "all"
+                yield Name(name), "", (question["question"], row["multiple_choice_answer"]), str(row["answer_type"])
+            elif str(row["image_id"]) in images:
+                yield Name(images[str(row["image_id"])][0]["file_name"]), " ".join(row["caption"].split()), (), "all"
             else:
                 yield "a caption without its picture"
-        yield from ["a question without an answer"] * len(questions)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--data: a row of images, annotations or questions lacks a field or has one of another type "
-                        f"({type(error).__name__}: {error})") from error
+        except (AttributeError, KeyError, TypeError, ValueError):
+            yield MALFORMED
+    yield from ["a question without an answer"] * len(questions)
+
+
+def is_text(value):
+    """Whether a value is text that says something and can be written down (JSON can hold halves of characters)."""
+    return isinstance(value, str) and bool(value.encode("utf-8", "ignore").decode().strip()) and (
+        value == value.encode("utf-8", "ignore").decode())
 
 
 # ---- Published data that fetches itself ----------------------------------------------------------------------
@@ -331,8 +346,8 @@ def open_root(root):
     if root.is_dir():
         return str(root), None
     try:
-        names = {info.filename: info.filename for info in open_zip(str(root)).infolist() if not info.is_dir()}
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        names = {name: name for name in open_zip(str(root)).namelist() if name and not name.endswith("/")}
+    except Exception as error:  # zipfile raises half a dozen kinds at broken archives
         raise UserError(f"--images {root}: is neither a folder nor a zip archive ({error})") from error
     tops = {name.partition("/")[0] for name in names}
     if len(tops) == 1:  # everything in one folder, as in COCO's train2017.zip: its name may be left out

@@ -146,10 +146,10 @@ def load_llm(name, device, dtype):
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
         raise UserError(f"--llm {name}: no such folder, and not a hub name such as facebook/opt-1.3b")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        llm = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        llm = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device)
     except Exception as error:  # what a foreign folder or an absent network raises is not ours to foresee
-        raise UserError(f"--llm {name}: can't be loaded ({type(error).__name__}: {error})") from error
+        raise UserError(f"--llm {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"--llm {name}: its tokenizer has no end-of-text token, so answers could not end")
     return llm, tokenizer
@@ -169,7 +169,7 @@ def load_clip(name, device, dtype):
             model, tag or None, precision=precision, device=device, force_quick_gelu=quick_gelu)
         return clip, preprocess, open_clip.get_tokenizer(model)
     except Exception as error:
-        raise UserError(f"--clip {name}: can't be loaded ({type(error).__name__}: {error})") from error
+        raise UserError(f"--clip {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
 
 
 # ---- The prompt: one template for training, generation and scoring -------------------------------------------
@@ -235,8 +235,10 @@ class LMEye(nn.Module):
         W = self.text.positional_embedding.shape[1]
         C = clip.visual.output_dim
         N, Q = settings.n_features, settings.n_slots
-        if N + 3 > len(self.text.positional_embedding):
-            raise UserError(f"--n-features {N}: at most {len(self.text.positional_embedding) - 3} fit into this CLIP")
+        most = len(self.text.positional_embedding) - 3  # beside SOS, the request and EOS
+        if not (1 <= N <= most and 1 <= Q <= 100 and 0 <= settings.dropout < 1):
+            raise UserError(f"--n-features {N} must be 1 to {most} with this CLIP, --n-slots {Q} 1 to 100, --dropout "
+                            f"{settings.dropout} from 0 to below 1")
         self.align = nn.Linear(C, D)
         self.request = nn.Linear(D, W)
         self.decompose = nn.Linear(C, N * W)

@@ -27,13 +27,28 @@ from lmeye import CHECKPOINT, LMEye
 OUT = Path("out/mini")
 
 
-def new_model(seed, **changes):
+class TwoPictureTokens(LMEye):
+    """`static` with as many picture tokens as `full` has with its slot: tells "more tokens" from "asking"."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.align = torch.nn.Linear(self.align.in_features, 2 * self.align.out_features)
+
+    def see(self, f):
+        return self.align(f).unflatten(-1, (2, -1)) + self.img  # (B, 2, D)
+
+
+def new_model(seed, name="full"):
     """The miniature after phase 1, its other layers new. UserError if there is no phase 1."""
     if not (OUT / "stage1" / CHECKPOINT).is_file():
         raise lmeye.UserError("there is no phase 1 yet: run  python train.py --stage 1 --preset mini")
     torch.manual_seed(seed)
-    model = LMEye.from_settings(replace(lmeye.PRESETS["mini"], **changes))
-    model.load(OUT / "stage1" / CHECKPOINT)
+    kind = TwoPictureTokens if name == "static, 2 tokens" else LMEye
+    model = kind.from_settings(replace(lmeye.PRESETS["mini"], interaction=name.partition(",")[0]))
+    if kind is LMEye:
+        model.load(OUT / "stage1" / CHECKPOINT)
+    else:  # it needs a phase 1 of its own
+        train_phase(1, model, train.load_data(model, 1, None, None), "ablation/phase-1", seed)
     return model
 
 
@@ -55,23 +70,23 @@ def markdown(rows):
     return "\n".join(lines)
 
 
-def train_phase_2(model, datasets, name, seed, **options):
-    run = train.DEFAULTS["mini", 2] | options
+def train_phase(stage, model, datasets, name, seed, **options):
+    run = train.DEFAULTS["mini", stage] | options
     with contextlib.redirect_stdout(io.StringIO()):
-        train.train_adapter(model, 2, *datasets, OUT / "evidence" / name, seed=seed, **run)
+        train.train_adapter(model, stage, *datasets, OUT / "evidence" / name, seed=seed, **run)
 
 
 def ablation(seeds, **options):
     """full, norequest and static from the same frozen models and phase 1; what differs between seeds is phase 2: the
     layers' start and the order of the records. `blind` is `full` with other pictures' features."""
     datasets = train.load_data(new_model(0), 2, None, None)
-    rows = {name: [] for name in ("full", "norequest", "static", "blind")}
+    rows = {name: [] for name in ("full", "norequest", "static", "static, 2 tokens", "blind")}
     for seed in tqdm(range(seeds), desc="seeds", disable=None):
-        for interaction in ("full", "norequest", "static"):
-            model = new_model(seed, interaction=interaction)
-            train_phase_2(model, datasets, f"ablation/{interaction}-{seed}", seed, **options)
-            rows[interaction].append(train.accuracy(model, datasets[1], interaction))
-            if interaction == "full":
+        for name in list(rows)[:4]:
+            model = new_model(seed, name)
+            train_phase(2, model, datasets, f"ablation/{name}-{seed}", seed, **options)
+            rows[name].append(train.accuracy(model, datasets[1], name))
+            if name == "full":
                 rows["blind"].append(train.accuracy(model, train.shuffled(datasets[1]), "blind"))
     print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
@@ -89,12 +104,13 @@ def sheet(seeds):
         x, y = 20 + i % columns * (size + 20), 20 + i // columns * (size + 100)
         page.paste(test.records[row].image.resize((size, size), Image.Resampling.NEAREST), (x, y))
         asked = [row + i % 6, row + 6]  # one of the six kinds in turn, and yes/no
-        f, questions, answers = test.batch(asked)
-        for k, (question, said, answer) in enumerate(zip(questions, model.generate(f, questions), answers)):
-            right = said == answer
-            canvas.text((x, y + size + 6 + 40 * k), question, "#555555", font)
-            canvas.text((x, y + size + 22 + 40 * k), said if right else f"{said}  (it is: {answer})",
+        records = [test.records[r] for r in asked]
+        for k, (record, said) in enumerate(zip(records, model.generate(test.f(asked), [r.question for r in records]))):
+            right = said == record.answer
+            canvas.text((x, y + size + 6 + 40 * k), record.question, "#555555", font)
+            canvas.text((x, y + size + 22 + 40 * k), said if right else f"{said}  (it is: {record.answer})",
                         "black" if right else "#d62728", font)
+    (OUT / "evidence").mkdir(exist_ok=True)
     page.save(OUT / "evidence" / "sheet.png")
     print(OUT / "evidence" / "sheet.png")
 
