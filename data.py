@@ -127,7 +127,7 @@ def read_path(path, tables):
         return map(read_item, content)
     names = [name for name in ("images", "annotations", "questions") if isinstance(content.get(name), list)]
     if not names:
-        raise UserError(f"--data {path}: is of no known kind: no list of records, and no images, annotations or questions")
+        raise UserError(f"--data {path}: is of no known kind: neither records nor images, annotations or questions")
     for name in names:
         split = content.get("data_subtype", "val2014")  # VQA's files name the pictures' split here
         tables.setdefault(name, []).extend((row, split) for row in content[name])
@@ -463,7 +463,10 @@ def encode_images(model, images, folder=None, batch_size=128, chunk=16):
     C = model.clip.visual.output_dim
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder, f"{features_key(model, images)}.f16"), "a+b") if folder else tempfile.TemporaryFile() as file:
+        place = open(Path(folder, f"{features_key(model, images)}.f16"), "a+b")
+    else:
+        place = tempfile.TemporaryFile()
+    with place as file:
         size = file.seek(0, os.SEEK_END) // (2 * C)  # pictures in the file
         done = size if size == len(images) else size - size % (chunk * batch_size)
         file.truncate(done * 2 * C)

@@ -49,7 +49,7 @@ def load(args):
     args.n_features, args.n_slots, args.interaction = saved.n_features, saved.n_slots, saved.interaction
     settings = lmeye.settings_from(args)
     if settings.preset == "mini" and not Path(settings.llm).is_dir():
-        raise UserError(f"the miniature's own models are not below {args.out}/: name the folder that has them with --out")
+        raise UserError(f"the miniature's own models are not below {args.out}/: name their folder with --out")
     model = LMEye.from_settings(settings).eval()
     return model, model.load(path)
 
@@ -139,7 +139,7 @@ def parse_args():
     parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens only (0: from all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold P in sum")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once in a batch (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once (default: 32)")
     lmeye.add_flags(parser, ("llm", "clip", "precision"))
     args = parser.parse_args()
     if args.max_tokens < 1 or args.batch_size < 1 or args.top_k < 0 or args.temperature < 0 or not 0 < args.top_p <= 1:

@@ -112,8 +112,8 @@ def fit(name, folder, steps, tensors, optimizers, losses, seed, log, report=None
                     raise KeyboardInterrupt(f"{name}: stopped after step {step + 1:,} of {steps:,}; to go on:  "
                                             f"{resume_command()}")
     except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory does not suffice: lower --tokens or --batch-size (and raise --accumulate)"
-                        f"; a run with other settings starts anew, with the same ones go on by:  {resume_command()}") from None
+        raise UserError("the GPU's memory does not suffice: lower --tokens or --batch-size (and raise --accumulate); "
+                        f"with the same settings, once there is more memory, go on by:  {resume_command()}") from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -491,7 +491,8 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
         recent.append(loss)
         if step % max(1, steps // 100) and step != steps:
             return
-        row = {"step": step, "loss": torch.stack(recent).mean().item(), "held_out_loss": "", "held_out_loss_shuffled": "",
+        row = {"step": step, "loss": torch.stack(recent).mean().item(), "held_out_loss": "",
+               "held_out_loss_shuffled": "",
                "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - start, 1)}
         if test and (step == steps or step % max(1, steps // 10) == 0):
             losses = [mean_loss(model, some, batch_size) for some in (test, other)]
@@ -572,8 +573,8 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(0, 1, 2), required=True,
                         help="0: the miniature's own frozen models. 1: captions. 2: instructions")
-    parser.add_argument("--data", action="append", metavar="PATH", help="a folder of a.jpg beside a.txt, tar shards, or "
-                        "a file as LLaVA, COCO, VQA, VCR or LMEye publish it; given more than once: mixed")
+    parser.add_argument("--data", action="append", metavar="PATH", help="a folder of a.jpg beside a.txt, tar shards, "
+                        "or a file as LLaVA, COCO, VQA, VCR or LMEye publish it; given more than once: mixed")
     parser.add_argument("--images", action="append", metavar="PATH", help="the folder or zip archive where picture "
                         "names in --data start (default: the folder of --data); may be given more than once")
     parser.add_argument("--download", action="store_true", help="without --data: agree to download the published data")
@@ -606,7 +607,7 @@ def locked(folder):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f"{folder}: another run works in this folder; wait for it, or name another with --out") from None
+        raise UserError(f"{folder}: another run works here; wait for it, or name another folder with --out") from None
     finally:
         os.close(handle)
 
@@ -619,7 +620,7 @@ def main():
     chosen = "" if args.preset or not mini else " (no CUDA GPU was found)"
     print(f"preset {settings.preset}{chosen}, on {device.type}, frozen weights in {str(dtype).partition('.')[2]}")
     if mini and args.data:
-        raise UserError("--data: the miniature reads only its own world of shapes; name a --preset, or --llm and --clip")
+        raise UserError("--data: the miniature reads only its own world; name another --preset, or --llm and --clip")
     if args.stage == 0 and not mini:
         raise UserError("--stage 0 is for the miniature: the other presets' frozen models come trained")
     folder = out / f"stage{args.stage}"
@@ -654,7 +655,8 @@ def run_stage(args, settings, folder, before):
     train, test = load_data(model, args.stage, args.data, args.images, None if args.no_cache else out / "features")
     if not args.eval_only:
         names = ("steps", "batch_size", "tokens", "lr", "accumulate", "seed", "train_align", "resume", "save_every")
-        run = DEFAULTS["mini" if mini else "real", args.stage] | {n: getattr(args, n) for n in names if getattr(args, n)}
+        given = {name: getattr(args, name) for name in names if getattr(args, name)}
+        run = DEFAULTS["mini" if mini else "real", args.stage] | given
         epochs = args.epochs or run.pop("epochs", 1)
         if args.epochs or "steps" not in run:
             an_epoch = len(data.plan_epoch(train, run["batch_size"], args.tokens, args.seed, 0))

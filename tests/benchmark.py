@@ -13,6 +13,8 @@
     zip         seconds to open a zip archive of a million pictures
     grow        step time as one thing grows: batch, prompt, language model, N, slots
     full-size   OPT-1.3b and ViT-L/14 in bf16: a step of each phase and an answer, with the peak of memory
+    mini        seconds of the miniature's stages from the command line
+    epoch       phase 1 on 595,375 pairs, features included, projected from the rates (needs CUDA)
     memory      peak memory and time of a step at 4,096 tokens for each size of language model (needs CUDA)
 """
 
@@ -20,6 +22,7 @@ import argparse
 import logging
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -46,6 +49,7 @@ SIZES = {  # (width, layers, heads, width of the feed-forward layer)
     "opt-2.7b": (2560, 32, 32, 10240), "opt-6.7b": (4096, 32, 32, 16384), "bloomz-7b1": (4096, 30, 32, 16384),
 }
 CLIP = {}
+train_py = str(Path(__file__).resolve().parent.parent / "train.py")
 
 
 def random_llm(size, dtype):
@@ -311,8 +315,28 @@ def memory():
     return lines
 
 
+def mini():
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for stages in ((0, 1), (2,)):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, train_py, "--preset", "mini", "--stage", str(stages[-1]), "--out", folder],
+                           check=True, capture_output=True)
+            lines.append(time.perf_counter() - start)
+    return [f"stages 0 and 1 {lines[0]:.0f} s, stage 2 {lines[1]:.0f} s, in all {sum(lines):.0f} s"]
+
+
+def epoch():
+    model, pairs = random_model("opt-1.3b", torch.bfloat16), 595_375
+    pixels, optimizer, batch = torch.randn(128, 3, 224, 224), optimizer_of(model, 1), random_batch(model, 128, 0, 16)
+    encoding, stepping = seconds(lambda: model.encode_image(pixels), lambda: step(model, batch, optimizer))
+    return [f"{pairs / 128 * encoding / 60:.1f} minutes of features (decoding has to keep up: see that row) and "
+            f"{pairs / 128 * stepping / 60:.1f} of training"]
+
+
 ROWS = {"train": train, "share": share, "first": first, "generate": generate, "features": features, "padding": padding,
-        "zip": zip_, "grow": grow, "full-size": full_size, "memory": memory}
+        "zip": zip_, "grow": grow, "full-size": full_size, "mini": mini,
+        "epoch": epoch, "memory": memory}
 
 
 def main():
@@ -327,7 +351,7 @@ def main():
     print(f"{name}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     for row in args.rows or ROWS:
         torch.manual_seed(0)
-        lines = ["needs CUDA"] if row == "memory" and not CUDA else ROWS[row]()
+        lines = ["needs CUDA"] if row in ("epoch", "memory") and not CUDA else ROWS[row]()
         for line in lines:
             print(f"{row:<10} {line}", flush=True)
 

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,29 @@ def save_llm(folder, seed=0):
     tokenizer.save_pretrained(folder)
     tiny_llm("opt", len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
              eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    return str(folder)
+
+
+def opt_tokenizer(folder):
+    """Put OPT's own tokenizer into a folder as facebook/opt-… has it → whether it is at hand."""
+    folder, files = Path(folder), ROOT.parent / "shared" / "opt-tokenizer"
+    if not files.is_dir():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(files / name, folder)
+    ends = {f"{name}_token": "</s>" for name in ("bos", "eos", "unk")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>", "add_bos_token": True, **ends}))
+    return True
+
+
+def save_opt(folder):
+    """A folder as of facebook/opt-1.3b, in small: with OPT's own tokenizer where it is at hand."""
+    if not opt_tokenizer(folder):
+        return save_llm(folder)
+    torch.manual_seed(0)
+    tiny_llm("opt", 50272, pad_token_id=1, bos_token_id=2, eos_token_id=2).save_pretrained(folder)
     return str(folder)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, fails_in_one_line, run, save_clip, save_llm
+from conftest import ROOT, fails_in_one_line, opt_tokenizer, run, save_clip, save_llm
 from test_data import broken_pictures, save_picture
 
 import data
@@ -161,12 +160,7 @@ def test_ctrl_c_ends_without_a_traceback(trained, tmp_path):
 def test_photographs_are_learned_by_heart_with_opts_own_tokenizer(tmp_path):
     """Both phases from the command line, to a falling loss and the right answers: `facebook/opt-…` in small."""
     llm = tmp_path / "opt-small"
-    llm.mkdir()
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(SHARED / "opt-tokenizer" / name, llm)
-    ends = {f"{name}_token": "</s>" for name in ("bos", "eos", "unk")}
-    (llm / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>", "add_bos_token": True, **ends}))
+    opt_tokenizer(llm)
     tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
     photos = SHARED / "photos"
     items = json.loads((photos / "instruct.json").read_text())

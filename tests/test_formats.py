@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_model
+from conftest import fails_in_one_line, run, save_clip, save_opt, tiny_model
 from PIL import Image
 
 import data
@@ -225,7 +225,7 @@ def test_both_phases_train_on_every_format_and_answer(tmp_path, form):
             for i, color in enumerate(colors):
                 archive.write(pictures / f"{i}.jpg", f"{i}.jpg")
         images = ["--images", tmp_path / "images.zip"]
-    flags = ["--llm", save_llm(tmp_path / "llm"), "--clip", save_clip(tmp_path / "clip"), "--steps", 2]
+    flags = ["--llm", save_opt(tmp_path / "opt-tiny"), "--clip", save_clip(tmp_path / "clip"), "--steps", 2]
     given = [flag for file in files for flag in ("--data", file)] + images
     first = ["--data", pictures] if form in ("folder", "vqa", "vcr") else given
     result = run("train.py", "--stage", 1, *flags, *first, cwd=tmp_path)
