@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lmeye import ANSWER, IMAGE, QUESTION, Tokens, UserError, dialogue, pad
 
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of the pictures in folders and shards
 MOST_BYTES = 100_000_000  # of one file inside an archive, unpacked
 MOST_PIXELS = 100_000_000  # of one picture; this takes the place of Pillow's own two limits, which warn and raise
 Image.MAX_IMAGE_PIXELS = None
@@ -161,7 +162,7 @@ def parse_line(line):
 
 def read_caption_folder(folder):
     """`a.jpg` (or .jpeg, .png, .webp) beside `a.txt`, in any depth."""
-    for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")):
+    for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS):
         text = image.with_suffix(".txt")
         caption = " ".join(text.read_text("utf-8", "replace").split()) if text.is_file() else ""
         yield (str(image), caption, (), "all") if caption else "a picture without a caption in a .txt beside it"
@@ -178,7 +179,7 @@ def read_shard(path):
                 group = groups.setdefault((folder, key), {})
                 if not info.isfile() or info.size > MOST_BYTES:
                     yield "a link, a folder or an oversized file in a tar shard"
-                elif ending in ("jpg", "jpeg", "png", "webp"):
+                elif "." + ending in ENDINGS:
                     group["image"] = Member(str(path), info.name, info.offset_data, info.size)
                 elif ending in ("txt", "json"):
                     group[ending] = tar.extractfile(info).read().decode("utf-8", "replace")
@@ -262,8 +263,7 @@ def join_tables(tables):
 
 def is_text(value):
     """Whether a value is text that says something and can be written down (JSON can hold halves of characters)."""
-    return isinstance(value, str) and bool(value.encode("utf-8", "ignore").decode().strip()) and (
-        value == value.encode("utf-8", "ignore").decode())
+    return isinstance(value, str) and bool(value.strip()) and value == value.encode("utf-8", "ignore").decode()
 
 
 # ---- Published data that fetches itself ----------------------------------------------------------------------

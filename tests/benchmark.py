@@ -233,15 +233,21 @@ def features():
             f"{100 * max(decode, tower) / both:.0f}% of the slower"]
 
 
-def padding():
+def llava_like_lengths(n):
+    """Conversations of some turns, whose prompts grow, and single long answers: about as in LLaVA-Instruct-150K."""
     rng, lengths = np.random.default_rng(0), []
-    while len(lengths) < 100_000:
+    while len(lengths) < n:
         prompt = 0
         for _ in range(rng.integers(1, 8)):
             question, answer = rng.integers(7, 22), int(rng.lognormal(3.3, 0.7)) + 2
             lengths.append((prompt + question, answer))
             prompt += question + answer
         lengths.append((rng.integers(10, 30), max(20, int(rng.normal(130, 40)))))
+    return lengths
+
+
+def padding():
+    lengths = llava_like_lengths(100_000)
     some = data.Dataset([], [(range(q), range(a)) for q, a in lengths], None, None)
     lengths = np.array(lengths)
     lines = []

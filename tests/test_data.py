@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from benchmark import llava_like_lengths
 from conftest import tiny_model
 from PIL import Image
 
@@ -154,22 +155,9 @@ def test_held_out_pictures_are_not_trained_on():
     assert data.split(plain_dataset([(1, 1)] * 300, pictures=49))[1] is None
 
 
-def llava_like_lengths(n=60_000):
-    """Conversations of some turns, whose prompts grow, and single long answers: about as in LLaVA-Instruct-150K."""
-    rng, lengths = np.random.default_rng(0), []
-    while len(lengths) < n:
-        prompt = 0
-        for _ in range(rng.integers(1, 8)):
-            question, answer = rng.integers(7, 22), int(rng.lognormal(3.3, 0.7)) + 2
-            lengths.append((prompt + question, answer))
-            prompt += question + answer
-        lengths.append((rng.integers(10, 30), max(20, int(rng.normal(130, 40)))))
-    return lengths
-
-
 @pytest.mark.parametrize("size, tokens", [(16, None), (64, None), (64, 4096), (1000, 4096)])
 def test_an_epoch_has_every_record_once_in_batches_with_little_padding(size, tokens):
-    some = plain_dataset(llava_like_lengths())
+    some = plain_dataset(llava_like_lengths(60_000))
     plan = data.plan_epoch(some, size, tokens, 0, 0)
     assert sorted(np.concatenate(plan)) == list(range(len(some.records)))
     lengths = np.array([(len(q), len(a)) for q, a in some.tokens])

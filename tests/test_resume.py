@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fails_in_one_line, run, tiny_model
+from conftest import ROOT, fails_in_one_line, run, save_clip, save_llm, tiny_model
+from test_data import save_picture
 from test_training import dataset
 
 import data
@@ -105,9 +106,6 @@ def test_killed_at_twenty_moments_the_weights_are_those_of_an_unbroken_run(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_saves_and_names_the_command_that_goes_on(tmp_path, number):
-    from conftest import save_clip, save_llm
-    from test_data import save_picture
-
     for color in ("red", "green"):
         save_picture(tmp_path / f"pictures/{color}.jpg", color)
         (tmp_path / f"pictures/{color}.txt").write_text(f"a {color} background")
