@@ -60,6 +60,9 @@ class Record(NamedTuple):
     turns: tuple
     answer: str
     kind: str = "all"  # of question, where the data has kinds: accuracy is reported for each
+    key: str | int = ""  # the published id: COCO's image_id, VQA's question_id, VCR's annot_id
+    answers: tuple = ()  # VQA: what the ten annotators said; `answer` is what most of them said
+    choices: tuple = ()  # VCR: the four texts to choose from; `answer` is the right one
 
     @property
     def question(self):
@@ -68,7 +71,8 @@ class Record(NamedTuple):
 
 # ---- Reading published formats -------------------------------------------------------------------------------
 #
-# Each reader yields samples (picture, caption or "", turns, kind) or, where there is none, the reason, a string.
+# Each reader yields samples (picture, caption or "", turns, {further fields of Record}) or, where there is none, the
+# reason, a string.
 # A picture is a Member, a path, or a Name that is yet to be found under --images.
 
 
@@ -93,8 +97,8 @@ def read_records(paths, images, stage):
         if isinstance(sample, str):
             skipped[sample] += 1
             continue
-        picture, caption, turns, kind = sample
-        if not all(map(is_text, turns + (caption,) * bool(caption))):
+        picture, caption, turns, more = sample
+        if not all(map(is_text, turns + (caption,) * bool(caption) + sum(more.get("choices", ()), ()))):
             skipped["an empty or unreadable text"] += 1
             continue
         if isinstance(picture, Name):
@@ -103,9 +107,11 @@ def read_records(paths, images, stage):
                 skipped[reason] += 1
                 continue
         if stage == 1 and caption:
-            records.append(Record(picture, (), caption))
+            records.append(Record(picture, (), caption, **more))
         elif stage == 2 and turns:
-            records += [Record(picture, turns[:n], turns[n], kind) for n in range(1, len(turns), 2)]
+            choices = more.pop("choices", ((),) * len(turns))  # VCR's, for each turn
+            records += [Record(picture, turns[:n], turns[n], choices=choices[n // 2], **more)
+                        for n in range(1, len(turns), 2)]
         else:
             skipped["questions, not a caption" if stage == 1 else "a caption, for --stage 1"] += 1
     if not records:
@@ -165,7 +171,7 @@ def read_caption_folder(folder):
     for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS):
         text = image.with_suffix(".txt")
         caption = " ".join(text.read_text("utf-8", "replace").split()) if text.is_file() else ""
-        yield (str(image), caption, (), "all") if caption else "a picture without a caption in a .txt beside it"
+        yield (str(image), caption, (), {}) if caption else "a picture without a caption in a .txt beside it"
 
 
 def read_shard(path):
@@ -189,7 +195,7 @@ def read_shard(path):
         if group and "image" not in group:
             yield "a text without its picture in a tar shard"
         elif group and group.get("txt", "").strip():
-            yield group["image"], " ".join(group["txt"].split()), (), "all"
+            yield group["image"], " ".join(group["txt"].split()), (), {}
         elif group:
             item = parse_line(group.get("json", ""))
             sample = read_item({**item, "image": "here"}) if isinstance(item, dict) else "a picture without a text"
@@ -209,16 +215,16 @@ def read_item(item):
             if [match[1] for match in texts] != ["Question", "Answer"] * (len(turns) // 2) or not turns:
                 return "questions and answers do not alternate"
             name = item["image_id"] if isinstance(item["image_id"], str) else f"{item['image_id']:012d}.jpg"
-            return Name(name), str(item.get("caption") or "").strip(), turns, "all"
+            return Name(name), str(item.get("caption") or "").strip(), turns, {}
         if not isinstance(item.get("image"), str) or not item["image"]:
             return "no picture"
         if isinstance(item.get("caption"), str):
-            return Name(item["image"]), " ".join(item["caption"].split()), (), "all"
+            return Name(item["image"]), " ".join(item["caption"].split()), (), {}
         turns = tuple(turn["value"].replace("<image>", "").strip() for turn in item["conversations"])
         speakers = [turn["from"] for turn in item["conversations"]]
         if not turns or not all(turns) or speakers != ["human", "gpt"] * (len(turns) // 2):
             return "turns do not alternate between human and gpt, or are empty"
-        return Name(item["image"]), turns[1] if len(turns) == 2 else "", turns, "all"
+        return Name(item["image"]), turns[1] if len(turns) == 2 else "", turns, {}
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return MALFORMED
 
@@ -232,9 +238,9 @@ def read_vcr(item):
 
     if "answer_label" not in item or "rationale_label" not in item:
         return "no label"
-    answer = render(item["answer_choices"][item["answer_label"]])
-    why = render(item["rationale_choices"][item["rationale_label"]])
-    return Name(item["img_fn"]), "", (render(item["question"]), answer, "Why?", why), "all"
+    answers, whys = (tuple(map(render, item[name])) for name in ("answer_choices", "rationale_choices"))
+    turns = (render(item["question"]), answers[item["answer_label"]], "Why?", whys[item["rationale_label"]])
+    return Name(item["img_fn"]), "", turns, {"key": str(item.get("annot_id", "")), "choices": (answers, whys)}
 
 
 def join_tables(tables):
@@ -251,9 +257,12 @@ def join_tables(tables):
                     yield "an answer without its question"
                     continue
                 name = f"COCO_{split}_{question['image_id']:012d}.jpg"
-                yield Name(name), "", (question["question"], row["multiple_choice_answer"]), str(row["answer_type"])
+                more = {"kind": str(row["answer_type"]), "key": row["question_id"],
+                        "answers": tuple(str(a["answer"]) for a in row.get("answers", ()))}
+                yield Name(name), "", (question["question"], row["multiple_choice_answer"]), more
             elif str(row["image_id"]) in images:
-                yield Name(images[str(row["image_id"])][0]["file_name"]), " ".join(row["caption"].split()), (), "all"
+                file = images[str(row["image_id"])][0]["file_name"]
+                yield Name(file), " ".join(row["caption"].split()), (), {"key": row["image_id"]}
             else:
                 yield "a caption without its picture"
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -571,6 +580,7 @@ def plan_epoch(dataset, size, tokens, seed, epoch, window=500):
 # ten, by a hash of its words, is held out: neither CLIP nor the language model nor LMEye ever trains on it.
 
 SIDE = 64  # pixels
+WORDS = 16  # of CLIP's longest text
 NUMBERS = ("one", "two", "three", "four")
 SIZES = {"small": 11, "large": 18}  # an object's side in pixels
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 214), "yellow": (245, 215, 40),
@@ -585,6 +595,7 @@ GROUPS = {  # where the objects of a group stand, in units of the room that one 
 }
 KINDS = ("color", "shape", "size", "number", "place", "background", "yes/no")
 OFTEN = (1, 1, 1, 1, 1, 1, 4)  # how often each kind is trained on: comparing takes more practice than looking up
+WEIGHTS = {"number": 2, "size": 1, "color": 1.5, "shape": 3, "place": 2, "background": 0.5}  # in captions for CLIP
 
 
 class Scene(NamedTuple):
@@ -604,8 +615,13 @@ SCENES = [Scene(*s) for s in itertools.product(NUMBERS, SIZES, COLORS, SHAPES, P
 VALUES = {name: sorted({getattr(s, name) for s in SCENES}) for name in Scene._fields}
 
 
-def held_out(scene):
-    return zlib.crc32(" ".join(scene).encode()) % 10 == 0
+HELD_OUT = [s for s in SCENES if zlib.crc32(" ".join(s).encode()) % 10 == 0]
+TRAINING = [s for s in SCENES if s not in set(HELD_OUT)]
+
+
+def attributes(scene):
+    """What a caption of this scene can name: here the same for all."""
+    return Scene._fields
 
 
 def draw(scene, rng):
@@ -684,9 +700,8 @@ def miniature(stage, held_out_scenes=False, pictures=6000, questions=6, seed=0):
     comes after another one and its answer, as in a chat. Held out: each such scene once, with each kind asked once.
     """
     rng = random.Random(f"{stage} {held_out_scenes} {seed}")
-    scenes = [s for s in SCENES if held_out(s) == held_out_scenes]
     records = []
-    for scene in scenes if held_out_scenes else rng.choices(scenes, k=pictures):
+    for scene in HELD_OUT if held_out_scenes else rng.choices(TRAINING, k=pictures):
         picture = draw(scene, rng)
         if stage == 1:
             records.append(Record(picture, (), describe(scene)))
@@ -698,15 +713,15 @@ def miniature(stage, held_out_scenes=False, pictures=6000, questions=6, seed=0):
     return records
 
 
-def build_tokenizer(ends):
+def build_tokenizer(ends, texts=None):
     """A tokenizer of the world's own words: lower case, no punctuation, <end> the highest id (CLIP pools there).
 
     With `ends`, texts are framed as CLIP's tokenizer does, [start … end]; without, as OPT's, [start …].
     """
     rng = random.Random(0)
-    texts = [IMAGE, QUESTION + "thing things", ANSWER + " yes no"]
-    texts += [describe(s) for s in SCENES] + [ask(s, kind, rng)[0] for s in SCENES for kind in KINDS]
-    word = r"\n?\w+:|[\w/]+"
+    texts = texts or [describe(s) for s in SCENES] + [ask(s, kind, rng)[0] for s in SCENES for kind in KINDS]
+    texts = [IMAGE, QUESTION + "thing things", ANSWER + " yes no", *texts]
+    word = r"\n?\w+:|[\w/-]+"
     words = sorted({w for text in texts for w in re.findall(word, text.lower())})
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<unk>", *words, "<start>", "<end>"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -225,7 +225,8 @@ class LMEye(nn.Module):
 
     def __init__(self, settings, llm, tokenizer, clip, preprocess, clip_tokenizer):
         super().__init__()
-        self.settings, self.tokenizer, self.preprocess = settings, tokenizer, preprocess
+        self.settings, self.preprocess = settings, preprocess
+        self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
         self.llm, self.clip = llm.requires_grad_(False).eval(), clip.requires_grad_(False).eval()
         self.text = getattr(clip, "text", clip)  # open_clip.CLIP keeps its text transformer flat, others in .text
         if getattr(self.text, "attn_mask", None) is None or not hasattr(self.text, "token_embedding"):

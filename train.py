@@ -24,11 +24,13 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import sys
+import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,7 @@ DEFAULTS = {
 WARMUP = 0.05  # share of the steps in which the learning rate rises; it then falls along a cosine
 MAX_NORM = 1.0  # gradients are clipped to this norm
 MOST_BAD = 20  # steps in a row whose loss is not finite, before the run gives up
+LOG = ("step", "loss", "held_out_loss", "held_out_loss_shuffled", "lr", "seconds")
 STATES = ("state.pt", "state.before.pt")  # of a run that is not complete, newest first
 
 
@@ -197,46 +200,48 @@ def optimizers_for(model, muon_lr, adam_lr):
     return [Muon(matrix, muon_lr), torch.optim.AdamW(other, adam_lr, betas=(0.9, 0.98))]
 
 
-def train_clip(folder, seed, resume, save_every, steps=500, batch_size=64, captions=128):
-    """Train the miniature's CLIP on pictures drawn on the fly; save it as a folder that open_clip loads.
+def train_clip(folder, seed, resume, save_every, world=data, steps=500, batch_size=64, captions=128, width=8):
+    """Train the miniature's CLIP on pictures drawn on the fly; save it as a folder that open_clip loads. `world` has
+    the scenes: the second half of data.py, or a module with the same names.
 
     Captions name a random subset of the attributes, and every picture that fits a caption counts as a positive: with
     whole captions two of a batch almost never differ in one attribute alone, and nothing makes CLIP learn it.
     """
-    tokenizer = data.build_tokenizer(ends=True)
+    tokenizer = world.build_tokenizer(ends=True)
     config = {
-        "embed_dim": 64,
-        "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 32, "image_size": data.SIDE},
-        "text_cfg": {"context_length": 16, "vocab_size": len(tokenizer), "width": 64, "heads": 4, "layers": 2,
+        "embed_dim": 8 * width,
+        "vision_cfg": {"layers": [1, 1, 1, 1], "width": width, "head_width": 32, "image_size": world.SIDE},
+        "text_cfg": {"context_length": world.WORDS, "vocab_size": len(tokenizer), "width": 64, "heads": 4, "layers": 2,
                      "hf_tokenizer_name": "in this folder"},
     }
     torch.manual_seed(seed)
     clip = open_clip.CLIP(**config)
     rng = random.Random()
-    scenes = [s for s in data.SCENES if not data.held_out(s)]
-    attributes, weights = data.Scene._fields, (2, 1, 1.5, 3, 2, 0.5)
 
     def pixels(scenes):
-        pictures = [np.asarray(data.draw(s, rng)) for s in scenes]
+        pictures = [np.asarray(world.draw(s, rng)) for s in scenes]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, SIDE, SIDE)
 
     def words(texts):
-        return tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+        return tokenizer(texts, padding="max_length", max_length=world.WORDS, return_tensors="pt").input_ids
+
+    def subset(scene):
+        names = world.attributes(scene)
+        some = rng.choices(names, [world.WEIGHTS[name] for name in names], k=rng.choice((1, 2)))
+        return names if rng.random() < 0.2 else set(some)
 
     def losses(step):
         rng.seed(f"{seed} {step}")
-        batch = rng.choices(scenes, k=batch_size)
+        batch = rng.choices(world.TRAINING, k=batch_size)
         told = [batch[i % batch_size] for i in range(captions)]  # the scene that each caption is about
-        named = [attributes if rng.random() < 0.2 else set(rng.choices(attributes, weights, k=rng.choice((1, 2))))
-                 for _ in told]
+        named = [subset(scene) for scene in told]
         fits = torch.ones(batch_size, captions)
-        for name in attributes:
-            value = torch.tensor([data.VALUES[name].index(getattr(s, name)) for s in batch])
-            said = torch.tensor([data.VALUES[name].index(getattr(s, name)) if name in n else -1
-                                 for s, n in zip(told, named)])
+        for name, values in world.VALUES.items():
+            value = torch.tensor([values.index(getattr(s, name)) for s in batch])
+            said = torch.tensor([values.index(getattr(s, name)) if name in n else -1 for s, n in zip(told, named)])
             fits *= (value[:, None] == said) | (said == -1)
         f = clip.encode_image(pixels(batch), normalize=True)
-        v = clip.encode_text(words([data.describe(s, n) for s, n in zip(told, named)]), normalize=True)
+        v = clip.encode_text(words([world.describe(s, n) for s, n in zip(told, named)]), normalize=True)
         logits = clip.logit_scale.exp() * f @ v.T  # (B, captions)
         yield -sum((logits.log_softmax(axis) * fits / fits.sum(axis, keepdim=True)).sum(axis).mean() for axis in (0, 1))
 
@@ -246,17 +251,18 @@ def train_clip(folder, seed, resume, save_every, steps=500, batch_size=64, capti
     clip.eval()
     with torch.no_grad():
         # Cosines don't feel the length of a feature; four linear layers do: give both towers unit variance.
-        test = [s for s in data.SCENES if data.held_out(s)]
-        f, v = clip.encode_image(pixels(test)), clip.encode_text(words([data.describe(s) for s in test]))
+        test = world.HELD_OUT
+        f, v = clip.encode_image(pixels(test)), clip.encode_text(words([world.describe(s) for s in test]))
         clip.visual.attnpool.c_proj.weight /= f.std()
         clip.visual.attnpool.c_proj.bias /= f.std()
         clip.text_projection /= v.std()
         right = {}
-        for name in attributes:
-            example = {value: next(s for s in data.SCENES if getattr(s, name) == value) for value in data.VALUES[name]}
-            v = clip.encode_text(words([data.describe(s, (name,)) for s in example.values()]), normalize=True)
-            guess = (f @ v.T).argmax(1)
-            right[name] = sum(getattr(s, name) == data.VALUES[name][g] for s, g in zip(test, guess)) / len(test)
+        for name in world.VALUES:
+            example = {getattr(s, name): s for s in test if name in world.attributes(s)}  # one scene for each value
+            v = clip.encode_text(words([world.describe(s, (name,)) for s in example.values()]), normalize=True)
+            guess = [list(example)[g] for g in (f @ v.T).argmax(1)]
+            hits = [getattr(s, name) == g for s, g in zip(test, guess) if name in world.attributes(s)]
+            right[name] = sum(hits) / len(hits)
     print("  CLIP, zero-shot on held-out scenes: " + percent(right))
 
     tokenizer.save_pretrained(part)
@@ -266,7 +272,7 @@ def train_clip(folder, seed, resume, save_every, steps=500, batch_size=64, capti
     complete(part, folder)
 
 
-def train_llm(folder, seed, resume, save_every, steps=650, batch_size=32, turns=6):
+def train_llm(folder, seed, resume, save_every, world=data, steps=650, batch_size=32, turns=6, width=128, layers=3):
     """Train the miniature's language model to read: a caption, then questions about it. Save it as transformers do.
 
     The caption stands where <img> will stand, and names a random part of the attributes in order that the model
@@ -274,13 +280,12 @@ def train_llm(folder, seed, resume, save_every, steps=650, batch_size=32, turns=
     "Answer:", where <img-d> will stand. Only captions and answers are learned, and each ends with eos, also where
     the text goes on: so the model stops after an answer however many turns came before.
     """
-    tokenizer = data.build_tokenizer(ends=False)
+    tokenizer = world.build_tokenizer(ends=False)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    width, positions = 128, 256
     torch.manual_seed(seed)
     llm = OPTForCausalLM(OPTConfig(
         vocab_size=len(tokenizer), hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, dropout=0.0,
-        num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=positions,
+        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=bos, eos_token_id=eos))
     table = llm.get_decoder().embed_positions.weight
     with torch.no_grad():  # a table of sinusoids is learned from sooner than one of noise
@@ -293,10 +298,10 @@ def train_llm(folder, seed, resume, save_every, steps=650, batch_size=32, turns=
         `questions` lists for each scene (kind, attributes that a hint before "Answer:" names or None)."""
         parts = []  # (text, weight) of each piece, the same number for each scene
         for scene, named, asked in zip(scenes, told, questions):
-            parts += [(IMAGE, 0), (" " + data.describe(scene, named), 0.2)]
+            parts += [(IMAGE, 0), (" " + world.describe(scene, named), 0.2)]
             for kind, hint in asked:
-                question, answer = data.ask(scene, kind, rng, hint or named)
-                hint = " " + data.describe(scene, hint) if hint else ""
+                question, answer = world.ask(scene, kind, rng, hint or named)
+                hint = " " + world.describe(scene, hint) if hint else ""
                 parts += [(QUESTION + question + hint + ANSWER, 0), (" " + answer, 1)]
         pieces = tokenizer([text for text, _ in parts], add_special_tokens=False).input_ids
         each = len(parts) // len(scenes)
@@ -314,26 +319,28 @@ def train_llm(folder, seed, resume, save_every, steps=650, batch_size=32, turns=
 
     def losses(step):
         rng.seed(f"{seed} {step}")
-        told = [rng.sample(every, rng.randint(1, 6)) for _ in range(batch_size)]
-        questions = []
-        for named in told:
-            hints = [rng.sample(every, rng.randint(1, 2)) if rng.random() < 0.4 else None for _ in range(turns)]
+        scenes = rng.choices(world.TRAINING, k=batch_size)
+        told, questions = [], []
+        for names in map(world.attributes, scenes):
+            named = rng.sample(names, rng.randint(1, len(names)))
+            hints = [rng.sample(names, rng.randint(1, 2)) if rng.random() < 0.4 else None for _ in range(turns)]
+            told.append(named)
             # Yes/no takes comparing, the rest only looking up: it needs more practice.
             questions.append([(rng.choice(hint or named) if rng.random() < 0.5 else "yes/no", hint) for hint in hints])
-        ids, targets, weights = batch(rng.choices(scenes, k=batch_size), told, questions)
+        ids, targets, weights = batch(scenes, told, questions)
         learned = weights > 0
         h = llm.base_model(input_ids=ids).last_hidden_state[learned]
         loss = F.cross_entropy(llm.get_output_embeddings()(h), targets[learned], reduction="none")
         yield (loss * weights[learned]).sum() / weights.sum()
 
-    scenes, every = [s for s in data.SCENES if not data.held_out(s)], data.Scene._fields
     part = part_of(folder, resume)
     fit("stage 0: language model", part, steps, dict(llm.named_parameters()), optimizers_for(llm, 0.01, 1e-3), losses,
         seed, [], resume=resume, save_every=save_every)
 
-    right, test = {}, [s for s in data.SCENES if data.held_out(s)]
-    for kind in data.KINDS:
-        ids, targets, weights = batch(test, [every] * len(test), [[(kind, None)]] * len(test))
+    right = {}
+    for kind in world.KINDS:
+        test = [s for s in world.HELD_OUT if kind == "yes/no" or kind in world.attributes(s)]
+        ids, targets, weights = batch(test, list(map(world.attributes, test)), [[(kind, None)]] * len(test))
         with torch.no_grad():
             guess = llm.eval()(input_ids=ids).logits.argmax(-1)
         right[kind] = ((guess == targets) | (weights < 1)).all(1).float().mean().item()
@@ -398,66 +405,195 @@ def mean_loss(model, dataset, batch_size, most=512):
     return total / count
 
 
-def accuracy(model, dataset, name, batch_size=256):
-    """Share of answers generated exactly as they stand in the data (but for case) → {kind: share}, "mean" last."""
+def measure(model, dataset, name="held out", blind=False, batch_size=128):
+    """Let a model speak about the records of a Dataset → ({column: (R,) scores}, R texts). With `blind`, it is shown
+    other records' pictures: what it still gets right, it did not see.
+
+    Choices are ranked by their log-probability, the others are answered or described; `judge` has the columns. A score
+    is NaN where a column does not concern a record.
+    """
     model.eval()
-    right, asked = Counter(), Counter()
-    for start in tqdm(range(0, len(dataset.records), batch_size), desc=name, disable=None):
-        records = dataset.records[start:start + batch_size]
-        f = dataset.f(range(start, start + len(records)))
-        for record, said in zip(records, model.generate(f, [r.question for r in records], max_tokens=16)):
-            asked[record.kind] += 1
-            right[record.kind] += said.lower() == record.answer.lower()
-    shares = {kind: right[kind] / n for kind, n in asked.items()}
-    return shares | ({"mean": sum(shares.values()) / len(shares)} if len(shares) > 1 else {})
+    records, shown = dataset.records, shuffled(dataset) if blind else dataset
+    scores, said = defaultdict(lambda: np.full(len(records), np.nan)), [""] * len(records)
+    rows = sorted(range(len(records)), key=lambda i: (bool(records[i].choices), len(dataset.tokens[i][0])))
+    alike = [list(group) for _, group in itertools.groupby(rows, key=lambda i: bool(records[i].choices))]
+    parts = [group[i:i + batch_size] for group in alike for i in range(0, len(group), batch_size)]
+    for part in tqdm(parts, desc=name, disable=None):
+        f, some = shown.f(part), [records[i] for i in part]
+        questions = [r.question for r in some] if some[0].turns else None
+        if some[0].choices:
+            logp = model.score(f, questions, [list(r.choices) for r in some]).cpu()  # (B, 4)
+            length = torch.tensor([[len(ids) - 1 for ids in model.token_ids(None, r.choices)[1]] for r in some])
+            best = torch.stack([logp.argmax(1), (logp / length).argmax(1)], 1).tolist()
+            texts = [r.choices[b[0]] for r, b in zip(some, best)]
+            marks = [{("Q→A" if len(r.turns) == 1 else "QA→R") + how: r.choices[k] == r.answer
+                      for how, k in zip(("", ", per token"), b)} for r, b in zip(some, best)]
+        else:
+            texts = model.generate(f, questions, max_tokens=64)
+            marks = [judge(model, r, text) for r, text in zip(some, texts)]
+            if not questions:
+                marks = [m | {"CLIPScore": s.item()} for m, s in zip(marks, clip_score(model, dataset.f(part), texts))]
+        for i, text, mark in zip(part, texts, marks):
+            said[i] = text
+            for column, score in mark.items():
+                scores[column][i] = score
+    for how in ("", ", per token"):
+        if "QA→R" + how in scores:  # right where both are: each answer stands beside its rationale, by their key
+            answered = {r.key: right for r, right in zip(records, scores["Q→A" + how]) if right == right}
+            scores["Q→AR" + how] = scores["QA→R" + how] * [answered.get(r.key, np.nan) for r in records]
+    return dict(scores), said
 
 
-def evaluate(model, dataset):
-    """Accuracy with the pictures, and blind: with other pictures' features → {"full": {kind: share}, "blind": …}."""
-    return {model.settings.interaction: accuracy(model, dataset, "held-out questions"),
-            "blind": accuracy(model, shuffled(dataset), "held-out questions, blind")}
+def judge(model, record, text):
+    """What a text scores against a record's answer → {column: score}: exact match (but for case), over all and by kind
+    of question; VQA's soft accuracy where the data has the answers of its annotators; for the miniature's captions each
+    attribute. Other captions have no truth to match: see `clip_score`."""
+    if not record.turns and model.settings.preset == "mini":
+        told, truth = text.split(), record.answer.split()
+        return {name: told[i:i + 1] == truth[i:i + 1] for i, name in zip((0, 1, 2, 3, 6, 9), data.Scene._fields)}
+    if not record.turns:
+        return {}
+    marks = dict.fromkeys([record.kind, "all"], text.lower() == record.answer.lower())
+    return marks | (dict.fromkeys([f"VQA, {record.kind}", "VQA"], vqa_accuracy(text, record.answers))
+                    if record.answers else {})
 
 
-def table(rows):
-    """{row name: {column: share}} → lines of text, in percent."""
-    columns = list(next(iter(rows.values())))
-    lines = [" " * 12 + "".join(f"{c:>12}" for c in columns)]
-    lines += [f"{name:<12}" + "".join(f"{100 * shares[c]:>12.1f}" for c in columns) for name, shares in rows.items()]
-    return "\n".join(lines)
+@torch.no_grad()
+def clip_score(model, f, captions):
+    """2.5 · max(cos(picture, caption), 0) of each (Hessel et al., 2021), without the "A photo depicts" of their code."""
+    v = model.clip.encode_text(model.clip_tokenizer(captions).to(model.device)).float()  # (B, C)
+    return 2.5 * F.cosine_similarity(f.to(v), v).clamp(min=0).cpu()
+
+
+def vqa_accuracy(said, answers):
+    """VQA's soft accuracy: for each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015)."""
+    match = [normal(a) == normal(said) for a in answers]
+    return sum(min(1, (sum(match) - m) / 3) for m in match) / len(match)
+
+
+def normal(text):
+    """A text as the official scorer of VQA compares it: case, punctuation, numbers, articles, apostrophes left out."""
+    text = text.lower()
+    comma = re.search(r"\d,\d", text)
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        text = text.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [NUMBER_WORDS.get(word, word) for word in text.split() if word not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+NUMBER_WORDS = {"none": "0"} | {word: str(i) for i, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}
+CONTRACTIONS = {stem + ending.replace("'", ""): stem + ending for ending, stems in {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "'ve": "could i might not should they we what where who would you", "'re": "there they what why you", "'m": "i",
+    "'s": "he how that there what when where who why someone somebody something",
+    "'d": "he how it there they where who you someone something",
+    "'ll": "how it they what who why you someone somebody something"}.items() for stem in stems.split()}
+
+
+def interval(scores, picture, draws=1000):
+    """95% bootstrap interval of a mean: scores (R,), the picture of each (R,) → (low, high). Pictures are drawn with
+    replacement, all their records with them: what is said about one picture goes together."""
+    _, picture = np.unique(picture, return_inverse=True)
+    total, count = np.bincount(picture, scores), np.bincount(picture)
+    rng, means = np.random.default_rng(0), []
+    for _ in range(draws):
+        weight = np.bincount(rng.integers(len(count), size=len(count)), minlength=len(count))
+        means.append(weight @ total / (weight @ count))
+    return tuple(np.percentile(means, (2.5, 97.5)))
+
+
+def evaluate(model, dataset, folder):
+    """Measure a model with the pictures and blind, with other pictures' features; print a table with intervals.
+
+    Leaves in `folder`: answers.jsonl; vqa.json and captions.json, as the official scorers of VQA and COCO take them,
+    where the records have ids; a sheet of pictures with what was said, and one of failures, by kind.
+    """
+    scores, said = measure(model, dataset, "held out")
+    blind, _ = measure(model, dataset, "held out, blind", blind=True)
+    name = model.settings.interaction
+    print(f"{'':20}{name:>20}{'blind':>24}    in percent, with 95% intervals")
+    for column in scores:
+        known = ~np.isnan(scores[column])
+        cells = []
+        for some in (scores, blind):
+            low, high = interval(some[column][known], dataset.picture[known])
+            cells.append(f"{100 * some[column][known].mean():.1f} ({100 * low:.1f}–{100 * high:.1f})")
+        print(f"{column:20}{cells[0]:>20}{cells[1]:>24}")
+    set_aside(folder)
+    Path(folder).mkdir(parents=True)
+    lines = [{"image": str(r.image if isinstance(r.image, str) else getattr(r.image, "name", "")), "question": r.question,
+              "answer": text, "truth": r.answer} for r, text in zip(dataset.records, said)]
+    Path(folder, "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    vqa = [{"question_id": r.key, "answer": text} for r, text in zip(dataset.records, said) if r.answers]
+    coco = {r.key: {"image_id": r.key, "caption": text} for r, text in zip(dataset.records, said)
+            if not r.turns and r.key != ""}
+    for file, results in (("vqa.json", vqa), ("captions.json", list(coco.values()))):
+        if results:
+            Path(folder, file).write_text(json.dumps(results), "utf-8")
+    wrong = [i for i, (r, text) in enumerate(zip(dataset.records, said)) if text.lower() != r.answer.lower()]
+    wrong = [i for _, group in itertools.groupby(sorted(wrong, key=lambda i: dataset.records[i].kind),
+                                                 key=lambda i: dataset.records[i].kind)
+             for i in itertools.islice(group, 4)]
+    some = np.random.default_rng(0).permutation(len(said))[:12]
+    for file, rows in (("sheet.png", some), ("failures.png", wrong[:32])):
+        if len(rows):
+            draw_sheet([(r.image, [(r.question or "(caption)", "#555555"), (text, "black"), *(
+                [(r.answer, "#d62728")] if text.lower() != r.answer.lower() else [])])
+                for r, text in ((dataset.records[i], said[i]) for i in rows)], Path(folder, file))
+    print(f"  {folder}/: {', '.join(sorted(p.name for p in Path(folder).iterdir()))}")
+
+
+def draw_sheet(cells, path, columns=4, size=192):
+    """Draw pictures with lines of text below to a PNG: cells of (picture, [(text, color), …])."""
+    font = ImageFont.load_default(13)
+    wrapped = [(image, [(line, color) for text, color in lines for line in textwrap.wrap(text, 28)[:4] or [""]])
+               for image, lines in cells]
+    height = size + 20 + 16 * max(len(lines) for _, lines in wrapped)
+    page = Image.new("RGB", (columns * (size + 20) + 20, math.ceil(len(cells) / columns) * height + 20), "white")
+    canvas = ImageDraw.Draw(page)
+    for i, (image, lines) in enumerate(wrapped):
+        x, y = 20 + i % columns * (size + 20), 20 + i // columns * height
+        image = data.load_image(image)
+        page.paste(image.resize((size, size), Image.Resampling.NEAREST if image.width < size else None), (x, y))
+        for k, (line, color) in enumerate(lines):
+            canvas.text((x, y + size + 4 + 16 * k), line, color, font)
+    page.save(path)
 
 
 def write_log(rows, path):
     text = io.StringIO(newline="")
-    log = csv.DictWriter(text, ("step", "loss", "held_out_loss", "held_out_loss_shuffled", "lr", "seconds"))
+    log = csv.DictWriter(text, LOG)
     log.writeheader()
     log.writerows(rows)
     lmeye.write_atomically(path, text.getvalue().encode())
 
 
-def draw_curves(rows, path):
-    """Draw the loss columns of a log over its steps, on a logarithmic scale, to a PNG."""
+def draw_curves(curves, path, x_name, log_x=False, log_y=False):
+    """Draw curves {name: [(x, y), …]} to a PNG. A logarithmic axis needs numbers above zero."""
     width, height, left, top, right, bottom = 800, 480, 60, 20, 20, 40
-    names = {"loss": "#1f77b4", "held_out_loss": "#d62728", "held_out_loss_shuffled": "#7f7f7f"}
-    losses = [row[name] for row in rows for name in names if row[name] != ""]
-    low, high, last = min(losses), max(max(losses), 1.01 * min(losses)), rows[-1]["step"]
+    across, up = (math.log if log else float for log in (log_x, log_y))
+    xs, ys = ([p[i] for points in curves.values() for p in points] for i in (0, 1))
     image = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
 
-    def at(step, loss):
-        share = math.log(loss / low) / math.log(high / low)
-        return left + step / last * (width - left - right), height - bottom - share * (height - top - bottom)
+    def share(value, values, scale):
+        return (scale(value) - scale(min(values))) / (scale(max(values)) - scale(min(values)) or 1)
 
-    for i in range(5):
-        loss, step = low * (high / low) ** (i / 4), last * i // 4
-        canvas.line((at(0, loss), at(last, loss)), "#dddddd")
-        canvas.text((left - 6, at(0, loss)[1]), f"{loss:.3g}", "black", font, "rm")
-        canvas.text((at(step, low)[0], height - bottom + 6), f"{step:,}", "black", font, "ma")
-    canvas.text((width / 2, height - 4), "step", "black", font, "md")
-    for i, (name, color) in enumerate(names.items()):
-        points = [at(row["step"], row[name]) for row in rows if row[name] != ""]
-        if points:
-            canvas.line(points, color, 2)
-            canvas.text((width - right - 8, top + 8 + 18 * i), name.replace("_", " "), color, font, "ra")
+    def at(x, y):
+        return (left + share(x, xs, across) * (width - left - right),
+                height - bottom - share(y, ys, up) * (height - top - bottom))
+
+    for y in (min(ys) * (max(ys) / min(ys)) ** (i / 4) if log_y else min(ys) + (max(ys) - min(ys)) * i / 4 for i in range(5)):
+        canvas.line((at(min(xs), y), at(max(xs), y)), "#dddddd")
+        canvas.text((left - 6, at(min(xs), y)[1]), f"{y:.3g}", "black", font, "rm")
+    for x in (sorted(set(xs)) if log_x else [min(xs) + (max(xs) - min(xs)) * i // 4 for i in range(5)]):
+        canvas.text((at(x, min(ys))[0], height - bottom + 6), f"{x:,}", "black", font, "ma")
+    canvas.text((width / 2, height - 4), x_name, "black", font, "md")
+    for i, (name, color) in enumerate(zip(curves, ("#1f77b4", "#d62728", "#7f7f7f", "#2ca02c"))):
+        canvas.line([at(*point) for point in curves[name]], color, 2)
+        canvas.text((width - right - 8, height - bottom - 20 - 18 * i if log_x else top + 8 + 18 * i), name, color, font, "ra")
     image.save(path)
 
 
@@ -509,7 +645,8 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
     fit(f"stage {stage}", part, steps, model.adapter(stage), [optimizer], losses, seed, rows, report, scaler, resume,
         save_every, settings)
     rows = [row for row in rows if isinstance(row["loss"], float)]
-    draw_curves(rows, part / "loss.png")
+    curves = {name: [(row["step"], row[name]) for row in rows if row[name] != ""] for name in LOG[1:4]}
+    draw_curves({name: points for name, points in curves.items() if points}, part / "loss.png", "step", log_y=True)
     model.save(part / CHECKPOINT, stage)
     complete(part, folder)
     first, last = rows[0], rows[-1]
@@ -518,21 +655,22 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
              if test else "") + f"\n  {Path(folder) / CHECKPOINT}")
 
 
-def load_data(model, stage, paths, images, folder=None):
+def load_data(model, stage, paths, images, folder=None, whole=False):
     """(training, held-out Dataset or None) from published files, or drawn if the model is the miniature.
 
-    The features of published pictures are kept in `folder`; CLIP's image tower has then done its work and is dropped.
+    With `whole` both are all that the files have, to be evaluated. The features of published pictures are kept in `folder`; CLIP's image tower has then done its work and is dropped.
     """
     skipped = Counter()
     if model.settings.preset == "mini":
         train, test = (data.encode(model, data.miniature(stage, held_out), skipped) for held_out in (False, True))
     else:
         records, skipped = data.read_records(paths, images, stage)
-        train, test = data.split(data.encode(model, records, skipped, folder))
+        train = data.encode(model, records, skipped, folder)
+        train, test = (train, train) if whole else data.split(train)
         model.clip.visual = None
     held_out = len(test.records) if test else 0
-    print(f"data: {len(train.records):,} records to train on, {held_out:,} held out"
-          + ("" if test else " (too few pictures)"))
+    print(f"data: {held_out:,} records to evaluate" if whole else
+          f"data: {len(train.records):,} records to train on, {held_out:,} held out{'' if test else ' (too few pictures)'}")
     reasons = +skipped  # those that did occur
     for reason, n in reasons.most_common(10):
         print(f"  skipped {n:,}: {lmeye.printable(reason)}")
@@ -552,7 +690,7 @@ def leave_examples(model, folder, out):
     """Draw held-out pictures for the reader to ask about; print a command that does."""
     rng = random.Random(1)
     folder.mkdir(parents=True, exist_ok=True)
-    for i, scene in enumerate(rng.sample([s for s in data.SCENES if data.held_out(s)], 6), 1):
+    for i, scene in enumerate(rng.sample(data.HELD_OUT, 6), 1):
         data.draw(scene, rng).save(folder / f"{i}.png")
     where = "" if out == "out" else f" --out {out}"
     print(f'Try it:  python sample.py {folder / "1.png"} "what shape is it?"{where}')
@@ -593,7 +731,10 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted, exactly")
     parser.add_argument("--save-every", type=positive(int), default=200, metavar="STEPS",
                         help="how often the state is saved, to be resumed from (default: 200)")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the stage's checkpoint, train nothing")
+    parser.add_argument("--eval-only", action="store_true", help="train nothing: evaluate the stage's checkpoint on all "
+                        "records of --data, or without it on the held-out part of what it was trained on")
+    parser.add_argument("--checkpoint", metavar="FILE", help="the adapter to evaluate or to start from (default: that of "
+                        "the stage, or the one before, below --out)")
     lmeye.add_flags(parser)
     return parser.parse_args()
 
@@ -629,12 +770,14 @@ def main():
     if args.resume and (folder / CHECKPOINT).is_file() and not any(Path(f"{folder}.part", s).is_file() for s in STATES):
         print(f"nothing to resume: {folder} is complete")
         args.eval_only = True
-    before = folder if args.eval_only else out / "stage1"
-    if (args.stage == 2 or args.eval_only) and not (before / CHECKPOINT).is_file():
+    before = Path(args.checkpoint or (folder if args.eval_only else out / "stage1") / CHECKPOINT)
+    args.needs_checkpoint = args.stage == 2 or args.eval_only or args.checkpoint
+    if args.needs_checkpoint and not before.is_file():
         same = [f"--{name} {getattr(args, name)}" for name in ("preset", "llm", "clip", "out")
                 if getattr(args, name) not in (None, "out")]  # what a further command for this model must repeat
         missing = " ".join([f"--stage {args.stage if args.eval_only else 1}", *same])
-        raise UserError(f"{before / CHECKPOINT} is missing. Make it first:  python train.py {missing}")
+        raise UserError(f"{before} is missing. Make it first:  python train.py {missing}")
+    args.whole = args.eval_only and args.data
     if not mini and not args.data:
         args.data, args.images = data.fetch(args.stage, args.out, args.download)
     with locked(out):
@@ -650,9 +793,10 @@ def run_stage(args, settings, folder, before):
         return
     torch.manual_seed(args.seed)
     model = LMEye.from_settings(settings)
-    if args.stage == 2 or args.eval_only:
-        model.load(before / CHECKPOINT)
-    train, test = load_data(model, args.stage, args.data, args.images, None if args.no_cache else out / "features")
+    if args.needs_checkpoint and model.load(before) != args.stage and args.eval_only:
+        raise UserError(f"{before}: is not of stage {args.stage}")
+    train, test = load_data(model, args.stage, args.data, args.images, None if args.no_cache else out / "features",
+                            args.whole)
     if not args.eval_only:
         names = ("steps", "batch_size", "tokens", "lr", "accumulate", "seed", "train_align", "resume", "save_every")
         given = {name: getattr(args, name) for name in names if getattr(args, name)}
@@ -665,8 +809,8 @@ def run_stage(args, settings, folder, before):
     elif test:
         print("held-out loss {:.3f}, with the pictures shuffled {:.3f}".format(
             *(mean_loss(model, some, 64) for some in (test, shuffled(test)))))
-    if args.stage == 2 and test:
-        print("held-out accuracy in percent:\n" + table(evaluate(model, test)))
+    if test:
+        evaluate(model, test, folder / "evaluation")
     if mini and args.stage == 2:
         leave_examples(model, out / "examples", args.out)
 

@@ -1,55 +1,165 @@
-"""The experiments behind what the README claims: each trains many miniatures, and prints one table.
+"""The experiments behind what the README claims. Each prints its tables and says where its pictures lie.
 
-    python tests/evidence.py ablation --seeds 5     full, norequest, static and blind from the same phase 1
-    python tests/evidence.py sheet                  held-out pictures with questions, answers and the truth: a PNG
+    python tests/evidence.py tune          the learning rate of phase 2, for each kind of model alike (on a seed of its own)
+    python tests/evidence.py ablation      full, norequest, static and blind, by kind of question
+    python tests/evidence.py board         the same where a picture holds one to nine objects, with two ceilings
+    python tests/evidence.py samples       accuracy over the number of phase-2 records: a table and a curve
+    python tests/evidence.py scaling       accuracy over the language model's size, N and the number of slots
+    python tests/evidence.py requests      what a linear and a nearest-neighbour reader find in a request, and in v
+    python tests/evidence.py hallucination yes/no questions about what is absent, as POPE chooses them
+    python tests/evidence.py compare       answers of full and static side by side, the order hidden: for human judges
+
+All work on the miniature below OUT, whose stages have to be there: python train.py --stage 2 --preset mini. What was
+trained is kept in OUT/mini/evidence and not trained again: delete the folder to start anew. As many models are trained
+at once as there are processor cores, one thread each.
 """
 
 import argparse
 import contextlib
+import functools
 import io
+import itertools
+import json
+import multiprocessing
+import os
 import random
 import statistics
 import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import board
 import data
 import lmeye
 import train
 from lmeye import CHECKPOINT, LMEye
 
 OUT = Path("out/mini")
+VARIANTS = ("full", "norequest", "static", "static, 2 tokens")
+# The best of `tune`, for each world.
+LR = {"mini": {}, "board": {}}
+STEPS = {"mini": 2400, "board": 2400}
 
 
-class TwoPictureTokens(LMEye):
-    """`static` with as many picture tokens as `full` has with its slot: tells "more tokens" from "asking"."""
-
-    def __init__(self, *parts):
-        super().__init__(*parts)
-        self.align = torch.nn.Linear(self.align.in_features, 2 * self.align.out_features)
-
-    def see(self, f):
-        return self.align(f).unflatten(-1, (2, -1)) + self.img  # (B, 2, D)
+# ---- Models and data -----------------------------------------------------------------------------------------
 
 
-def new_model(seed, name="full"):
-    """The miniature after phase 1, its other layers new. UserError if there is no phase 1."""
+def picture_tokens(n):
+    """`static` with n picture tokens, as many as `full` has with its slots: tells "more tokens" from "asking"."""
+    class PictureTokens(LMEye):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.align = torch.nn.Linear(self.align.in_features, n * self.align.out_features)
+
+        def see(self, f):
+            return self.align(f).unflatten(-1, (n, -1)) + self.img  # (B, n, D)
+
+    return PictureTokens
+
+
+def new_model(world, name, seed, llm="llm"):
+    """A model whose layers are new. A name is an interaction and, after a comma, `2 tokens`, `N=20` or `Q=4`."""
+    interaction, _, more = name.partition(", ")
+    kind = picture_tokens(int(more.split()[0])) if more.endswith("tokens") else LMEye
+    sizes = {{"N": "n_features", "Q": "n_slots"}[more[0]]: int(more[2:])} if "=" in more else {}
+    home = OUT if world == "mini" else OUT / "evidence" / world
+    torch.manual_seed(seed)
+    return kind.from_settings(replace(lmeye.PRESETS["mini"], llm=str(home / llm), clip=f"local-dir:{home}/clip",
+                                      interaction=interaction, **sizes))
+
+
+@functools.lru_cache
+def datasets(world, stage, pictures=None):
+    """(training, held-out Dataset) of a world."""
+    records = {"mini": data.miniature, "board": board.records}[world]
+    model, some = new_model(world, "full", 0), {"pictures": pictures} if pictures else {}
+    return tuple(data.encode(model, records(stage, held_out, **some), Counter()) for held_out in (False, True))
+
+
+def train_phase(stage, model, world, folder, seed, lr=None, limit=None, pictures=None):
+    options = train.DEFAULTS["mini", stage] | ({"steps": STEPS[world]} if stage == 2 else {}) | ({"lr": lr} if lr else {})
+    some, test = datasets(world, stage, pictures)
+    some = some.take(np.arange(len(some.records)) < limit) if limit else some
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.train_adapter(model, stage, some, test, folder, seed=seed, **options)
+
+
+def trained(world, name, seed, lr=None, llm="llm", **options):
+    """A model after both phases, trained unless it was before. Phase 1 is the same for all that have the same layers."""
+    label = "-".join(map(str, [name, seed, *([llm] if llm != "llm" else []), *([f"lr{lr}"] if lr else []),
+                               *(f"{k}{v}" for k, v in options.items())]))
+    folder = OUT / "evidence" / world / label
+    model = new_model(world, name, seed, llm)
+    if (folder / CHECKPOINT).is_file():
+        model.load(folder / CHECKPOINT)
+        return model.eval()
+    shared = type(model) is LMEye and llm == "llm"
+    first = OUT / "evidence" / world / ("phase-1" if shared else f"{label}-phase-1")
+    if shared and not (first / CHECKPOINT).is_file():
+        first = OUT / "stage1"
+    if not (first / CHECKPOINT).is_file():
+        train_phase(1, model, world, first, seed)
+    model.load(first / CHECKPOINT)
+    train_phase(2, model, world, folder, seed, lr or LR[world].get(name), **options)
+    return model.eval()
+
+
+def shares(model, dataset, blind=False):
+    """{column: share of right answers}."""
+    return {name: float(np.nanmean(s)) for name, s in train.measure(model, dataset, "answers", blind)[0].items()}
+
+
+def result(world, name, seed, options):
+    """Train one model and measure it → ({column: share}, the same blind)."""
+    model = trained(world, name, seed, **options)
+    test = datasets(world, 2)[1]
+    return shares(model, test), shares(model, test, blind=True)
+
+
+def results(runs):
+    """`result` of each (world, name, seed, options), several at a time."""
+    for world in {run[0] for run in runs}:
+        prepare(world)
+    workers = 1 if torch.cuda.is_available() else os.cpu_count()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quietly) as pool:
+        waiting = [pool.submit(result, *run) for run in runs]
+        with tqdm(total=len(runs), desc="models", disable=None) as bar:
+            for future in waiting:
+                future.add_done_callback(lambda _: bar.update())
+            return [future.result() for future in waiting]
+
+
+def quietly():
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def prepare(world):
+    """See that the frozen models and phase 1 of a world are there."""
     if not (OUT / "stage1" / CHECKPOINT).is_file():
         raise lmeye.UserError("there is no phase 1 yet: run  python train.py --stage 1 --preset mini")
-    torch.manual_seed(seed)
-    kind = TwoPictureTokens if name == "static, 2 tokens" else LMEye
-    model = kind.from_settings(replace(lmeye.PRESETS["mini"], interaction=name.partition(",")[0]))
-    if kind is LMEye:
-        model.load(OUT / "stage1" / CHECKPOINT)
-    else:  # it needs a phase 1 of its own
-        train_phase(1, model, train.load_data(model, 1, None, None), "ablation/phase-1", seed)
-    return model
+    home = OUT / "evidence" / world
+    if world == "board":
+        if not (home / "clip").is_dir():
+            train.train_clip(home / "clip", 0, True, 200, board, steps=2000, width=12)
+        if not (home / "llm").is_dir():
+            train.train_llm(home / "llm", 0, True, 200, board, steps=2000)
+        if not (home / "phase-1" / CHECKPOINT).is_file():
+            train_phase(1, new_model(world, "full", 0), world, home / "phase-1", 0)
+
+
+# ---- Tables and pictures -------------------------------------------------------------------------------------
 
 
 def mean_and_interval(values):
@@ -63,65 +173,299 @@ def mean_and_interval(values):
 
 def markdown(rows):
     """{name: [{column: share}, one for each seed]} → a table in Markdown."""
-    columns = list(next(iter(rows.values()))[0])
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    columns = list(dict.fromkeys(c for seeds in rows.values() for s in seeds for c in s))
+    lines = ["| | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, seeds in rows.items():
-        lines.append(f"| {name} | " + " | ".join(mean_and_interval([s[c] for s in seeds]) for c in columns) + " |")
+        cells = [mean_and_interval([s[c] for s in seeds]) if all(c in s for s in seeds) else "–" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def train_phase(stage, model, datasets, name, seed, **options):
-    run = train.DEFAULTS["mini", stage] | options
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.train_adapter(model, stage, *datasets, OUT / "evidence" / name, seed=seed, **run)
+def place(name):
+    (OUT / "evidence").mkdir(exist_ok=True)
+    return OUT / "evidence" / name
 
 
-def ablation(seeds, **options):
-    """full, norequest and static from the same frozen models and phase 1; what differs between seeds is phase 2: the
-    layers' start and the order of the records. `blind` is `full` with other pictures' features."""
-    datasets = train.load_data(new_model(0), 2, None, None)
-    rows = {name: [] for name in ("full", "norequest", "static", "static, 2 tokens", "blind")}
-    for seed in tqdm(range(seeds), desc="seeds", disable=None):
-        for name in list(rows)[:4]:
-            model = new_model(seed, name)
-            train_phase(2, model, datasets, f"ablation/{name}-{seed}", seed, **options)
-            rows[name].append(train.accuracy(model, datasets[1], name))
-            if name == "full":
-                rows["blind"].append(train.accuracy(model, train.shuffled(datasets[1]), "blind"))
+# ---- The experiments -----------------------------------------------------------------------------------------
+
+
+def tune(seeds, world="mini"):
+    rates = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
+    found = results([(world, name, 100, {"lr": lr}) for name in VARIANTS for lr in rates])
+    found = {name: [{f"{lr:g}": found[len(rates) * i + k][0]["all"] for k, lr in enumerate(rates)}]
+             for i, name in enumerate(VARIANTS)}
+    print(f"held-out accuracy in percent over the learning rate of phase 2, seed 100, {world}\n\n{markdown(found)}")
+
+
+def ablation(seeds):
+    found = results([("mini", name, seed, {}) for name in VARIANTS for seed in range(seeds)])
+    rows = {name: [f[0] for f in found[seeds * i:seeds * (i + 1)]] for i, name in enumerate(VARIANTS)}
+    rows["blind"] = [f[1] for f in found[:seeds]]
     print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
 
-def sheet(seeds):
-    """Held-out pictures, each with two questions, what the model of stage 2 answers, and the truth where it differs."""
-    model = new_model(0)
-    model.load(OUT / "stage2" / CHECKPOINT)
-    _, test = train.load_data(model, 2, None, None)
-    size, columns = 3 * data.SIDE, 4
-    rows = random.Random(0).sample(range(0, len(test.records), len(data.KINDS)), 8)
-    page = Image.new("RGB", (columns * (size + 20) + 20, 2 * (size + 100) + 20), "white")
+def by_objects(share):
+    """{"4 color": …} → {"4: what": the mean of color and shape, "4: yes/no": …} for each number of objects."""
+    table = {f"{n}: what": (share[f"{n} color"] + share[f"{n} shape"]) / 2 for n in board.NUMBERS}
+    return table | ({f"{n}: yes/no": share[f"{n} yes/no"] for n in board.NUMBERS} if "1 yes/no" in share else {})
+
+
+def board_(seeds):
+    names = (*VARIANTS, "full, N=1", "full, N=20", "full, Q=4", "static, 5 tokens")
+    found = results([("board", name, seed, {}) for name in names for seed in range(seeds)])
+    rows = {name: [by_objects(f[0]) for f in found[seeds * i:seeds * (i + 1)]] for i, name in enumerate(names)}
+    rows["blind"] = [by_objects(f[1]) for f in found[:seeds]]
+    rows["ceiling: the language model reads the caption"] = [by_objects(text_ceiling())]
+    rows["ceiling: a linear reader of f"] = [by_objects(probe_ceiling())]
+    print(f"held-out accuracy in percent by the number of objects, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
+
+
+@torch.no_grad()
+def text_ceiling(world="board", llm="llm"):
+    """The frozen language model reads the true caption in the place of the picture."""
+    model, (_, test) = new_model(world, "full", 0, llm), datasets(world, 2)
+    captions = {id(r.image): r.answer for r in ({"mini": data.miniature, "board": board.records}[world])(1, True)}
+    each = len(test.records) // len(captions)  # questions about a scene; both lists have the scenes in one order
+    captions = list(captions.values())
+    right = {}
+    for start in range(0, len(test.records), 256):
+        records = test.records[start:start + 256]
+        texts = [f"{lmeye.IMAGE} {captions[(start + i) // each]}{lmeye.QUESTION}{r.question}{lmeye.ANSWER}"
+                 for i, r in enumerate(records)]
+        ids, mask = lmeye.pad([model.tokenizer(text).input_ids for text in texts], left=True)
+        said = model.llm(input_ids=ids, attention_mask=mask).logits[:, -1].argmax(-1)
+        for r, token in zip(records, said.tolist()):
+            right.setdefault(r.kind, []).append(model.decode([token]) == r.answer)
+    return {kind: statistics.mean(hits) for kind, hits in right.items()}
+
+
+def probe_ceiling():
+    """A linear reader of the CLIP feature for each cell's color and shape, trained as long as it still learns."""
+    model, right = new_model("board", "full", 0), {}
+    rng, names = random.Random(0), list(board.VALUES)
+
+    def features(scenes):
+        pictures = [model.preprocess(board.draw(s, rng)) for s in scenes]
+        labels = [[v.index(getattr(s, n)) if getattr(s, n) else -1 for n, v in board.VALUES.items()] for s in scenes]
+        return torch.cat([model.encode_image(torch.stack(pictures[i:i + 256])) for i in range(0, len(pictures), 256)]), \
+            torch.tensor(labels)
+
+    (f, labels), (f2, labels2) = features(random.Random(1).choices(board.TRAINING, k=20_000)), features(board.HELD_OUT)
+    reader = torch.nn.Linear(f.shape[1], 5 * len(names))
+    optimizer = torch.optim.AdamW(reader.parameters(), 1e-2, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
+    for step in range(3000):
+        rows = torch.randint(len(f), (512,))
+        loss = F.cross_entropy(reader(f[rows]).view(-1, 5), labels[rows].view(-1), ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    hit = reader(f2).view(len(f2), -1, 5).argmax(-1) == labels2  # (scenes, attributes)
+    number = (labels2 >= 0).sum(1) // 2
+    for n, (i, what) in itertools.product(board.NUMBERS, enumerate(("color", "shape"))):
+        some = (number == n)[:, None] & (labels2 >= 0) & (torch.arange(len(names)) % 2 == i)
+        right[f"{n} {what}"] = hit[some].float().mean().item()
+    return right
+
+
+def samples(seeds):
+    sizes, names = (100, 300, 1000, 3000, 10_000, 30_000, 100_000), ("full", "static", "static, 2 tokens")
+    runs = [("mini", name, seed, {"limit": n, "pictures": 17_000})
+            for n in sizes for name in names for seed in range(seeds)]
+    found = iter(results(runs))
+    table = {f"{n:,}": {name: [next(found)[0]["all"] for _ in range(seeds)] for name in names} for n in sizes}
+    rows = {n: [{name: values[s] for name, values in row.items()} for s in range(seeds)] for n, row in table.items()}
+    print(f"held-out accuracy in percent over the number of phase-2 records, {STEPS['mini']:,} steps each, {seeds} seeds, "
+          f"mean ± 95% interval\n\n{markdown(rows)}")
+    curves = {name: [(n, 100 * statistics.mean(row[name])) for n, row in zip(sizes, table.values())] for name in names}
+    train.draw_curves(curves, place("samples.png"), "records of phase 2", log_x=True)
+    print(place("samples.png"))
+
+
+def scaling(seeds):
+    for width, layers in SIZES:
+        if not (OUT / f"llm-{width}x{layers}").is_dir():
+            train.train_llm(OUT / f"llm-{width}x{layers}", 0, True, 200, width=width, layers=layers)
+    models = ["llm", *(f"llm-{width}x{layers}" for width, layers in SIZES)]
+    names = ["full, N=1", "full, N=2", "full, N=10", "full, Q=2", "full, Q=4"]
+    runs = [("mini", "full", seed, {"llm": llm}) for llm in models for seed in range(seeds)]
+    found = iter(results(runs + [("mini", name, seed, {}) for name in names for seed in range(seeds)]))
+    rows = {}
+    for llm in models:
+        ceiling = statistics.mean(text_ceiling("mini", llm).values())
+        label = "width 128, 3 layers, N=5, Q=1" if llm == "llm" else "width {}, {} layers".format(*llm[4:].split("x"))
+        rows[label] = [{"LMEye": next(found)[0]["all"], "the language model reads the caption": ceiling}
+                       for _ in range(seeds)]
+    rows |= {name.partition(", ")[2]: [{"LMEye": next(found)[0]["all"]} for _ in range(seeds)] for name in names}
+    print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
+
+
+SIZES = ((64, 3), (256, 3), (128, 2), (128, 6))  # width and layers of the language models beside the miniature's own
+
+
+def requests(seeds):
+    model, (_, test) = trained("mini", "full", 0), datasets("mini", 2)
+    kept = {"request": [], "v": []}
+    ask, interact = model.ask, model.interact
+    model.ask = lambda h: kept["request"].append(ask(h)) or kept["request"][-1]
+    model.interact = lambda f, request: kept["v"].append(interact(f, request)) or kept["v"][-1]
+    with torch.no_grad():
+        for start in range(0, len(test.records), 256):
+            f, tokens = test.batch(range(start, min(start + 256, len(test.records))))
+            model.begin(f, tokens.question, tokens.question_mask)
+    vectors = {name: torch.cat(parts) for name, parts in kept.items()} | {"f": test.f(range(len(test.records)))}
+    scenes = [s for s in data.HELD_OUT for _ in data.KINDS]
+    kind = [r.kind for r in test.records]
+    fit = torch.from_numpy(test.picture % 2 == 0)  # half of the pictures; the other half is read
+    labels = {"kind of question": kind} | {n: [getattr(s, n) for s in scenes] for n in data.Scene._fields}
+    rows = {}
+    for name, x in vectors.items():
+        x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
+        for reader in (linear, nearest):
+            rows[f"{name}, {reader.__name__}"] = [{label: reader(x, y, fit) for label, y in labels.items()}]
+        mixed = {label: random.Random(0).sample(y, len(y)) for label, y in labels.items()}
+        rows[f"{name}, linear, labels shuffled"] = [{label: linear(x, y, fit) for label, y in mixed.items()}]
+    print(f"what a reader finds, percent right\n\n{markdown(rows)}\n")
+
+    rows = {"v, where it was asked for": {}, "v, where another kind was": {}}
+    for name in data.Scene._fields:
+        y, x = labels[name], vectors["v"]
+        asked = torch.tensor([k == name for k in kind])
+        other = torch.tensor([k not in (name, "yes/no") for k in kind])
+        rows["v, where it was asked for"][name] = linear(x[asked], np.array(y)[asked.numpy()].tolist(), fit[asked])
+        some = other & torch.from_numpy(np.random.default_rng(0).random(len(other)) < asked.sum().item() / other.sum().item())
+        rows["v, where another kind was"][name] = linear(x[some], np.array(y)[some.numpy()].tolist(), fit[some])
+    print("an attribute read from v by a linear reader, as many vectors to learn from on both rows\n\n"
+          + markdown({name: [row] for name, row in rows.items()}))
+    scatter({"requests": vectors["request"], "v, after the interaction": vectors["v"]}, kind, place("requests.png"))
+    print(place("requests.png"))
+
+
+def linear(x, y, fit):
+    """Ridge regression onto one-hot labels, its strength the best of five on a fifth of what it learns from."""
+    values = sorted(set(y))
+    y = torch.tensor([values.index(v) for v in y])
+    x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.double)], 1)
+    some = fit & (torch.arange(len(x)) % 5 > 0)
+
+    def solve(rows, strength):
+        a = x[rows].T @ x[rows] + strength * rows.sum() * torch.eye(x.shape[1], dtype=torch.double)
+        return torch.linalg.solve(a, x[rows].T @ F.one_hot(y[rows], len(values)).double())
+
+    def right(w, rows):
+        return ((x[rows] @ w).argmax(1) == y[rows]).double().mean().item()
+
+    best = max((1e-4, 1e-3, 1e-2, 1e-1, 1), key=lambda strength: right(solve(some, strength), fit & ~some))
+    return right(solve(fit, best), ~fit)
+
+
+def nearest(x, y, fit):
+    y = np.array(y)
+    closest = torch.cdist(x[~fit], x[fit]).argmin(1).numpy()
+    return float((y[fit.numpy()][closest] == y[(~fit).numpy()]).mean())
+
+
+def scatter(panels, labels, path, size=420):
+    """The first two principal components of each set of vectors, colored by label, to a PNG."""
+    names = list(dict.fromkeys(labels))
+    colors = dict(zip(names, ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#111111")))
+    page = Image.new("RGB", (len(panels) * (size + 20) + 140, size + 50), "white")
     canvas, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-    for i, row in enumerate(rows):
-        x, y = 20 + i % columns * (size + 20), 20 + i // columns * (size + 100)
-        page.paste(test.records[row].image.resize((size, size), Image.Resampling.NEAREST), (x, y))
-        asked = [row + i % 6, row + 6]  # one of the six kinds in turn, and yes/no
-        records = [test.records[r] for r in asked]
-        for k, (record, said) in enumerate(zip(records, model.generate(test.f(asked), [r.question for r in records]))):
-            right = said == record.answer
-            canvas.text((x, y + size + 6 + 40 * k), record.question, "#555555", font)
-            canvas.text((x, y + size + 22 + 40 * k), said if right else f"{said}  (it is: {record.answer})",
-                        "black" if right else "#d62728", font)
-    (OUT / "evidence").mkdir(exist_ok=True)
-    page.save(OUT / "evidence" / "sheet.png")
-    print(OUT / "evidence" / "sheet.png")
+    for i, (title, x) in enumerate(panels.items()):
+        x = x - x.mean(0)
+        _, s, axes = torch.linalg.svd(x, full_matrices=False)
+        points = (x @ axes[:2].T).numpy()  # (R, 2)
+        low, high = np.percentile(points, (0.5, 99.5), 0)
+        left, top = 20 + i * (size + 20), 34
+        share = (s[:2] ** 2 / (s ** 2).sum()).sum().item()
+        canvas.text((left, 10), f"{title}: two components, {100 * share:.0f}% of the variance", "black", font)
+        canvas.rectangle((left, top, left + size - 10, top + size - 10), outline="#cccccc")
+        for (a, b), label in zip(np.clip((points - low) / (high - low), 0, 1), labels):
+            px, py = left + 5 + a * (size - 20), top + 5 + (1 - b) * (size - 20)
+            canvas.ellipse((px - 1.5, py - 1.5, px + 1.5, py + 1.5), colors[label])
+    for k, name in enumerate(names):
+        canvas.text((len(panels) * (size + 20) + 20, 40 + 20 * k), f"● {name}", colors[name], font)
+    page.save(path)
+
+
+def hallucination(seeds):
+    """POPE (Li et al., 2023): half of the questions are about what is there, half about what is absent, which is chosen
+    at random, as the most frequent of what is absent, or as what most often comes with what is there. The last row is
+    the miniature's own trap: the color that is in the picture, but of the background."""
+    rng = random.Random(0)
+    seen = Counter(itertools.chain.from_iterable(zip(Scene_fields, s) for s in training_scenes()))
+    together = Counter(pair for s in training_scenes() for pair in itertools.permutations(zip(Scene_fields, s), 2))
+
+    def absent(how, scene, name):
+        values = [v for v in data.VALUES[name] if v != getattr(scene, name)]
+        if how == "background's color":
+            return scene.background
+        if how == "random":
+            return rng.choice(values)
+        if how == "popular":
+            return max(values, key=lambda v: seen[name, v])
+        return max(values, key=lambda v: sum(together[(name, v), pair] for pair in zip(Scene_fields, scene) if pair[0] != name))
+
+    rows = {}
+    for how in ("random", "popular", "adversarial", "background's color"):
+        records = []
+        for scene in data.HELD_OUT:
+            picture = data.draw(scene, rng)
+            for name in ("color", "shape") if how != "background's color" else ("color",):
+                for value, answer in ((getattr(scene, name), "yes"), (absent(how, scene, name), "no")):
+                    one = scene.number == "one"
+                    thing = f"{'a ' if one else ''}{scene._replace(shape=value).noun}" if name == "shape" else value
+                    question = f"{'is it' if one else 'are they'} {thing}?"
+                    records.append(data.Record(picture, (question,), answer, name))
+        test = data.encode(new_model("mini", "full", 0), records, Counter())
+        for name in ("full", "static", "norequest"):
+            for seed in range(seeds):
+                scores, said = train.measure(trained("mini", name, seed), test, how)
+                row = {f"{how}: right": float(np.nanmean(scores["all"])),
+                       "says yes": sum(s == "yes" for s in said) / len(said)}
+                rows.setdefault(name, [{} for _ in range(seeds)])[seed] |= {f"{how}: right": row[f"{how}: right"],
+                                                                           f"{how}: says yes": row["says yes"]}
+    print(f"yes/no questions about color and shape, half of them about what is absent; percent, {seeds} seeds\n\n{markdown(rows)}")
+
+
+Scene_fields = data.Scene._fields
+
+
+@functools.lru_cache
+def training_scenes():
+    return random.Random("2 False 0").choices(data.TRAINING, k=6000)
+
+
+def compare(seeds):
+    """Answers of full and of static, in an order that the sheet does not tell; the key is in a file of its own."""
+    models, (_, test) = [trained("mini", name, 0) for name in ("full", "static")], datasets("mini", 2)
+    said = [train.measure(model, test, "answers")[1] for model in models]
+    differ = [i for i in range(len(test.records)) if said[0][i] != said[1][i]]
+    rng, cells, key = random.Random(0), [], []
+    for n, i in enumerate(rng.sample(differ, min(24, len(differ))), 1):
+        order = rng.sample((0, 1), 2)
+        key.append({"picture": n, "A": ("full", "static")[order[0]], "B": ("full", "static")[order[1]],
+                    "truth": test.records[i].answer})
+        cells.append((test.records[i].image, [(f"{n}. {test.records[i].question}", "#555555"),
+                                              *((f"{letter}: {said[k][i]}", "black") for letter, k in zip("AB", order))]))
+    train.draw_sheet(cells, place("compare.png"), columns=6)
+    place("compare-key.json").write_text(json.dumps(key, indent=1))
+    print(f"{place('compare.png')}, its key in {place('compare-key.json')}; the two differ on {len(differ)} of "
+          f"{len(test.records)} questions")
+
+
+EXPERIMENTS = {"tune": tune, "ablation": ablation, "board": board_, "samples": samples, "scaling": scaling,
+               "requests": requests, "hallucination": hallucination, "compare": compare}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 2)[0], epilog=__doc__.split("\n", 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=("ablation", "sheet"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--seeds", type=int, default=5, help="of phase 2, where models are trained (default: 5)")
     args = parser.parse_args()
-    {"ablation": ablation, "sheet": sheet}[args.experiment](args.seeds)
+    EXPERIMENTS[args.experiment](args.seeds)
 
 
 if __name__ == "__main__":

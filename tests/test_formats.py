@@ -48,7 +48,7 @@ def test_coco_captions_are_joined_with_their_pictures(tmp_path):
         "annotations": [{"image_id": 9, "id": 1, "caption": "A cat.\n"}, {"image_id": 9, "id": 2, "caption": "A pet."},
                         {"image_id": 7, "id": 3, "caption": "Lost."}]})
     records, skipped = read_records([path], [tmp_path], 1)
-    assert records == [Record(f"{tmp_path}/000000000009.jpg", (), text) for text in ("A cat.", "A pet.")]
+    assert records == [Record(f"{tmp_path}/000000000009.jpg", (), text, key=9) for text in ("A cat.", "A pet.")]
     assert dict(skipped) == {"a caption without its picture": 1}
 
 
@@ -64,7 +64,8 @@ def test_vqa_questions_and_annotations_are_joined_in_either_order(tmp_path):
     files = [write(tmp_path / "q.json", VQA_QUESTIONS), write(tmp_path / "a.json", VQA_ANNOTATIONS)]
     for paths in (files, files[::-1]):
         records, skipped = read_records(paths, [tmp_path], 2)
-        assert records == [Record(f"{tmp_path}/COCO_train2014_000000000042.jpg", ("What is it?",), "cat", "other")]
+        assert records == [Record(f"{tmp_path}/COCO_train2014_000000000042.jpg", ("What is it?",), "cat", "other", 42000,
+                                  ("cat",) * 10)]
         assert dict(skipped) == {"a question without an answer": 1}
     with pytest.raises(UserError, match="without an answer"):  # as in the test split
         read_records(files[:1], [tmp_path], 2)
@@ -83,8 +84,10 @@ def test_vcr_counts_objects_from_zero_and_asks_for_answer_and_rationale(tmp_path
     path = write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, lines)) + "\nnot json\n")
     records, skipped = read_records([path], [tmp_path], 2)
     question, answer = "Why is person 1 pointing at person 2 and chair 3?", "person 1 is telling person 2 that it's late."
-    assert records == [Record(f"{tmp_path}/lsmdc/a.jpg", (question,), answer),
-                       Record(f"{tmp_path}/lsmdc/a.jpg", (question, answer, "Why?"), "person 2 does n't know.")]
+    answers, whys = ("No.", answer, "A", "B"), ("C", "D", "person 2 does n't know.", "E")
+    assert records == [
+        Record(f"{tmp_path}/lsmdc/a.jpg", (question,), answer, key="val-0", choices=answers),
+        Record(f"{tmp_path}/lsmdc/a.jpg", (question, answer, "Why?"), whys[2], key="val-0", choices=whys)]
     assert skipped == {"no label": 1, "a record that lacks a field, or has one of another type": 1, "a line is not JSON": 1}
 
 

@@ -129,12 +129,3 @@ def test_blind_evaluation_gives_every_record_another_picture():
     plain = dataset(model, 2, n=8)
     blind = train.shuffled(plain)
     assert not (blind.picture == plain.picture).any() and sorted(blind.picture) == sorted(plain.picture)
-
-
-def test_accuracy_counts_by_kind_and_whole_answers_only(monkeypatch):
-    model = tiny_model()
-    records = dataset(model, 2).records
-    kinds = ("a", "a", "b", "b")
-    some = dataset(model, 2)._replace(records=[r._replace(kind=k) for r, k in zip(records, kinds)])
-    monkeypatch.setattr(model, "generate", lambda f, questions, **_: ["red", "two", "YES", "at the left side"])
-    assert train.accuracy(model, some, "") == {"a": 0.5, "b": 0.5, "mean": 0.5}

@@ -1,0 +1,157 @@
+"""What is measured is what the names say: each metric against an independent computation, and on published shapes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import run, save_clip, save_opt, tiny_model
+from PIL import Image
+from test_training import dataset
+from test_two_passes import plain_logits
+
+import data
+import train
+from data import Record
+
+
+def test_exact_match_counts_by_kind_and_whole_answers_only(monkeypatch):
+    model = tiny_model()
+    some = dataset(model, 2)
+    some = some._replace(records=[r._replace(kind=k) for r, k in zip(some.records, "aabb")])
+    monkeypatch.setattr(model, "generate", lambda f, questions, **_: ["red", "two", "YES", "at the left side"])
+    scores, said = train.measure(model, some)
+    assert scores["all"].tolist() == [1, 0, 1, 0] and said[1] == "two"
+    np.testing.assert_array_equal(scores["b"], [np.nan, np.nan, 1, 0])
+
+
+@pytest.mark.parametrize("said, answers, expected", [
+    ("cat", ["cat"] * 10, 1.0),
+    ("cat", ["dog"] * 10, 0.0),
+    ("cat", ["cat"] + ["dog"] * 9, 0.3),  # the one who said it has no match among the others; nine have one: 9 · 1/3
+    ("cat", ["cat"] * 2 + ["dog"] * 8, 0.6),  # 2 · 1/3 + 8 · 2/3
+    ("cat", ["cat"] * 3 + ["dog"] * 7, 0.9),  # 3 · 2/3 + 7 · 1
+    ("cat", ["cat"] * 4 + ["dog"] * 6, 1.0),
+])
+def test_vqa_accuracy_compares_with_the_nine_others(said, answers, expected):
+    assert train.vqa_accuracy(said, answers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("The Cat.", "cat"), ("two", "2"), ("none", "0"), ("an apple a day", "apple day"), ("dont", "don't"),
+    ("Its red", "its red"), ("theyre well", "they're well"), ("yes!", "yes"), ("red-blue", "red blue"),
+    ("red - blue", "red blue"), ("1,000", "1000"), ("3.5 m.", "3.5 m"), ("wont, cant", "won't can't"), ("shell", "shell"),
+])
+def test_texts_are_normalised_as_the_official_scorer_does(text, expected):
+    assert train.normal(text) == expected
+
+
+def test_bootstrap_equals_the_normal_interval_of_many_coins_and_knows_that_records_of_a_picture_go_together():
+    n, coins = 2000, (np.random.default_rng(1).random(2000) < 0.3).astype(float)
+    half = 1.96 * math.sqrt(coins.mean() * (1 - coins.mean()) / n)
+    low, high = train.interval(coins, np.arange(n))
+    assert (coins.mean() - low, high - coins.mean()) == pytest.approx((half, half), rel=0.1)
+    assert train.interval(np.repeat(coins, 5), np.repeat(np.arange(n), 5)) == pytest.approx((low, high))
+
+
+def test_choices_are_ranked_by_the_likelihood_that_single_passes_give():
+    model = tiny_model()
+    choices = (("red", "two small", "yes it is on a red background", "no"), ("left", "a ring at the top", "blue", "three"))
+    turns = (("what color is it?",), ("what color is it?", "red", "how big is it?"))
+    records = [Record(f"{i}.jpg", t, c[i], key=str(i), choices=c) for i in range(4) for t, c in zip(turns, choices)]
+    some = dataset(model, 2)
+    tokens = list(zip(*model.token_ids([r.question for r in records], [r.answer for r in records])))
+    some = some._replace(records=records, tokens=tokens, picture=np.repeat(np.arange(4), 2))
+    right = {}
+    for i, record in enumerate(records):
+        sums, means = [], []
+        for choice in record.choices:
+            ids = model.ids(" " + choice)
+            logp = plain_logits(model, some.f([i]), record.question, ids).log_softmax(-1)
+            sums.append(sum(logp[t, token].item() for t, token in enumerate(ids)))
+            means.append(sums[-1] / len(ids))
+        for how, values in (("", sums), (", per token", means)):
+            right[i, how] = record.choices[np.argmax(values)] == record.answer
+    scores, said = train.measure(model, some)
+    for how in ("", ", per token"):
+        answers, whys = ([right[i, how] for i in range(start, 8, 2)] for start in (0, 1))
+        assert scores["Q→A" + how][::2].tolist() == answers and scores["QA→R" + how][1::2].tolist() == whys
+        assert scores["Q→AR" + how][1::2].tolist() == [a and b for a, b in zip(answers, whys)]
+        assert np.isnan(scores["Q→AR" + how][::2]).all()
+    assert len({right[i, ""] for i in range(8)}) == 2 and said[0] in choices[0]
+
+
+def test_clipscore_is_its_formula():
+    model, captions = tiny_model(), ["a red ring", "two small things at the left"]
+    f = torch.randn(2, model.clip.visual.output_dim)
+    for i, caption in enumerate(captions):
+        v = model.clip.encode_text(model.clip_tokenizer([caption]))[0].detach().numpy()
+        cosine = (f[i].numpy() * v).sum() / math.sqrt((f[i].numpy() ** 2).sum() * (v ** 2).sum())
+        assert train.clip_score(model, f, captions)[i].item() == pytest.approx(2.5 * max(cosine, 0), abs=1e-5)
+
+
+def test_captions_are_judged_attribute_by_attribute():
+    truth = Record("", (), "two small red circles at the left on a blue background")
+    said = "two large red circles at the right on a blue"
+    assert train.judge(tiny_model(), truth, said) == {
+        "number": True, "size": False, "color": True, "shape": True, "place": False, "background": True}
+    assert not any(train.judge(tiny_model(), truth, "").values())
+
+
+def test_blind_is_told_about_another_picture_and_judged_on_its_own(monkeypatch):
+    model, shown = tiny_model(), []
+    some = dataset(model, 1)
+    monkeypatch.setattr(model, "generate", lambda f, *_, **__: shown.append(f) or ["red"] * len(f))
+    judged = []
+    monkeypatch.setattr(train, "clip_score", lambda model, f, texts: judged.append(f) or torch.zeros(len(f)))
+    train.measure(model, some, blind=True)
+    assert torch.equal(judged[0], some.f(range(4))) and not (shown[0] == judged[0]).all(1).any()
+    assert sorted(map(tuple, shown[0].tolist())) == sorted(map(tuple, judged[0].tolist()))
+
+
+def vcr(i):
+    return {"objects": ["person", "person"], "img_fn": f"{i}.jpg", "question": ["What", "is", [0, 1], "doing", "?"],
+            "answer_choices": [["He", "runs", "."], [[0], "sits", "."], ["No", "."], ["Yes", "."]], "answer_label": 1,
+            "rationale_choices": [["A", "."], ["B", "."], ["C", "."], ["D", "."]], "rationale_label": i % 4,
+            "annot_id": f"val-{i}"}
+
+
+def test_vcr_vqa_and_coco_are_evaluated_from_the_command_line_on_all_records_of_the_files(tmp_path):
+    for i in range(60):
+        Image.new("RGB", (40, 30), (4 * i, 0, 0)).save(tmp_path / f"{i}.jpg")
+        Image.new("RGB", (40, 30), (0, 4 * i, 0)).save(tmp_path / f"COCO_val2014_{i:012d}.jpg")
+    (tmp_path / "vcr.jsonl").write_text("\n".join(json.dumps(vcr(i)) for i in range(60)))
+    (tmp_path / "q.json").write_text(json.dumps({"questions": [
+        {"question_id": 10 * i, "image_id": i, "question": "What color?"} for i in range(60)]}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [
+        {"question_id": 10 * i, "image_id": i, "multiple_choice_answer": "green", "answer_type": ("other", "number")[i % 2],
+         "answers": [{"answer": "green", "answer_id": k} for k in range(10)]} for i in range(60)]}))
+    (tmp_path / "coco.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"COCO_val2014_{i:012d}.jpg"} for i in range(60)],
+        "annotations": [{"id": 5 * i + k, "image_id": i, "caption": f"A green {k}"} for i in range(60) for k in range(5)]}))
+    flags = ["--llm", save_opt(tmp_path / "opt"), "--clip", save_clip(tmp_path / "clip"), "--images", tmp_path, "--steps", 2]
+
+    def train_py(*more):
+        result = run("train.py", *flags, *more, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    train_py("--stage", 1, "--data", tmp_path / "coco.json")
+    out = train_py("--stage", 1, "--data", tmp_path / "coco.json", "--eval-only")
+    assert "300 records to evaluate" in out and "CLIPScore" in out
+    captions = json.loads((tmp_path / "out/opt+clip/stage1/evaluation/captions.json").read_text())
+    assert sorted(c["image_id"] for c in captions) == list(range(60)) and all(isinstance(c["caption"], str) for c in captions)
+
+    data_files = [f for name in ("vcr.jsonl", "q.json", "a.json") for f in ("--data", tmp_path / name)]
+    train_py("--stage", 2, *data_files)
+    out = train_py("--stage", 2, *data_files, "--eval-only")
+    for column in ("VQA", "VQA, number", "VQA, other", "Q→A", "QA→R", "Q→AR", "Q→AR, per token"):
+        assert any(line.startswith(f"{column} ") for line in out.splitlines()), column
+    folder = tmp_path / "out/opt+clip/stage2/evaluation"
+    answers = json.loads((folder / "vqa.json").read_text())
+    assert sorted(a["question_id"] for a in answers) == [10 * i for i in range(60)]
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 180 and {line["truth"] for line in lines} >= {"green", "person 1 sits."}
+    assert Image.open(folder / "sheet.png").size[0] > 800 and (folder / "failures.png").is_file()
+    assert folder.with_name("evaluation.1").is_dir()  # that of the end of training is kept
