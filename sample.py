@@ -4,6 +4,7 @@
     python sample.py picture.jpg                              a chat about the picture: a question a line
     python sample.py a.jpg b.jpg c.jpg "what shape is it?"    a batch: a line of JSON for each picture
     python sample.py a.jpg b.jpg --questions questions.txt    each line of the file, asked about each picture
+    python sample.py picture.jpg "what shape is it?" --inspect look.png    where it looks, and what the request is worth
 
 The newest checkpoint below --out answers, unless --checkpoint names another. One that has only seen stage 1 writes
 captions. Answers go to the standard output, everything else to the standard error.
@@ -11,11 +12,15 @@ captions. Answers go to the standard output, everything else to the standard err
 
 import argparse
 import json
+import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
@@ -37,10 +42,9 @@ def newest(out):
     return found[-1]
 
 
-def load(args):
+def load(args, path):
     """(model with its adapter, stage). The checkpoint tells the shape of the layers and which preset it belongs to;
     models that are no preset's are loaded only where the user names them."""
-    path = args.checkpoint or newest(args.out)
     _, saved, *_ = lmeye.read_checkpoint(path)
     if saved.preset in PRESETS:
         args.preset = saved.preset
@@ -125,6 +129,120 @@ def batch(model, pictures, questions, options, batch_size):
             print(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False), flush=True)
 
 
+# ---- Looking into an answer ----------------------------------------------------------------------------------
+
+SECOND = "what color is the background?"  # shown beside the question, to see the gaze move
+
+
+def look_with_gradient(model, picture):
+    """A picture → (its feature f (1, C), a map (1, channels, h, w) of CLIP's image tower on f's way), with gradient.
+
+    The map is a ViT's patch embeddings; of a ResNet the last one that is at least 8 × 8 (its very last is 7 × 7 at
+    CLIP's full size, but 2 × 2 in the miniature).
+    """
+    visual, kept = model.clip.visual, []
+    if hasattr(visual, "transformer"):
+        def keep(module, inputs):  # (1, 1 + h·w, channels), the class token first
+            side = round((inputs[0].shape[1] - 1) ** 0.5)
+            patches = inputs[0][:, 1:].mT.unflatten(2, (side, side))
+            kept.append(patches)
+            return (torch.cat([inputs[0][:, :1], patches.flatten(2).mT], 1), *inputs[1:])
+        handles = [visual.transformer.register_forward_pre_hook(keep)]
+    else:
+        handles = [getattr(visual, name).register_forward_hook(lambda module, inputs, out: kept.append(out))
+                   for name in ("layer1", "layer2", "layer3", "layer4")]
+    pixels = model.preprocess(picture)[None].to(model.device, model.text.transformer.get_cast_dtype()).requires_grad_()
+    f = model.clip.encode_image(pixels).float()
+    for handle in handles:
+        handle.remove()
+    return f, [m for m in kept if m.shape[-1] >= 8][-1] if len(kept) > 1 else kept[0]
+
+
+def gaze(model, picture, question, answer):
+    """How much each place of the picture moved log p(answer): input × gradient → (h, w) from 0 to 1."""
+    f, seen = look_with_gradient(model, picture)
+    gradient, = torch.autograd.grad(-model.loss_sum(f, model.tokens([question], [answer])), seen)
+    moved = (seen * gradient).sum(1)[0].float().abs().detach().cpu()
+    return moved / moved.max().clamp(min=1e-9)
+
+
+@torch.no_grad()
+def log_p(model, f, question, answer):
+    """Log-probability of an answer and its end."""
+    return -model.loss_sum(f, model.tokens([question], [answer])).item()
+
+
+def without(model, f, question, answer):
+    """What log p(answer) loses by the absence of each decomposed feature: N numbers."""
+    lost = []
+    for i in range(model.settings.n_features):
+        keep = (torch.arange(model.settings.n_features, device=model.device) != i).repeat_interleave(
+            model.request.out_features)
+        handle = model.decompose.register_forward_hook(lambda module, inputs, out: out * keep)
+        lost.append(log_p(model, f, question, answer))
+        handle.remove()
+    return [log_p(model, f, question, answer) - p for p in lost]
+
+
+def rivals(model, checkpoint):
+    """{name: model}: this one; with its request silenced; norequest and static as trained, where they lie beside it."""
+    parts = model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer
+    found = {model.settings.interaction: (model.settings.interaction, checkpoint)}
+    if model.settings.interaction == "full":
+        found["full, request silenced"] = ("norequest", None)
+    found |= {name: (name, Path(checkpoint).parent.parent / f"stage2-{name}" / CHECKPOINT) for name in ("norequest", "static")
+              if name != model.settings.interaction}
+    for name, (interaction, path) in found.items():
+        if path is None or Path(path).is_file():
+            rival = LMEye(replace(model.settings, interaction=interaction), *parts).eval()
+            if path is None:
+                rival.load_state_dict(model.state_dict())
+            else:
+                rival.load(path)
+            yield name, rival
+
+
+def inspect_answer(model, checkpoint, path, questions, out):
+    """Draw one picture of what led to an answer: see the README."""
+    picture = data.load_image(path)
+    picture = ImageOps.fit(picture, (256, 256), Image.Resampling.NEAREST if picture.width < 256 else Image.Resampling.BICUBIC)
+    f, gray = (model.encode_image(model.preprocess(p)[None]) for p in (data.load_image(path), Image.new("RGB", picture.size, "gray")))
+    page = Image.new("RGB", (3 * 276 + 20, max(530, 352 + 18 * model.settings.n_features)), "white")
+    canvas, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+
+    def write(x, y, text, color="black"):
+        canvas.text((x, y), text if len(text) < 42 else text[:40] + "…", color, font)
+
+    def bar(x, y, share, text, color):
+        canvas.rectangle((x, y, x + max(1, round(120 * min(1, abs(share)))), y + 12), color if share >= 0 else "#bbbbbb")
+        write(x + 126, y - 2, text)
+
+    page.paste(picture, (20, 30))
+    write(20, 8, Path(path).name)
+    for column, question in enumerate(questions, 1):
+        x, said = 20 + 276 * column, model.generate(f, [question])[0]
+        heat = gaze(model, data.load_image(path), question, said)
+        heat = F.interpolate(heat[None, None], (256, 256), mode="bicubic").clamp(0, 1)[0, 0]
+        veil = Image.fromarray((200 * (1 - heat)).byte().numpy())
+        page.paste(Image.composite(Image.new("RGB", picture.size, "#888888"), picture, veil), (x, 30))
+        write(x, 8, question, "#555555")
+        write(x, 292, f"{said}   p = {math.exp(log_p(model, f, question, said)):.2f}")
+        if model.settings.interaction != "static":
+            lost = without(model, f, question, said)
+            write(x, 322, "log p lost without each feature", "#555555")
+            for i, value in enumerate(lost):
+                bar(x, 342 + 18 * i, value / max(1e-6, *map(abs, lost)), f"f{i + 1}  {value:+.2f}", "#1f77b4")
+    write(20, 292, f"p of its answer to: {questions[0]}", "#555555")
+    answer_ = model.generate(f, [questions[0]])[0]
+    shown = list(rivals(model, checkpoint))
+    for i, (name, rival, features) in enumerate([*((n, r, f) for n, r in shown), ("blind: a gray picture", model, gray)]):
+        p = math.exp(log_p(rival, features, questions[0], answer_))
+        write(20, 316 + 38 * i, f"{name}: {rival.generate(features, [questions[0]])[0]}")
+        bar(20, 334 + 38 * i, p, f"{p:.2f}", "#2ca02c")
+    page.save(out)
+    print(out)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 2)[0], epilog=__doc__.split("\n", 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,6 +250,8 @@ def parse_args():
                         help="pictures, and behind them a question; the last word is taken for a picture if it is a "
                              "file or ends as picture files do")
     parser.add_argument("--questions", metavar="FILE", help="a text file, a question a line")
+    parser.add_argument("--inspect", metavar="PNG", help="draw where the model looks and what its request is worth; "
+                        f"a second question may follow the first (default: {SECOND})")
     parser.add_argument("--checkpoint", metavar="FILE", help=f"an {CHECKPOINT} (default: the newest below --out)")
     parser.add_argument("--out", default="out", help="where train.py wrote (default: out)")
     parser.add_argument("--max-tokens", type=int, default=64, help="the longest answer (default: 64)")
@@ -152,6 +272,10 @@ def main():
     *pictures, last = args.inputs
     is_picture = not pictures or os.path.isfile(last) or last.lower().endswith(PICTURES)
     pictures, questions = (args.inputs, []) if is_picture else (pictures, [last])
+    if args.inspect:
+        pictures, questions = args.inputs[:1], (args.inputs[1:] + [SECOND])[:2]
+        if not 2 <= len(args.inputs) <= 3:
+            raise UserError("--inspect takes one picture and one or two questions")
     if args.questions:
         try:
             questions += Path(args.questions).read_text("utf-8").splitlines()
@@ -163,7 +287,8 @@ def main():
     for path in pictures:
         data.load_image(path)  # a wrong picture is told before the models are loaded
 
-    model, stage = load(args)
+    checkpoint = args.checkpoint or newest(args.out)
+    model, stage = load(args, checkpoint)
     if stage == 1 and questions:
         note("this checkpoint has seen stage 1 only, captions. To get answers:  python train.py --stage 2")
         questions = []
@@ -171,7 +296,11 @@ def main():
         check_words(model, question)
     options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                    generator=torch.Generator(model.device).manual_seed(args.seed))
-    if len(pictures) > 1 or args.questions:
+    if args.inspect:
+        if stage == 1:
+            raise UserError("--inspect looks into answers: it needs a checkpoint of stage 2")
+        inspect_answer(model, checkpoint, pictures[0], questions, args.inspect)
+    elif len(pictures) > 1 or args.questions:
         if stage == 2 and not questions:
             raise UserError("several pictures: behind them a question is needed, or --questions FILE")
         batch(model, pictures, questions, options, args.batch_size)
