@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, fails_in_one_line, opt_tokenizer, run, save_clip, save_llm
+from PIL import Image
 from test_data import broken_pictures, save_picture
 
 import data
@@ -86,6 +87,14 @@ def test_a_stage_1_checkpoint_writes_captions_and_says_so(trained):
     asked = run("sample.py", "pictures/red.jpg", "what color is it?", *flags, *checkpoint, cwd=folder)
     assert caption.returncode == asked.returncode == 0 and caption.stdout == asked.stdout
     assert caption.stderr == "" and "stage 1" in asked.stderr
+
+
+@pytest.mark.parametrize("more", ((), ("where is it?",)))
+def test_inspect_draws_one_picture(trained, more):
+    folder, flags = trained
+    result = run("sample.py", "pictures/red.jpg", "what color is it?", *more, "--inspect", "look.png", *flags, cwd=folder)
+    assert result.returncode == 0 and result.stdout == "look.png\n", result.stderr
+    assert Image.open(folder / "look.png").width > 800
 
 
 def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
