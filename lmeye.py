@@ -240,10 +240,10 @@ class LMEye(nn.Module):
         if not (1 <= N <= most and 1 <= Q <= 100 and 0 <= settings.dropout < 1):
             raise UserError(f"--n-features {N} must be 1 to {most} with this CLIP, --n-slots {Q} 1 to 100, --dropout "
                             f"{settings.dropout} from 0 to below 1")
-        self.align = nn.Linear(C, D)
-        self.request = nn.Linear(D, W)
-        self.decompose = nn.Linear(C, N * W)
-        self.transmit = nn.Linear(C, D * Q)
+        self.align = nn.Linear(C, D)  # the picture, as a word of the language model
+        self.request = nn.Linear(D, W)  # the model's state, as a word of CLIP's
+        self.decompose = nn.Linear(C, N * W)  # the picture, as N words of CLIP's
+        self.transmit = nn.Linear(C, D * Q)  # what the words came to, as Q words of the language model
         spread = llm.get_input_embeddings().weight.float().std().item()  # the two vectors begin as words do
         self.img = nn.Parameter(spread * torch.randn(D))
         self.img_d = nn.Parameter(spread * torch.randn(D))
@@ -275,6 +275,7 @@ class LMEye(nn.Module):
         return self.img.device
 
     # -- 1. see: the picture becomes one feature, the feature becomes the <img> token
+    #       f = CLIP_image(picture)        <img> = align f + img
 
     @torch.no_grad()
     def encode_image(self, pixels):
@@ -285,6 +286,7 @@ class LMEye(nn.Module):
         return (self.align(f) + self.img)[:, None]  # (B, 1, D)
 
     # -- 2. ask: the last hidden state at <img-d> becomes a vector in the space of CLIP's words
+    #       h = LM([bos] Image: <img> Question: … <img-d>), its last state        r = request h
 
     def ask(self, h):
         if self.settings.interaction == "norequest":
@@ -292,6 +294,7 @@ class LMEye(nn.Module):
         return self.request(h.float())  # (B, W)
 
     # -- 3. interact: request and picture meet as words of one sentence in CLIP's text transformer
+    #       f₁ … f_N = decompose f        v = CLIP_text([SOS, f₁ … f_N, r, EOS]), at EOS, projected
 
     def interact(self, f, request):
         fine = self.dropout(self.decompose(f)).unflatten(-1, (self.settings.n_features, -1))  # (B, N, W)
@@ -309,6 +312,7 @@ class LMEye(nn.Module):
         return (projection(x) if isinstance(projection, nn.Linear) else x @ projection).float()
 
     # -- 4. answer: what came out stands in the place of <img-d>, and the language model reads on
+    #       <img-d> = transmit v + img_d
 
     def tell(self, v):
         return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d  # (B, Q, D)

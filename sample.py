@@ -134,36 +134,28 @@ def batch(model, pictures, questions, options, batch_size):
 SECOND = "what color is the background?"  # shown beside the question, to see the gaze move
 
 
-def look_with_gradient(model, picture):
-    """A picture → (its feature f (1, C), a map (1, channels, h, w) of CLIP's image tower on f's way), with gradient.
+def gaze(model, picture, question, answer):
+    """How much each place of the picture moved log p(answer): input × gradient, summed over channels → (h, w), 0 to 1.
 
-    The map is a ViT's patch embeddings; of a ResNet the last one that is at least 8 × 8 (its very last is 7 × 7 at
-    CLIP's full size, but 2 × 2 in the miniature).
+    The places are the patch embeddings of a ViT; of a ResNet the last feature map that is at least 7 × 7, which at
+    CLIP's own sizes is its very last.
     """
     visual, kept = model.clip.visual, []
-    if hasattr(visual, "transformer"):
-        def keep(module, inputs):  # (1, 1 + h·w, channels), the class token first
-            side = round((inputs[0].shape[1] - 1) ** 0.5)
-            patches = inputs[0][:, 1:].mT.unflatten(2, (side, side))
-            kept.append(patches)
-            return (torch.cat([inputs[0][:, :1], patches.flatten(2).mT], 1), *inputs[1:])
-        handles = [visual.transformer.register_forward_pre_hook(keep)]
+    names = ("ln_pre",) if hasattr(visual, "ln_pre") else ("layer1", "layer2", "layer3", "layer4")
+    if not all(hasattr(visual, name) for name in names):
+        raise UserError("--inspect knows CLIP's own image towers, ViT and ResNet; this one is another")
+    hooks = [getattr(visual, name).register_forward_hook(lambda *call: kept.append(call[-1])) for name in names]
+    pixels = model.preprocess(picture)[None].to(model.device, model.text.transformer.get_cast_dtype())
+    f = model.clip.encode_image(pixels.requires_grad_()).float()
+    for hook in hooks:
+        hook.remove()
+    gradients = torch.autograd.grad(model.loss_sum(f, model.tokens([question], [answer])), kept)
+    maps = [(x * g).float() for x, g in zip(kept, gradients)]
+    if maps[0].ndim == 3:  # (1, 1 + h·w, channels), the class token first
+        places = maps[0][0, 1:].sum(-1).unflatten(0, (round((maps[0].shape[1] - 1) ** 0.5), -1))
     else:
-        handles = [getattr(visual, name).register_forward_hook(lambda module, inputs, out: kept.append(out))
-                   for name in ("layer1", "layer2", "layer3", "layer4")]
-    pixels = model.preprocess(picture)[None].to(model.device, model.text.transformer.get_cast_dtype()).requires_grad_()
-    f = model.clip.encode_image(pixels).float()
-    for handle in handles:
-        handle.remove()
-    return f, [m for m in kept if m.shape[-1] >= 8][-1] if len(kept) > 1 else kept[0]
-
-
-def gaze(model, picture, question, answer):
-    """How much each place of the picture moved log p(answer): input × gradient → (h, w) from 0 to 1."""
-    f, seen = look_with_gradient(model, picture)
-    gradient, = torch.autograd.grad(-model.loss_sum(f, model.tokens([question], [answer])), seen)
-    moved = (seen * gradient).sum(1)[0].float().abs().detach().cpu()
-    return moved / moved.max().clamp(min=1e-9)
+        places = [m for m in maps if m.shape[-1] >= 7][-1][0].sum(0)
+    return places.abs().cpu() / places.abs().max().clamp(min=1e-9)
 
 
 @torch.no_grad()
@@ -173,72 +165,69 @@ def log_p(model, f, question, answer):
 
 
 def without(model, f, question, answer):
-    """What log p(answer) loses by the absence of each decomposed feature: N numbers."""
+    """What log p(answer) loses when one of the decomposed features is zero: N numbers."""
+    N, W = model.settings.n_features, model.request.out_features
     lost = []
-    for i in range(model.settings.n_features):
-        keep = (torch.arange(model.settings.n_features, device=model.device) != i).repeat_interleave(
-            model.request.out_features)
-        handle = model.decompose.register_forward_hook(lambda module, inputs, out: out * keep)
+    for i in range(N):
+        keep = (torch.arange(N, device=model.device) != i).repeat_interleave(W)
+        hook = model.decompose.register_forward_hook(lambda module, inputs, out: out * keep)
         lost.append(log_p(model, f, question, answer))
-        handle.remove()
+        hook.remove()
     return [log_p(model, f, question, answer) - p for p in lost]
 
 
 def rivals(model, checkpoint):
-    """{name: model}: this one; with its request silenced; norequest and static as trained, where they lie beside it."""
-    parts = model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer
-    found = {model.settings.interaction: (model.settings.interaction, checkpoint)}
+    """Yield (name, model): this one; the same with its request zero; norequest and static, if trained beside it."""
+    yield model.settings.interaction, model
+    frozen = model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer
     if model.settings.interaction == "full":
-        found["full, request silenced"] = ("norequest", None)
-    found |= {name: (name, Path(checkpoint).parent.parent / f"stage2-{name}" / CHECKPOINT) for name in ("norequest", "static")
-              if name != model.settings.interaction}
-    for name, (interaction, path) in found.items():
-        if path is None or Path(path).is_file():
-            rival = LMEye(replace(model.settings, interaction=interaction), *parts).eval()
-            if path is None:
-                rival.load_state_dict(model.state_dict())
-            else:
-                rival.load(path)
-            yield name, rival
+        silent = LMEye(replace(model.settings, interaction="norequest"), *frozen).eval()
+        silent.load_state_dict(model.state_dict())
+        yield "full, its request set to zero", silent
+    for name in ("norequest", "static"):
+        path = Path(checkpoint).parent.with_name(f"stage2-{name}") / CHECKPOINT
+        if path.is_file() and name != model.settings.interaction:
+            rival = LMEye(replace(model.settings, interaction=name), *frozen).eval()
+            rival.load(path)
+            yield f"{name}, as trained", rival
 
 
 def inspect_answer(model, checkpoint, path, questions, out):
-    """Draw one picture of what led to an answer: see the README."""
-    picture = data.load_image(path)
-    picture = ImageOps.fit(picture, (256, 256), Image.Resampling.NEAREST if picture.width < 256 else Image.Resampling.BICUBIC)
-    f, gray = (model.encode_image(model.preprocess(p)[None]) for p in (data.load_image(path), Image.new("RGB", picture.size, "gray")))
-    page = Image.new("RGB", (3 * 276 + 20, max(530, 352 + 18 * model.settings.n_features)), "white")
+    """Draw what led to an answer: the picture, the gaze for two questions, the answer's probability under the rivals,
+    and what each decomposed feature was worth."""
+    source = data.load_image(path)
+    f, gray = (model.encode_image(model.preprocess(p)[None]) for p in (source, Image.new("RGB", source.size, "gray")))
+    side = (256, 256)
+    picture = ImageOps.fit(source, side, Image.Resampling.NEAREST if source.width < 256 else Image.Resampling.BICUBIC)
+    page = Image.new("RGB", (848, max(530, 352 + 18 * model.settings.n_features)), "white")
     canvas, font = ImageDraw.Draw(page), ImageFont.load_default(13)
 
     def write(x, y, text, color="black"):
         canvas.text((x, y), text if len(text) < 42 else text[:40] + "…", color, font)
 
     def bar(x, y, share, text, color):
-        canvas.rectangle((x, y, x + max(1, round(120 * min(1, abs(share)))), y + 12), color if share >= 0 else "#bbbbbb")
+        canvas.rectangle((x, y, x + max(1, 120 * share), y + 12), color)
         write(x + 126, y - 2, text)
 
     page.paste(picture, (20, 30))
     write(20, 8, Path(path).name)
-    for column, question in enumerate(questions, 1):
-        x, said = 20 + 276 * column, model.generate(f, [question])[0]
-        heat = gaze(model, data.load_image(path), question, said)
-        heat = F.interpolate(heat[None, None], (256, 256), mode="bicubic").clamp(0, 1)[0, 0]
+    answers = model.generate(f.expand(2, -1), questions)
+    for x, question, said in zip((296, 572), questions, answers):
+        heat = F.interpolate(gaze(model, source, question, said)[None, None], side, mode="bicubic").clamp(0, 1)[0, 0]
         veil = Image.fromarray((200 * (1 - heat)).byte().numpy())
-        page.paste(Image.composite(Image.new("RGB", picture.size, "#888888"), picture, veil), (x, 30))
+        page.paste(Image.composite(Image.new("RGB", side, "#888888"), picture, veil), (x, 30))
         write(x, 8, question, "#555555")
         write(x, 292, f"{said}   p = {math.exp(log_p(model, f, question, said)):.2f}")
-        if model.settings.interaction != "static":
-            lost = without(model, f, question, said)
+        lost = without(model, f, question, said) if model.settings.interaction != "static" else []
+        for i, value in enumerate(lost):
             write(x, 322, "log p lost without each feature", "#555555")
-            for i, value in enumerate(lost):
-                bar(x, 342 + 18 * i, value / max(1e-6, *map(abs, lost)), f"f{i + 1}  {value:+.2f}", "#1f77b4")
-    write(20, 292, f"p of its answer to: {questions[0]}", "#555555")
-    answer_ = model.generate(f, [questions[0]])[0]
-    shown = list(rivals(model, checkpoint))
-    for i, (name, rival, features) in enumerate([*((n, r, f) for n, r in shown), ("blind: a gray picture", model, gray)]):
-        p = math.exp(log_p(rival, features, questions[0], answer_))
-        write(20, 316 + 38 * i, f"{name}: {rival.generate(features, [questions[0]])[0]}")
-        bar(20, 334 + 38 * i, p, f"{p:.2f}", "#2ca02c")
+            bar(x, 342 + 18 * i, abs(value) / max(1e-6, *map(abs, lost)), f"f{i + 1}  {value:+.2f}", "#1f77b4")
+    write(20, 292, "its answer, and p of the first one", "#555555")
+    shown = [(name, rival, f) for name, rival in rivals(model, checkpoint)]
+    for i, (name, rival, seen) in enumerate([*shown, ("blind: a gray picture", model, gray)]):
+        p = math.exp(log_p(rival, seen, questions[0], answers[0]))
+        write(20, 322 + 38 * i, f"{name}: {rival.generate(seen, questions[:1])[0]}")
+        bar(20, 340 + 38 * i, p, f"{p:.2f}", "#2ca02c")
     page.save(out)
     print(out)
 
