@@ -460,7 +460,7 @@ def judge(model, record, text):
 
 @torch.no_grad()
 def clip_score(model, f, captions):
-    """2.5 · max(cos(picture, caption), 0) of each (Hessel et al., 2021), without the "A photo depicts" of their code."""
+    """2.5 · max(cos(picture, caption), 0) of each (Hessel et al., 2021), without their code's "A photo depicts"."""
     v = model.clip.encode_text(model.clip_tokenizer(captions).to(model.device)).float()  # (B, C)
     return 2.5 * F.cosine_similarity(f.to(v), v).clamp(min=0).cpu()
 
@@ -505,57 +505,58 @@ def interval(scores, picture, draws=1000):
 
 
 def evaluate(model, dataset, folder):
-    """Measure a model with the pictures and blind, with other pictures' features; print a table with intervals.
-
-    Leaves in `folder`: answers.jsonl; vqa.json and captions.json, as the official scorers of VQA and COCO take them,
-    where the records have ids; a sheet of pictures with what was said, and one of failures, by kind.
-    """
-    scores, said = measure(model, dataset, "held out")
+    """Measure a model with the pictures and blind, print a table with 95% intervals, leave the answers in `folder`."""
+    scores, said = measure(model, dataset)
     blind, _ = measure(model, dataset, "held out, blind", blind=True)
-    name = model.settings.interaction
-    print(f"{'':20}{name:>20}{'blind':>24}    in percent, with 95% intervals")
+    print(f"{'':20}{model.settings.interaction:>20}{'blind':>24}    in percent, with 95% intervals")
     for column in scores:
-        known = ~np.isnan(scores[column])
-        cells = []
-        for some in (scores, blind):
-            low, high = interval(some[column][known], dataset.picture[known])
-            cells.append(f"{100 * some[column][known].mean():.1f} ({100 * low:.1f}–{100 * high:.1f})")
-        print(f"{column:20}{cells[0]:>20}{cells[1]:>24}")
+        known, line = ~np.isnan(scores[column]), f"{column:20}"
+        for values, width in ((scores[column][known], 20), (blind[column][known], 24)):
+            low, high = interval(values, dataset.picture[known])
+            line += f"{100 * values.mean():.1f} ({100 * low:.1f}–{100 * high:.1f})".rjust(width)
+        print(line)
     set_aside(folder)
     Path(folder).mkdir(parents=True)
-    lines = [{"image": str(r.image if isinstance(r.image, str) else getattr(r.image, "name", "")), "question": r.question,
-              "answer": text, "truth": r.answer} for r, text in zip(dataset.records, said)]
-    Path(folder, "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-    vqa = [{"question_id": r.key, "answer": text} for r, text in zip(dataset.records, said) if r.answers]
-    coco = {r.key: {"image_id": r.key, "caption": text} for r, text in zip(dataset.records, said)
-            if not r.turns and r.key != ""}
-    for file, results in (("vqa.json", vqa), ("captions.json", list(coco.values()))):
-        if results:
-            Path(folder, file).write_text(json.dumps(results), "utf-8")
-    wrong = [i for i, (r, text) in enumerate(zip(dataset.records, said)) if text.lower() != r.answer.lower()]
-    wrong = [i for _, group in itertools.groupby(sorted(wrong, key=lambda i: dataset.records[i].kind),
-                                                 key=lambda i: dataset.records[i].kind)
-             for i in itertools.islice(group, 4)]
-    some = np.random.default_rng(0).permutation(len(said))[:12]
-    for file, rows in (("sheet.png", some), ("failures.png", wrong[:32])):
-        if len(rows):
-            draw_sheet([(r.image, [(r.question or "(caption)", "#555555"), (text, "black"), *(
-                [(r.answer, "#d62728")] if text.lower() != r.answer.lower() else [])])
-                for r, text in ((dataset.records[i], said[i]) for i in rows)], Path(folder, file))
+    write_answers(dataset.records, said, Path(folder))
     print(f"  {folder}/: {', '.join(sorted(p.name for p in Path(folder).iterdir()))}")
+
+
+def write_answers(records, said, folder):
+    """Write what was said about records: answers.jsonl; where they have ids vqa.json and captions.json, as the official
+    scorers of VQA and COCO take them; sheet.png with some of the pictures; failures.png, up to four of each kind."""
+    told = list(zip(records, said))
+    lines = [{"image": getattr(r.image, "name", r.image if isinstance(r.image, str) else "drawn"),
+              "question": r.question, "answer": text, "truth": r.answer} for r, text in told]
+    vqa = [{"question_id": r.key, "answer": text} for r, text in told if r.answers]
+    coco = {r.key: {"image_id": r.key, "caption": text} for r, text in told if r.key != "" and not r.turns}
+    folder.joinpath("answers.jsonl").write_text("\n".join(json.dumps(x, ensure_ascii=False) for x in lines), "utf-8")
+    for name, rows in (("vqa.json", vqa), ("captions.json", list(coco.values()))):
+        if rows:
+            folder.joinpath(name).write_text(json.dumps(rows), "utf-8")
+
+    def cell(record, text):
+        right = text.lower() == record.answer.lower()
+        return record.image, [(record.question or "(caption)", "#555555"), (text, "black"),
+                              *([] if right else [(record.answer, "#d62728")])]
+
+    some = [told[i] for i in np.random.default_rng(0).permutation(len(told))[:12]]
+    wrong = sorted((t for t in told if t[1].lower() != t[0].answer.lower()), key=lambda t: t[0].kind)
+    wrong = [t for _, kind in itertools.groupby(wrong, key=lambda t: t[0].kind) for t in itertools.islice(kind, 4)]
+    for name, rows in (("sheet.png", some), ("failures.png", wrong[:40])):
+        if rows:
+            draw_sheet([cell(*row) for row in rows], folder / name)
 
 
 def draw_sheet(cells, path, columns=4, size=192):
     """Draw pictures with lines of text below to a PNG: cells of (picture, [(text, color), …])."""
     font = ImageFont.load_default(13)
-    wrapped = [(image, [(line, color) for text, color in lines for line in textwrap.wrap(text, 28)[:4] or [""]])
-               for image, lines in cells]
-    height = size + 20 + 16 * max(len(lines) for _, lines in wrapped)
+    cells = [(image, [(line, color) for text, color in texts for line in textwrap.wrap(text, 28)[:4]])
+             for image, texts in cells]
+    height = size + 20 + 16 * max(len(lines) for _, lines in cells)
     page = Image.new("RGB", (columns * (size + 20) + 20, math.ceil(len(cells) / columns) * height + 20), "white")
     canvas = ImageDraw.Draw(page)
-    for i, (image, lines) in enumerate(wrapped):
-        x, y = 20 + i % columns * (size + 20), 20 + i // columns * height
-        image = data.load_image(image)
+    for i, (image, lines) in enumerate(cells):
+        x, y, image = 20 + i % columns * (size + 20), 20 + i // columns * height, data.load_image(image)
         page.paste(image.resize((size, size), Image.Resampling.NEAREST if image.width < size else None), (x, y))
         for k, (line, color) in enumerate(lines):
             canvas.text((x, y + size + 4 + 16 * k), line, color, font)
@@ -572,28 +573,30 @@ def write_log(rows, path):
 
 def draw_curves(curves, path, x_name, log_x=False, log_y=False):
     """Draw curves {name: [(x, y), …]} to a PNG. A logarithmic axis needs numbers above zero."""
-    width, height, left, top, right, bottom = 800, 480, 60, 20, 20, 40
-    across, up = (math.log if log else float for log in (log_x, log_y))
-    xs, ys = ([p[i] for points in curves.values() for p in points] for i in (0, 1))
+    width, height, margin = 800, 480, 60
     image = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    xs, ys = ([point[i] for points in curves.values() for point in points] for i in (0, 1))
 
-    def share(value, values, scale):
-        return (scale(value) - scale(min(values))) / (scale(max(values)) - scale(min(values)) or 1)
+    def axis(values, log):  # → (value → its place from 0 to 1, five values to be marked)
+        scale, back = (math.log, math.exp) if log else (float, float)
+        low, high = scale(min(values)), scale(max(values))
+        return lambda v: (scale(v) - low) / (high - low or 1), [back(low + (high - low) * i / 4) for i in range(5)]
+
+    (across, x_marks), (up, y_marks) = axis(xs, log_x), axis(ys, log_y)
 
     def at(x, y):
-        return (left + share(x, xs, across) * (width - left - right),
-                height - bottom - share(y, ys, up) * (height - top - bottom))
+        return margin + across(x) * (width - 1.5 * margin), height - margin - up(y) * (height - 1.5 * margin)
 
-    for y in (min(ys) * (max(ys) / min(ys)) ** (i / 4) if log_y else min(ys) + (max(ys) - min(ys)) * i / 4 for i in range(5)):
+    for y in y_marks:
         canvas.line((at(min(xs), y), at(max(xs), y)), "#dddddd")
-        canvas.text((left - 6, at(min(xs), y)[1]), f"{y:.3g}", "black", font, "rm")
-    for x in (sorted(set(xs)) if log_x else [min(xs) + (max(xs) - min(xs)) * i // 4 for i in range(5)]):
-        canvas.text((at(x, min(ys))[0], height - bottom + 6), f"{x:,}", "black", font, "ma")
-    canvas.text((width / 2, height - 4), x_name, "black", font, "md")
-    for i, (name, color) in enumerate(zip(curves, ("#1f77b4", "#d62728", "#7f7f7f", "#2ca02c"))):
-        canvas.line([at(*point) for point in curves[name]], color, 2)
-        canvas.text((width - right - 8, height - bottom - 20 - 18 * i if log_x else top + 8 + 18 * i), name, color, font, "ra")
+        canvas.text((margin - 6, at(min(xs), y)[1]), f"{y:.3g}", "black", font, "rm")
+    for x in x_marks:
+        canvas.text((at(x, min(ys))[0], height - margin + 8), f"{x:,.0f}", "black", font, "ma")
+    canvas.text((width / 2, height - 10), x_name, "black", font, "md")
+    for i, ((name, points), color) in enumerate(zip(curves.items(), ("#1f77b4", "#d62728", "#7f7f7f", "#2ca02c"))):
+        canvas.line([at(*point) for point in points], color, 2)
+        canvas.text((margin + 12 + i * 200, 14), name.replace("_", " "), color, font)
     image.save(path)
 
 
@@ -658,7 +661,8 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
 def load_data(model, stage, paths, images, folder=None, whole=False):
     """(training, held-out Dataset or None) from published files, or drawn if the model is the miniature.
 
-    With `whole` both are all that the files have, to be evaluated. The features of published pictures are kept in `folder`; CLIP's image tower has then done its work and is dropped.
+    With `whole` both are all that the files have. The features of published pictures are kept in `folder`; CLIP's
+    image tower has then done its work and is dropped.
     """
     skipped = Counter()
     if model.settings.preset == "mini":
@@ -669,8 +673,8 @@ def load_data(model, stage, paths, images, folder=None, whole=False):
         train, test = (train, train) if whole else data.split(train)
         model.clip.visual = None
     held_out = len(test.records) if test else 0
-    print(f"data: {held_out:,} records to evaluate" if whole else
-          f"data: {len(train.records):,} records to train on, {held_out:,} held out{'' if test else ' (too few pictures)'}")
+    print(f"data: {held_out:,} records to evaluate" if whole else f"data: {len(train.records):,} records to train on, "
+          f"{held_out:,} held out" + ("" if test else " (too few pictures)"))
     reasons = +skipped  # those that did occur
     for reason, n in reasons.most_common(10):
         print(f"  skipped {n:,}: {lmeye.printable(reason)}")
@@ -731,10 +735,10 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted, exactly")
     parser.add_argument("--save-every", type=positive(int), default=200, metavar="STEPS",
                         help="how often the state is saved, to be resumed from (default: 200)")
-    parser.add_argument("--eval-only", action="store_true", help="train nothing: evaluate the stage's checkpoint on all "
-                        "records of --data, or without it on the held-out part of what it was trained on")
-    parser.add_argument("--checkpoint", metavar="FILE", help="the adapter to evaluate or to start from (default: that of "
-                        "the stage, or the one before, below --out)")
+    parser.add_argument("--eval-only", action="store_true", help="train nothing: evaluate the stage's checkpoint "
+                        "on all of --data, or without it on the held-out part of what it was trained on")
+    parser.add_argument("--checkpoint", metavar="FILE", help="the adapter to evaluate or to start from "
+                        "(default: that of the stage, or of the one before, below --out)")
     lmeye.add_flags(parser)
     return parser.parse_args()
 
