@@ -1,36 +1,33 @@
-"""LMEye: a frozen language model asks a frozen CLIP about a picture (arXiv 2305.03701, version 1).
+r"""LMEye: a frozen language model asks a frozen CLIP about a picture (arXiv 2305.03701, version 1).
 
 A static mapping hands the language model one picture token and hopes that it holds everything. LMEye lets the
 model *ask*: it reads the question, its hidden state becomes a request, the request meets the picture inside
 CLIP's own frozen text transformer, and what comes out is handed back as one more token.
 
-    picture ──► CLIP image tower ──► f ──┬── align ──► <img>                                    1. see
-                                         │               │
-                     frozen LM reads [bos] Image: <img> \\nQuestion: {question} <img-d>  ──► h    2. ask
-                                         │                                                 │
+    picture ──► CLIP image tower ──► f ──┬── align, + img ──► <img>                             1. see
+                                         │                     │
+                     frozen LM reads [bos] Image: <img> \nQuestion: {question} <img-d>  ──► h    2. ask
+                                         │                                      (= img_d)  │
                                      decompose                                          request
                                          │                                                 │
-        frozen CLIP text transformer [SOS, f₁ … f_N,                                  request(h), EOS] ──► v
+        frozen CLIP text transformer [SOS, f₁ … f_N,                                       r, EOS] ──► v
                                                                                                3. interact
-        <img-d> becomes transmit(v);  frozen LM reads on from there: \\nAnswer: {answer}[eos]   4. answer
+        <img-d> becomes transmit(v) + img_d;  frozen LM reads on: \nAnswer: {answer}[eos]      4. answer
 
 Trained: the four linear layers `align`, `request`, `decompose`, `transmit` and two vectors, `img` and `img_d`.
-Frozen: everything else. Phase 1 trains `align` and `img` on captions, phase 2 the others on instructions.
+Frozen: every weight of the LM and of CLIP; gradients flow through the LM and CLIP's text transformer, not into them.
+Phase 1 (stage 1) trains `align` and `img` on captions, phase 2 the others on instructions: see `set_trained`.
 
 Steps 2 and 4 are two passes of the LM over the same beginning. Attention is causal: nothing before <img-d>
-depends on what stands there. So the keys and values of the first pass are kept, gradients included; only the
-entry of <img-d> is dropped, and the second pass runs no more than <img-d> and what follows it.
+depends on what stands there. So the keys and values of the first pass are kept, gradients included; only those
+of <img-d> are dropped, and the second pass runs no more than <img-d> and what follows it.
 
 Axes, in the shape comments of this file:
-    B records   T tokens   K choices   D width of the LM's embeddings   V size of its vocabulary
-    C CLIP's joint space   W width of CLIP's text transformer   N decomposed features   Q <img-d> slots
+    B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
+    C CLIP's joint space   W width of its text transformer   S side of its pictures   N decomposed features
+    Q <img-d> slots
 
-Where this departs from the paper or from the authors' first release, and why:
-  - One cache serves both passes: the same numbers for half the work.
-  - Trained weights and the loss are fp32, only frozen weights may be half precision: the release recast its
-    weights at every step, and such training ends in NaN sooner or later.
-  - A batch is padded between <img> and the question, so that both slots stand in one column for all records.
-  - Whether `align` goes on learning in phase 2 is open in the paper: here it does not, unless asked to.
+Where this departs from the paper and from the authors' release, and why, stands in the README.
 """
 
 import inspect
@@ -98,6 +95,9 @@ class Settings:
     precision: str = setting("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU",
                              choices=("auto", "bf16", "fp16", "fp32"))
 
+    def __post_init__(self):
+        self.dropout = float(self.dropout)
+
 
 OPENAI_CLIP = "ViT-L-14:openai"
 PRESETS = {
@@ -119,7 +119,8 @@ def settings_from(args):
 
     Models other than the preset's make a preset of their own, named after them: so does its folder under `out`.
     """
-    preset = vars(args).get("preset") or ("opt-1.3b" if torch.cuda.is_available() or args.llm or args.clip else "mini")
+    preset = vars(args).get("preset") or ("opt-1.3b" if torch.cuda.is_available() or
+                                          vars(args).get("llm") or vars(args).get("clip") else "mini")
     settings = PRESETS[preset]
     if preset == "mini":
         settings = replace(settings, llm=f"{args.out}/mini/llm", clip=f"local-dir:{args.out}/mini/clip")
@@ -137,7 +138,7 @@ def device_and_dtype(precision):
     """(device, dtype of the frozen weights) for a `precision` setting; the device is a CUDA GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
@@ -201,18 +202,6 @@ def pad(rows, left=False):
     return ids, mask
 
 
-def pick(logits, temperature, top_k, top_p, generator):
-    """Choose the next token from logits (B, V) → (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(-1, descending=True)
-    p = logits.softmax(-1)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    unlikely = p.cumsum(-1) - p >= top_p  # the tokens before it already hold top_p
-    p = p.masked_fill(unlikely | (rank >= (top_k or len(rank))), 0)
-    return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
-
-
 # ---- LMEye ---------------------------------------------------------------------------------------------------
 
 
@@ -255,11 +244,11 @@ class LMEye(nn.Module):
         self.register_buffer("answer_ids", torch.tensor(self.ids(ANSWER)), persistent=False)
         self.register_buffer("sos_eos", clip_tokenizer([""])[0, :2].clone(), persistent=False)
         self.takes_positions = "position_ids" in inspect.signature(llm.base_model.forward).parameters
-        self.to(next(llm.parameters()).device)
+        self.to(next(llm.parameters()).device).eval()
 
     @classmethod
     def from_settings(cls, settings):
-        """Load both backbones as the settings name them; the trained layers are new. UserError if that fails."""
+        """Load both backbones as the settings name them; the layers are new. In eval mode. UserError if that fails."""
         device, dtype = device_and_dtype(settings.precision)
         llm, tokenizer = load_llm(settings.llm, device, dtype)
         return cls(settings, llm, tokenizer, *load_clip(settings.clip, device, dtype))
@@ -280,7 +269,8 @@ class LMEye(nn.Module):
     @torch.no_grad()
     def encode_image(self, pixels):
         """Pixels (B, 3, S, S), as `preprocess` makes them → f (B, C): projected, not normalised, fp32."""
-        return self.clip.encode_image(pixels.to(self.device, self.text.transformer.get_cast_dtype())).float()
+        dtype = self.text.transformer.get_cast_dtype()  # the same in both towers of CLIP
+        return self.clip.encode_image(pixels.to(self.device, dtype)).float()
 
     def see(self, f):
         return (self.align(f) + self.img)[:, None]  # (B, 1, D)
@@ -296,15 +286,18 @@ class LMEye(nn.Module):
     # -- 3. interact: request and picture meet as words of one sentence in CLIP's text transformer
     #       f₁ … f_N = decompose f        v = CLIP_text([SOS, f₁ … f_N, r, EOS]), at EOS, projected
 
-    def interact(self, f, request):
-        fine = self.dropout(self.decompose(f)).unflatten(-1, (self.settings.n_features, -1))  # (B, N, W)
+    def interact(self, f, r):
+        features = self.dropout(self.decompose(f)).unflatten(-1, (self.settings.n_features, -1))  # (B, N, W)
         sos, eos = self.text.token_embedding(self.sos_eos).expand(len(f), -1, -1).split(1, dim=1)  # (B, 1, W) each
-        return self.encode_words(torch.cat([sos, fine, request[:, None], eos], 1))  # v (B, C)
+        return self.encode_words(torch.cat([sos, features, r[:, None], eos], 1))  # v (B, C)
 
     def encode_words(self, words):
-        """CLIP's text path from word vectors on, (B, T, W) → (B, C): equals `clip.encode_text` where the words
-        are the token embeddings of a text that ends with its EOS. CLIP's mask is cut to T and the state read at
-        the last place explicitly (transformers issue 24650, open_clip issue 1151: other places pass unnoticed)."""
+        """CLIP's text path from word vectors on, (B, T, W) → (B, C). Equals `clip.encode_text` where the words are the
+        token embeddings of a text that ends with its EOS.
+
+        CLIP's mask is cut to T. The state is read at the last place explicitly: looking for EOS among token ids, which
+        there are none of here, is how other code pools at a wrong place (transformers issue 24650, open_clip 1151).
+        """
         text, T = self.text, words.shape[1]
         x = (words + text.positional_embedding[:T]).to(text.transformer.get_cast_dtype())
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:T, :T])[:, -1])
@@ -317,7 +310,7 @@ class LMEye(nn.Module):
     def tell(self, v):
         return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d  # (B, Q, D)
 
-    # ---- The two passes ----------------------------------------------------------------------------------
+    # ---- The first pass, and where the second one starts -------------------------------------------------
 
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -337,11 +330,12 @@ class LMEye(nn.Module):
         return out.last_hidden_state, out.past_key_values
 
     def begin(self, f, question, question_mask):
-        """Everything up to the answer → (x, mask, cache): reading x (B, T, D) on top of the cache comes next.
+        """Everything up to the answer → (x, mask, cache): the caller reads x (B, T, D) on top of the cache.
 
-        No gradient is computed where none can be needed: with `align` frozen, the graph begins at <img-d>.
+        With <img-d> the cache holds all that precedes it and x begins there; for captions and `static` there is no
+        cache, and x is everything. `mask` covers both.
         """
-        B, f = len(f), f.to(self.device)
+        B, Q, f = len(f), self.settings.n_slots, f.to(self.device)
         question, question_mask = question.to(self.device), question_mask.to(self.device)
         x = torch.cat([self.embed(self.image_ids).expand(B, -1, -1), self.see(f), self.embed(question)], 1)
         mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)
@@ -350,21 +344,20 @@ class LMEye(nn.Module):
 
         cache = None
         if self.settings.interaction != "static":
-            Q = self.settings.n_slots
-            slots, before, mask = self.img_d.expand(B, Q, -1), mask, F.pad(mask, (0, Q), value=1)
-            if torch.is_grad_enabled():  # apart, so that with align frozen no graph is kept for what precedes <img-d>
-                _, cache = self.read(x, before)
+            slots, mask_before, mask = self.img_d.expand(B, Q, -1), mask, F.pad(mask, (0, Q), value=1)
+            if torch.is_grad_enabled():  # in two reads: with align frozen, the graph then begins at <img-d>
+                _, cache = self.read(x, mask_before)
                 h, cache = self.read(slots, mask, cache)
-            else:
+            else:  # in one, which is faster
                 h, cache = self.read(torch.cat([x, slots], 1), mask)
-            cache.crop(-Q)  # forget <img-d> itself: keys and values of all that precedes it serve the second pass
-            v = self.interact(f, self.ask(h[:, -1]))
-            x = self.tell(v)
+            cache.crop(-Q)  # forget <img-d>: the keys and values of all that precedes it serve the second pass
+            v = self.interact(f, self.ask(h[:, -1]))  # of several slots, the last has read most
+            x = self.tell(v)  # in the same Q places, so the mask holds
         x = torch.cat([x, self.embed(self.answer_ids).expand(B, -1, -1)], 1)
         return x, F.pad(mask, (0, len(self.answer_ids)), value=1), cache
 
     def logits(self, h):
-        return self.llm.get_output_embeddings()(h.to(self.llm.dtype)).float()  # (…, V)
+        return self.llm.get_output_embeddings()(h).float()  # (…, V)
 
     # ---- Loss --------------------------------------------------------------------------------------------
 
@@ -379,10 +372,7 @@ class LMEye(nn.Module):
     def tokens(self, questions, answers):
         """Texts → Tokens, on the CPU. UserError if a record does not fit into the LM's context."""
         questions, answers = self.token_ids(questions, answers)
-        longest = max(len(q) + len(a) for q, a in zip(questions, answers))
-        if longest > self.room:
-            raise UserError(f"a question of {longest} tokens does not fit into the language model's context, which has "
-                            f"room for {self.room}: shorten it")
+        self.check_room(max(len(q) + len(a) for q, a in zip(questions, answers)))
         return Tokens(*pad(questions, left=True), *pad(answers))
 
     @property
@@ -392,8 +382,13 @@ class LMEye(nn.Module):
 
     @property
     def room(self):
-        """How many of them are left for a question and its answer beside the template and the slots."""
+        """How many of them are left for a question and its answer, beside the template and the slots."""
         return self.context - len(self.image_ids) - 1 - self.settings.n_slots - len(self.answer_ids)
+
+    def check_room(self, longest):
+        if longest > self.room:
+            raise UserError(f"question and answer of {longest} tokens do not fit into the language model's context, which "
+                            f"has room for {self.room}: shorten them")
 
     def loss(self, f, questions, answers):
         """Cross-entropy of the answers and their eos, averaged over tokens; a scalar, fp32."""
@@ -419,7 +414,8 @@ class LMEye(nn.Module):
         temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens; `generator` makes sampling repeatable.
         """
         B, eos = len(f), self.tokenizer.eos_token_id
-        x, mask, cache = self.begin(f, *self.tokens(questions, [""] * B)[:2])
+        asked = self.tokens(questions, [""] * B)
+        x, mask, cache = self.begin(f, asked.question, asked.question_mask)
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         for _ in range(min(max_tokens, self.context - mask.shape[1])):
             h, cache = self.read(x, mask, cache)
@@ -447,14 +443,16 @@ class LMEye(nn.Module):
         The question is read once for all its choices.
         """
         B, K = len(choices), len(choices[0])
-        x, mask, cache = self.begin(f, *self.tokens(questions, [""] * B)[:2])
-        h, cache = self.read(x, mask, cache)
+        asked, told = self.tokens(questions, [""] * B), self.tokens(None, sum(choices, []))
+        self.check_room(asked.question.shape[1] + told.answer.shape[1])
+        x, mask, cache = self.begin(f, asked.question, asked.question_mask)
+        first, cache = self.read(x, mask, cache)
         cache.batch_repeat_interleave(K)
-        *_, ids, ids_mask = (t.to(self.device) for t in self.tokens(None, sum(choices, [])))  # (B·K, T), eos last
+        ids, ids_mask = told.answer.to(self.device), told.answer_mask.to(self.device)  # (B·K, T'), eos last
         mask = torch.cat([mask.repeat_interleave(K, 0), ids_mask[:, :-1]], 1)
         rest, _ = self.read(self.embed(ids[:, :-1]), mask, cache)
-        h = torch.cat([h[:, -1:].repeat_interleave(K, 0), rest[:, :-1]], 1)  # (B·K, T-1, D): before each token
-        real = ids_mask[:, 1:].bool()
+        h = torch.cat([first[:, -1:].repeat_interleave(K, 0), rest[:, :-1]], 1)  # (B·K, T'-1, D): before each token
+        real = ids_mask[:, 1:].bool()  # places behind which something stands, if only eos: all tokens but eos
         logp = torch.zeros(real.shape, device=self.device)
         logp[real] = -F.cross_entropy(self.logits(h[real]), ids[:, :-1][real], reduction="none")
         return logp.sum(1).view(B, K)
@@ -470,9 +468,16 @@ class LMEye(nn.Module):
         return {name: p for name, p in self.named_parameters() if name.split(".")[0] in parts}
 
     def set_trained(self, stage, train_align=False):
-        """Make exactly the tensors of this stage trainable; → {name: parameter}. `static` trains align in both."""
-        frozen = self.adapter(1) if stage == 2 and self.settings.interaction != "static" and not train_align else {}
-        trained = {name: p for name, p in self.adapter(stage).items() if name not in frozen}
+        """Make exactly the tensors of this stage trainable → {name: parameter}.
+
+            stage 1                 align, img
+            stage 2, full           request, decompose, transmit, img_d     with train_align also align, img
+            stage 2, norequest               decompose, transmit, img_d     with train_align also align, img
+            stage 2, static         align, img: there is nothing else
+        """
+        trained = self.adapter(stage)
+        if stage == 2 and self.settings.interaction != "static" and not train_align:
+            trained = {name: p for name, p in trained.items() if name not in self.adapter(1)}
         for name, p in self.named_parameters():
             p.requires_grad_(name in trained)
         return trained
@@ -494,7 +499,7 @@ class LMEye(nn.Module):
         """Load an adapter into this model → its stage. UserError if it belongs to another model or shape."""
         stage, theirs, fingerprint, tensors = read_checkpoint(path)
         mine, weights = self.settings, self.fingerprint()
-        if fingerprint.shape != weights.shape or not torch.allclose(fingerprint, weights, rtol=0.02, atol=1e-6):
+        if fingerprint.shape != weights.shape or not torch.allclose(fingerprint, weights, rtol=0.02, atol=1e-6):  # bf16 rounds
             raise UserError(f"{path}: was trained with --llm {theirs.llm} --clip {theirs.clip}; the weights of "
                             f"--llm {mine.llm} --clip {mine.clip} are others")
         if stage == 2 and theirs.interaction != mine.interaction:
@@ -509,6 +514,20 @@ class LMEye(nn.Module):
                 p.copy_(tensors[name])
         return stage
 
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Choose the next token from logits (B, V) → (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits / temperature).sort(-1, descending=True)
+    p = logits.softmax(-1)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    unlikely = p.cumsum(-1) - p > top_p  # the tokens before it already hold top_p
+    p = p.masked_fill(unlikely | (rank >= (top_k or len(rank))), 0)
+    return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+
+# ---- Adapter files -------------------------------------------------------------------------------------------
 
 CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
