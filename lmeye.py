@@ -95,9 +95,6 @@ class Settings:
     precision: str = setting("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU",
                              choices=("auto", "bf16", "fp16", "fp32"))
 
-    def __post_init__(self):
-        self.dropout = float(self.dropout)
-
 
 OPENAI_CLIP = "ViT-L-14:openai"
 PRESETS = {
@@ -119,8 +116,8 @@ def settings_from(args):
 
     Models other than the preset's make a preset of their own, named after them: so does its folder under `out`.
     """
-    preset = vars(args).get("preset") or ("opt-1.3b" if torch.cuda.is_available() or
-                                          vars(args).get("llm") or vars(args).get("clip") else "mini")
+    real = torch.cuda.is_available() or vars(args).get("llm") or vars(args).get("clip")
+    preset = vars(args).get("preset") or ("opt-1.3b" if real else "mini")
     settings = PRESETS[preset]
     if preset == "mini":
         settings = replace(settings, llm=f"{args.out}/mini/llm", clip=f"local-dir:{args.out}/mini/clip")
@@ -319,11 +316,8 @@ class LMEye(nn.Module):
         return self.llm.get_input_embeddings()(ids)  # (…, D)
 
     def read(self, x, mask, cache=None):
-        """Run the frozen LM over embeddings x (B, T, D) → (last hidden states (B, T, D), cache with x appended).
-
-        `mask` (B, T_cache + T) covers what the cache holds and x. Positions count real tokens only, so that
-        padding anywhere never changes a number.
-        """
+        """Run the frozen LM over embeddings x (B, T, D) → (last hidden states (B, T, D), cache with x appended). `mask`
+        covers what the cache holds and x. Positions count real tokens only: padding anywhere changes no number."""
         positions = {"position_ids": mask.cumsum(1)[:, -x.shape[1]:] - 1} if self.takes_positions else {}
         out = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, past_key_values=cache,
                                   use_cache=True, **positions)
@@ -369,10 +363,13 @@ class LMEye(nn.Module):
         questions = self.ids([QUESTION + q for q in questions]) if questions else [[]] * len(answers)
         return questions, [ids + [self.tokenizer.eos_token_id] for ids in self.ids([" " + a for a in answers])]
 
-    def tokens(self, questions, answers):
-        """Texts → Tokens, on the CPU. UserError if a record does not fit into the LM's context."""
+    def tokens(self, questions, answers, before=0):
+        """Texts → Tokens, on the CPU. UserError if a record, with `before` tokens more, exceeds the LM's context."""
         questions, answers = self.token_ids(questions, answers)
-        self.check_room(max(len(q) + len(a) for q, a in zip(questions, answers)))
+        longest = before + max(len(q) + len(a) for q, a in zip(questions, answers))
+        if longest > self.room:
+            raise UserError(f"question and answer of {longest} tokens do not fit into the language model's context, which "
+                            f"has room for {self.room}: shorten them")
         return Tokens(*pad(questions, left=True), *pad(answers))
 
     @property
@@ -384,11 +381,6 @@ class LMEye(nn.Module):
     def room(self):
         """How many of them are left for a question and its answer, beside the template and the slots."""
         return self.context - len(self.image_ids) - 1 - self.settings.n_slots - len(self.answer_ids)
-
-    def check_room(self, longest):
-        if longest > self.room:
-            raise UserError(f"question and answer of {longest} tokens do not fit into the language model's context, which "
-                            f"has room for {self.room}: shorten them")
 
     def loss(self, f, questions, answers):
         """Cross-entropy of the answers and their eos, averaged over tokens; a scalar, fp32."""
@@ -438,13 +430,11 @@ class LMEye(nn.Module):
 
     @torch.no_grad()
     def score(self, f, questions, choices):
-        """Σ log p of the tokens of each choice (eos left out) after its question: (B, K) for B lists of K strings.
-
-        The question is read once for all its choices.
-        """
+        """Σ log p of the tokens of each choice (eos left out) after its question: (B, K) for B lists of K strings. The
+        question is read once for all its choices."""
         B, K = len(choices), len(choices[0])
-        asked, told = self.tokens(questions, [""] * B), self.tokens(None, sum(choices, []))
-        self.check_room(asked.question.shape[1] + told.answer.shape[1])
+        asked = self.tokens(questions, [""] * B)
+        told = self.tokens(None, sum(choices, []), before=asked.question.shape[1])
         x, mask, cache = self.begin(f, asked.question, asked.question_mask)
         first, cache = self.read(x, mask, cache)
         cache.batch_repeat_interleave(K)
@@ -542,6 +532,7 @@ def read_checkpoint(path):
             header = json.loads(file.metadata()["lmeye"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         stage, settings, fingerprint = header["stage"], Settings(**header["settings"]), header["fingerprint"]
+        settings.dropout = float(settings.dropout)
         wrong = [f.name for f in fields(Settings) if type(getattr(settings, f.name)) is not f.type]
         if wrong or stage not in (1, 2):
             raise ValueError(f"its header is off: {', '.join(wrong) or 'stage'}")

@@ -47,8 +47,8 @@ from lmeye import CHECKPOINT, LMEye
 
 OUT = Path("out/mini")
 VARIANTS = ("full", "norequest", "static", "static, 2 tokens")
-# The best of `tune`, for each world.
-LR = {"mini": {}, "board": {}}
+# The best of `tune`, where it is not the default.
+LR = {"mini": {"static": 1.2e-2, "static, 2 tokens": 1.2e-2}, "board": {}}
 
 
 # ---- Models and data -----------------------------------------------------------------------------------------
@@ -122,8 +122,9 @@ def new_model(world, name, seed, llm="llm"):
     kind = picture_tokens(int(more.split()[0])) if more.endswith("tokens") else EXERCISES.get(more, LMEye)
     sizes = {{"N": "n_features", "Q": "n_slots"}[more[0]]: int(more[2:])} if "=" in more else {}
     home = OUT if world == "mini" else OUT / "evidence" / world
+    llm = home / "llm" if llm == "llm" else OUT / "evidence" / llm
     torch.manual_seed(seed)
-    return kind.from_settings(replace(lmeye.PRESETS["mini"], llm=str(home / llm), clip=f"local-dir:{home}/clip",
+    return kind.from_settings(replace(lmeye.PRESETS["mini"], llm=str(llm), clip=f"local-dir:{home}/clip",
                                       interaction=interaction, **sizes))
 
 
@@ -336,8 +337,8 @@ def samples(seeds):
 
 def scaling(seeds):
     for width, layers in SIZES:
-        if not (OUT / f"llm-{width}x{layers}").is_dir():
-            train.train_llm(OUT / f"llm-{width}x{layers}", 0, True, 200, width=width, layers=layers)
+        if not place(f"llm-{width}x{layers}").is_dir():
+            train.train_llm(place(f"llm-{width}x{layers}"), 0, True, 200, width=width, layers=layers)
     models = ["llm", *(f"llm-{width}x{layers}" for width, layers in SIZES)]
     names = ["full, N=1", "full, N=2", "full, N=10", "full, Q=2", "full, Q=4"]
     runs = [("mini", "full", seed, {"llm": llm}) for llm in models for seed in range(seeds)]
@@ -352,7 +353,7 @@ def scaling(seeds):
     print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
 
-SIZES = ((64, 3), (256, 3), (128, 2), (128, 6))  # width and layers of the language models beside the miniature's own
+SIZES = ((64, 3), (256, 3), (128, 2), (128, 5))  # width and layers of the language models beside the miniature's own
 
 
 def requests(seeds):
