@@ -383,8 +383,8 @@ def load_image(source):
     name = f"{source.archive}: {source.name}" if isinstance(source, Member) else source
     try:
         with Image.open(read_member(source) if isinstance(source, Member) else source) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} × {image.height} pixels are too many")
+            if image.width * image.height > MOST_PIXELS or max(image.size) > 100 * min(image.size):
+                raise ValueError(f"{image.width} × {image.height} pixels are too many, or too narrow")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{name}: no such picture") from None
@@ -454,7 +454,9 @@ def encode(model, records, skipped, folder=None):
         tokens += [tuple(np.array(ids, np.int32) for ids in pair)
                    for pair in zip(*model.token_ids(questions, [r.answer for r in part]))]
     picture = np.array([row[key(r)] for r in records])
-    fits = np.array([len(q) + len(a) <= model.room for q, a in tokens])
+    longest = [max(map(len, (a, *model.token_ids(None, r.choices)[1]) if r.choices else (a,)))
+               for r, (_, a) in zip(records, tokens)]
+    fits = np.array([len(q) + n <= model.room for (q, _), n in zip(tokens, longest)])
     skipped["longer than the language model's context"] += int((~fits).sum())
     keep = fits & ~broken[picture]
     if not keep.any():

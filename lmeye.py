@@ -65,6 +65,9 @@ def run(main):
     except (UserError, OSError) as error:  # the system's own words, for a full disk or a forbidden folder, will do
         print(f"{Path(sys.argv[0]).name}: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: the GPU's memory does not suffice: lower --batch-size", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
         print(printable(str(stop)) or "interrupted", file=sys.stderr)
         sys.exit(130)

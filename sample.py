@@ -149,8 +149,8 @@ def gaze(model, picture, question, answer):
     f = model.clip.encode_image(pixels.requires_grad_()).float()
     for hook in hooks:
         hook.remove()
-    gradients = torch.autograd.grad(model.loss_sum(f, model.tokens([question], [answer])), kept)
-    maps = [(x * g).float() for x, g in zip(kept, gradients)]
+    loss = 1024 * model.loss_sum(f, model.tokens([question], [answer]))  # lest small gradients vanish in fp16
+    maps = [x.float() * g.float() for x, g in zip(kept, torch.autograd.grad(loss, kept))]
     if maps[0].ndim == 3:  # (1, 1 + h·w, channels), the class token first
         places = maps[0][0, 1:].sum(-1).unflatten(0, (round((maps[0].shape[1] - 1) ** 0.5), -1))
     else:
@@ -181,13 +181,13 @@ def rivals(model, checkpoint):
     yield model.settings.interaction, model
     frozen = model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer
     if model.settings.interaction == "full":
-        silent = LMEye(replace(model.settings, interaction="norequest"), *frozen).eval()
+        silent = LMEye(replace(model.settings, interaction="norequest"), *frozen)
         silent.load_state_dict(model.state_dict())
         yield "full, its request set to zero", silent
     for name in ("norequest", "static"):
-        path = Path(checkpoint).parent.with_name(f"stage2-{name}") / CHECKPOINT
+        path = Path(checkpoint).resolve().parent.with_name(f"stage2-{name}") / CHECKPOINT
         if path.is_file() and name != model.settings.interaction:
-            rival = LMEye(replace(model.settings, interaction=name), *frozen).eval()
+            rival = LMEye(lmeye.read_checkpoint(path)[1], *frozen)
             rival.load(path)
             yield f"{name}, as trained", rival
 
@@ -228,7 +228,7 @@ def inspect_answer(model, checkpoint, path, questions, out):
         p = math.exp(log_p(rival, seen, questions[0], answers[0]))
         write(20, 322 + 38 * i, f"{name}: {rival.generate(seen, questions[:1])[0]}")
         bar(20, 340 + 38 * i, p, f"{p:.2f}", "#2ca02c")
-    page.save(out)
+    page.save(out, "PNG")
     print(out)
 
 
@@ -239,8 +239,8 @@ def parse_args():
                         help="pictures, and behind them a question; the last word is taken for a picture if it is a "
                              "file or ends as picture files do")
     parser.add_argument("--questions", metavar="FILE", help="a text file, a question a line")
-    parser.add_argument("--inspect", metavar="PNG", help="draw where the model looks and what its request is worth; "
-                        f"a second question may follow the first (default: {SECOND})")
+    parser.add_argument("--inspect", metavar="PNG", help="draw where the model looks and what its request is worth, "
+                        f"for its likeliest answer; a second question may follow the first (default: {SECOND})")
     parser.add_argument("--checkpoint", metavar="FILE", help=f"an {CHECKPOINT} (default: the newest below --out)")
     parser.add_argument("--out", default="out", help="where train.py wrote (default: out)")
     parser.add_argument("--max-tokens", type=int, default=64, help="the longest answer (default: 64)")
@@ -263,7 +263,7 @@ def main():
     pictures, questions = (args.inputs, []) if is_picture else (pictures, [last])
     if args.inspect:
         pictures, questions = args.inputs[:1], (args.inputs[1:] + [SECOND])[:2]
-        if not 2 <= len(args.inputs) <= 3:
+        if not 2 <= len(args.inputs) <= 3 or args.questions:
             raise UserError("--inspect takes one picture and one or two questions")
     if args.questions:
         try:

@@ -415,9 +415,11 @@ def measure(model, dataset, name="held out", blind=False, batch_size=128):
     model.eval()
     records, shown = dataset.records, shuffled(dataset) if blind else dataset
     scores, said = defaultdict(lambda: np.full(len(records), np.nan)), [""] * len(records)
-    rows = sorted(range(len(records)), key=lambda i: (bool(records[i].choices), len(dataset.tokens[i][0])))
-    alike = [list(group) for _, group in itertools.groupby(rows, key=lambda i: bool(records[i].choices))]
-    parts = [group[i:i + batch_size] for group in alike for i in range(0, len(group), batch_size)]
+    rows = sorted(range(len(records)), key=lambda i: (len(records[i].choices), len(dataset.tokens[i][0])))
+    parts = []
+    for n, alike in itertools.groupby(rows, key=lambda i: len(records[i].choices)):
+        while part := list(itertools.islice(alike, math.ceil(batch_size / max(1, n)))):
+            parts.append(part)
     for part in tqdm(parts, desc=name, disable=None):
         f, some = shown.f(part), [records[i] for i in part]
         questions = [r.question for r in some] if some[0].turns else None
@@ -438,9 +440,10 @@ def measure(model, dataset, name="held out", blind=False, batch_size=128):
             for column, score in mark.items():
                 scores[column][i] = score
     for how in ("", ", per token"):
-        if "QA→R" + how in scores:  # right where both are: each answer stands beside its rationale, by their key
-            answered = {r.key: right for r, right in zip(records, scores["Q→A" + how]) if right == right}
-            scores["Q→AR" + how] = scores["QA→R" + how] * [answered.get(r.key, np.nan) for r in records]
+        if "QA→R" + how in scores:  # right where both are: the answer, and the rationale behind it
+            pair = [(r.key, r.image, r.turns[:1]) for r in records]
+            answered = {p: right for p, right in zip(pair, scores["Q→A" + how]) if right == right}
+            scores["Q→AR" + how] = scores["QA→R" + how] * [answered.get(p, np.nan) for p in pair]
     return dict(scores), said
 
 
@@ -466,17 +469,19 @@ def clip_score(model, f, captions):
 
 
 def vqa_accuracy(said, answers):
-    """VQA's soft accuracy: for each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015)."""
-    match = [normal(a) == normal(said) for a in answers]
+    """VQA's soft accuracy: for each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015). As in
+    the official scorer, texts are normalised only where the annotators differ."""
+    same = normal if len(set(answers)) > 1 else str.strip
+    match = [same(a) == same(said) for a in answers]
     return sum(min(1, (sum(match) - m) / 3) for m in match) / len(match)
 
 
 def normal(text):
     """A text as the official scorer of VQA compares it: case, punctuation, numbers, articles, apostrophes left out."""
-    text = text.lower()
+    before = text = text.lower()
     comma = re.search(r"\d,\d", text)
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
-        text = text.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
+        text = text.replace(mark, "" if comma or f"{mark} " in before or f" {mark}" in before else " ")
     text = re.sub(r"\.(?!\d)", "", text)
     words = [NUMBER_WORDS.get(word, word) for word in text.split() if word not in ("a", "an", "the")]
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
@@ -529,7 +534,7 @@ def write_answers(records, said, folder):
               "question": r.question, "answer": text, "truth": r.answer} for r, text in told]
     vqa = [{"question_id": r.key, "answer": text} for r, text in told if r.answers]
     coco = {r.key: {"image_id": r.key, "caption": text} for r, text in told if r.key != "" and not r.turns}
-    folder.joinpath("answers.jsonl").write_text("\n".join(json.dumps(x, ensure_ascii=False) for x in lines), "utf-8")
+    folder.joinpath("answers.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     for name, rows in (("vqa.json", vqa), ("captions.json", list(coco.values()))):
         if rows:
             folder.joinpath(name).write_text(json.dumps(rows), "utf-8")
@@ -655,7 +660,7 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
     first, last = rows[0], rows[-1]
     print(f"stage {stage}: {steps:,} steps in {last['seconds']:.0f} s; loss {first['loss']:.3f} → {last['loss']:.3f}"
           + (f"; held out {last['held_out_loss']:.3f}, with the pictures shuffled {last['held_out_loss_shuffled']:.3f}"
-             if test else "") + f"\n  {Path(folder) / CHECKPOINT}")
+             if last["held_out_loss"] != "" else "") + f"\n  {Path(folder) / CHECKPOINT}")
 
 
 def load_data(model, stage, paths, images, folder=None, whole=False):
@@ -736,11 +741,14 @@ def parse_args():
     parser.add_argument("--save-every", type=positive(int), default=200, metavar="STEPS",
                         help="how often the state is saved, to be resumed from (default: 200)")
     parser.add_argument("--eval-only", action="store_true", help="train nothing: evaluate the stage's checkpoint "
-                        "on all of --data, or without it on the held-out part of what it was trained on")
+                        "on all of --data, or without --data on the held-out part of the published data")
     parser.add_argument("--checkpoint", metavar="FILE", help="the adapter to evaluate or to start from "
                         "(default: that of the stage, or of the one before, below --out)")
     lmeye.add_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.seed < 0:
+        parser.error("--seed starts at 0")
+    return args
 
 
 @contextlib.contextmanager
@@ -771,6 +779,7 @@ def main():
     folder = out / f"stage{args.stage}"
     if args.stage == 2 and settings.interaction != "full":
         folder = out / f"stage2-{settings.interaction}"
+    args.whole = args.eval_only and args.data is not None
     if args.resume and (folder / CHECKPOINT).is_file() and not any(Path(f"{folder}.part", s).is_file() for s in STATES):
         print(f"nothing to resume: {folder} is complete")
         args.eval_only = True
@@ -781,7 +790,6 @@ def main():
                 if getattr(args, name) not in (None, "out")]  # what a further command for this model must repeat
         missing = " ".join([f"--stage {args.stage if args.eval_only else 1}", *same])
         raise UserError(f"{before} is missing. Make it first:  python train.py {missing}")
-    args.whole = args.eval_only and args.data
     if not mini and not args.data:
         args.data, args.images = data.fetch(args.stage, args.out, args.download)
     with locked(out):
@@ -811,7 +819,7 @@ def run_stage(args, settings, folder, before):
             run["steps"] = math.ceil(epochs * an_epoch / args.accumulate)
         train_adapter(model, args.stage, train, test, folder, **run)
     elif test:
-        print("held-out loss {:.3f}, with the pictures shuffled {:.3f}".format(
+        print("loss {:.3f}, with the pictures shuffled {:.3f}".format(
             *(mean_loss(model, some, 64) for some in (test, shuffled(test)))))
     if test:
         evaluate(model, test, folder / "evaluation")

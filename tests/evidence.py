@@ -146,7 +146,8 @@ def train_phase(stage, model, world, folder, seed, lr=None, limit=None, pictures
 
 def trained(world, name, seed, lr=None, llm="llm", **options):
     """A model after both phases, trained unless it was before. Phase 1 is shared where the layers are the same."""
-    label = "-".join(map(str, [name, seed, *([llm] if llm != "llm" else []), *([f"lr{lr}"] if lr else []),
+    lr = lr or LR[world].get(name) or train.DEFAULTS["mini", 2]["lr"]
+    label = "-".join(map(str, [name, seed, f"lr{lr}", *([llm] if llm != "llm" else []),
                                *(f"{k}{v}" for k, v in options.items())]))
     folder = OUT / "evidence" / world / label
     model = new_model(world, name, seed, llm)
@@ -160,7 +161,7 @@ def trained(world, name, seed, lr=None, llm="llm", **options):
     if not (first / CHECKPOINT).is_file():
         train_phase(1, model, world, first, seed)
     model.load(first / CHECKPOINT)
-    train_phase(2, model, world, folder, seed, lr or LR[world].get(name), **options)
+    train_phase(2, model, world, folder, seed, lr, **options)
     return model.eval()
 
 
@@ -268,8 +269,8 @@ def board_(seeds):
     rows = {name: [by_objects(f[0]) for f in found[seeds * i:seeds * (i + 1)]] for i, name in enumerate(names)}
     rows["blind"] = [by_objects(f[1]) for f in found[:seeds]]
     rows |= {f"{name} (one seed)": [by_objects(f[0])] for name, f in zip(further, found[seeds * len(names):])}
-    rows["ceiling: the language model reads the caption"] = [by_objects(text_ceiling())]
-    rows["ceiling: a linear reader of f"] = [by_objects(probe_ceiling())]
+    rows["for comparison: the language model reads the caption"] = [by_objects(text_ceiling())]
+    rows["for comparison: a linear reader of f"] = [by_objects(probe_ceiling())]
     print(f"held-out accuracy in percent by number of objects, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
 
@@ -286,7 +287,7 @@ def text_ceiling(world="board", llm="llm"):
         texts = [f"{lmeye.IMAGE} {captions[(start + i) // each]}{lmeye.QUESTION}{r.question}{lmeye.ANSWER}"
                  for i, r in enumerate(records)]
         ids, mask = lmeye.pad([model.tokenizer(text).input_ids for text in texts], left=True)
-        said = model.llm(input_ids=ids, attention_mask=mask).logits[:, -1].argmax(-1)
+        said = model.llm(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, -1].argmax(-1)
         for r, token in zip(records, said.tolist()):
             right.setdefault(r.kind, []).append(model.decode([token]) == r.answer)
     return {kind: statistics.mean(hits) for kind, hits in right.items()}
@@ -357,51 +358,73 @@ SIZES = ((64, 3), (256, 3), (128, 2), (128, 5))  # width and layers of the langu
 
 
 def requests(seeds):
-    model, (_, test) = trained("mini", "full", 0), datasets("mini", 2)
-    kept = {"request": [], "v": []}
-    ask, interact = model.ask, model.interact
-    model.ask = lambda h: kept["request"].append(ask(h)) or kept["request"][-1]
-    model.interact = lambda f, request: kept["v"].append(interact(f, request)) or kept["v"][-1]
-    with torch.no_grad():
-        for start in range(0, len(test.records), 256):
-            f, tokens = test.batch(range(start, min(start + 256, len(test.records))))
-            model.begin(f, tokens.question, tokens.question_mask)
-    vectors = {name: torch.cat(parts) for name, parts in kept.items()} | {"f": test.f(range(len(test.records)))}
-    scenes = [s for s in data.HELD_OUT for _ in data.KINDS]
-    kind = [r.kind for r in test.records]
-    fit = torch.from_numpy(test.picture % 2 == 0)  # half of the pictures; the other half is read
-    labels = {"kind of question": kind} | {n: [getattr(s, n) for s in scenes] for n in data.Scene._fields}
-    rows = {}
+    """The questions here are worded alike for all pictures: what a request says of the picture is not from its words."""
+    asked = {"color": "what color are they?", "shape": "what shape are they?", "size": "how big are they?",
+             "number": "how many are there?", "place": "where are they?", "background": "what color is the background?",
+             "yes/no": "is the background red?"}
+    rng = random.Random(0)
+    pictures = [data.draw(scene, rng) for scene in data.HELD_OUT]
+    model, untrained = trained("mini", "full", 0), new_model("mini", "full", 0)
+    untrained.load(OUT / "stage1" / CHECKPOINT)
+    test = data.encode(model, [data.Record(picture, (question,), "", kind) for picture in pictures
+                               for kind, question in asked.items()], Counter())
+    vectors = {"request": look(model, test)[0], "v": look(model, test)[1], "f": test.f(range(len(test.records))),
+               "request, before phase 2": look(untrained, test)[0]}
+    kind = np.array([r.kind for r in test.records])
+    labels = {"kind of question": kind} | {name: np.array([getattr(s, name) for s in data.HELD_OUT for _ in asked])
+                                           for name in data.Scene._fields}
+    picture, rows = torch.from_numpy(test.picture), {}
     for name, x in vectors.items():
-        x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
         for reader in (linear, nearest):
-            rows[f"{name}, {reader.__name__}"] = [{label: reader(x, y, fit) for label, y in labels.items()}]
-        mixed = {label: random.Random(0).sample(y, len(y)) for label, y in labels.items()}
-        rows[f"{name}, linear, labels shuffled"] = [{label: linear(x, y, fit) for label, y in mixed.items()}]
-    print(f"what a reader finds, percent right\n\n{markdown(rows)}\n")
+            rows[f"{name}: {reader.__name__}"] = {label: reader(x, y, picture) for label, y in labels.items()}
+        shuffled = {label: np.random.default_rng(0).permutation(y) for label, y in labels.items()}
+        rows[f"{name}: linear, labels shuffled"] = {label: linear(x, y, picture) for label, y in shuffled.items()}
+    print(f"what a reader finds, percent right\n\n{markdown({name: [row] for name, row in rows.items()})}\n")
 
-    rows, rng = {"v, where it was asked for": {}, "v, where another kind was": {}}, np.random.default_rng(0)
+    rows = {"where it was asked for": {}, "where another kind was (mean of five)": {}}
     for name in data.Scene._fields:
-        asked = np.array([k == name for k in kind])
-        other = np.array([k not in (name, "yes/no") for k in kind]) & (rng.random(len(kind)) < 1 / 5)  # as many
-        for row, some in zip(rows.values(), (asked, other)):
-            row[name] = linear(vectors["v"][some], np.array(labels[name])[some].tolist(), fit[some])
-    print("an attribute read from v by a linear reader, as many vectors to learn from on both rows\n\n"
-          + markdown({name: [row] for name, row in rows.items()}))
+        found = {k: linear(vectors["v"][kind == k], labels[name][kind == k], picture[kind == k])
+                 for k in asked if k != "yes/no"}
+        rows["where it was asked for"][name] = found.pop(name)
+        rows["where another kind was (mean of five)"][name] = statistics.mean(found.values())
+    print(f"an attribute read from v by a linear reader\n\n{markdown({name: [row] for name, row in rows.items()})}")
     scatter({"requests": vectors["request"], "v, after the interaction": vectors["v"]}, kind, place("requests.png"))
     print(place("requests.png"))
 
 
-def linear(x, y, fit):
-    """Ridge regression onto one-hot labels, its strength the best of five on a fifth of what it learns from."""
-    values = sorted(set(y))
-    y = torch.tensor([values.index(v) for v in y])
+@torch.no_grad()
+def look(model, dataset):
+    """The request (R, W) and v (R, C) of each record."""
+    kept = {"ask": [], "interact": []}
+
+    def keep(name, method):
+        def kept_too(*args):
+            kept[name].append(method(*args).cpu())
+            return kept[name][-1].to(model.device)
+        return kept_too
+
+    for name in kept:
+        setattr(model, name, keep(name, getattr(model, name)))
+    for start in range(0, len(dataset.records), 256):
+        f, tokens = dataset.batch(range(start, min(start + 256, len(dataset.records))))
+        model.begin(f, tokens.question, tokens.question_mask)
+    for name in kept:
+        delattr(model, name)
+    return [torch.cat(parts) for parts in kept.values()]
+
+
+def linear(x, y, picture):
+    """Ridge regression from x (R, ·) onto one-hot labels (R,). Learned from every other picture, read from the rest; its
+    strength is the best of five on a fifth of the pictures that it learns from."""
+    _, y = np.unique(y, return_inverse=True)
+    y, values, fit = torch.from_numpy(y), y.max() + 1, picture % 2 == 0
+    some = fit & (picture // 2 % 5 > 0)
+    x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
     x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.double)], 1)
-    some = fit & (torch.arange(len(x)) % 5 > 0)
 
     def solve(rows, strength):
         a = x[rows].T @ x[rows] + strength * rows.sum() * torch.eye(x.shape[1], dtype=torch.double)
-        return torch.linalg.solve(a, x[rows].T @ F.one_hot(y[rows], len(values)).double())
+        return torch.linalg.solve(a, x[rows].T @ F.one_hot(y[rows], values).double())
 
     def right(w, rows):
         return ((x[rows] @ w).argmax(1) == y[rows]).double().mean().item()
@@ -410,10 +433,11 @@ def linear(x, y, fit):
     return right(solve(fit, best), ~fit)
 
 
-def nearest(x, y, fit):
-    y = np.array(y)
-    closest = torch.cdist(x[~fit], x[fit]).argmin(1).numpy()
-    return float((y[fit.numpy()][closest] == y[(~fit).numpy()]).mean())
+def nearest(x, y, picture):
+    """The label of the nearest vector among those of every other picture."""
+    fit = picture % 2 == 0
+    x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
+    return float((y[fit][torch.cdist(x[~fit], x[fit]).argmin(1)] == y[~fit]).mean())
 
 
 def scatter(panels, labels, path, size=420):
@@ -484,7 +508,7 @@ def compare(seeds):
     said = [train.measure(model, test, "answers")[1] for model in models]
     differ = [i for i in range(len(test.records)) if said[0][i] != said[1][i]]
     rng, cells, key = random.Random(0), [], []
-    for n, i in enumerate(rng.sample(differ, min(24, len(differ))), 1):
+    for n, i in enumerate(rng.sample(differ, min(24, len(differ))) or [0], 1):
         order = rng.sample((0, 1), 2)
         key.append({"picture": n, "A": ("full", "static")[order[0]], "B": ("full", "static")[order[1]],
                     "truth": test.records[i].answer})

@@ -33,6 +33,8 @@ def test_exact_match_counts_by_kind_and_whole_answers_only(monkeypatch):
     ("cat", ["cat"] * 2 + ["dog"] * 8, 0.6),  # 2 · 1/3 + 8 · 2/3
     ("cat", ["cat"] * 3 + ["dog"] * 7, 0.9),  # 3 · 2/3 + 7 · 1
     ("cat", ["cat"] * 4 + ["dog"] * 6, 1.0),
+    ("The Cat.", ["cat"] * 4 + ["dog"] * 6, 1.0),
+    ("The Cat.", ["cat"] * 10, 0.0),  # the official scorer normalises only where the annotators differ
 ])
 def test_vqa_accuracy_compares_with_the_nine_others(said, answers, expected):
     assert train.vqa_accuracy(said, answers) == pytest.approx(expected)
@@ -41,7 +43,7 @@ def test_vqa_accuracy_compares_with_the_nine_others(said, answers, expected):
 @pytest.mark.parametrize("text, expected", [
     ("The Cat.", "cat"), ("two", "2"), ("none", "0"), ("an apple a day", "apple day"), ("dont", "don't"),
     ("Its red", "its red"), ("theyre well", "they're well"), ("yes!", "yes"), ("red-blue", "red blue"),
-    ("red - blue", "red blue"), ("1,000", "1000"), ("3.5 m.", "3.5 m"), ("wont, cant", "won't can't"), ("shell", "shell"),
+    ("red - blue", "red blue"), ("x-y)-z", "x y z"), ("1,000", "1000"), ("3.5 m.", "3.5 m"), ("wont, cant", "won't can't"), ("shell", "shell"),
 ])
 def test_texts_are_normalised_as_the_official_scorer_does(text, expected):
     assert train.normal(text) == expected
