@@ -444,7 +444,8 @@ def measure(model, dataset, name="held out", blind=False, batch_size=128):
             pair = [(r.key, r.image, r.turns[:1]) for r in records]
             answered = {p: right for p, right in zip(pair, scores["Q→A" + how]) if right == right}
             scores["Q→AR" + how] = scores["QA→R" + how] * [answered.get(p, np.nan) for p in pair]
-    return dict(scores), said
+    last = {"all": scores.pop("all")} if "all" in scores else {}
+    return {**scores, **last}, said
 
 
 def judge(model, record, text):
