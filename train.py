@@ -823,7 +823,7 @@ def run_stage(args, settings, folder, before):
         print("loss {:.3f}, with the pictures shuffled {:.3f}".format(
             *(mean_loss(model, some, 64) for some in (test, shuffled(test)))))
     if test:
-        evaluate(model, test, folder / "evaluation")
+        evaluate(model, test, (before.parent if args.eval_only else folder) / "evaluation")
     if mini and args.stage == 2:
         leave_examples(model, out / "examples", args.out)
 

@@ -189,6 +189,9 @@ def test_bombs_are_left_unopened(tmp_path, monkeypatch):
     Image.new("1", (40, 30)).save(tmp_path / "wide.png")
     with pytest.raises(UserError, match="pixels"):
         data.load_image(str(tmp_path / "wide.png"))
+    Image.new("1", (900, 1)).save(tmp_path / "narrow.png")  # resized to a side of 224, it would be 201,600 wide
+    with pytest.raises(UserError, match="narrow"):
+        data.load_image(str(tmp_path / "narrow.png"))
 
 
 @pytest.mark.parametrize("form", ("folder", "llava", "llava-zip", "coco", "vqa", "vcr", "release", "shards"))

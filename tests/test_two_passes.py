@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
+from lmeye import UserError
+
 FAMILIES = ("opt", "opt-350m", "bloom", "llama", "gpt2")
 QUESTIONS = ["what color is it?", "is the background red?", "how many things are there?"]
 ANSWERS = ["red", "yes it is on a red background", "two small"]
@@ -144,6 +146,14 @@ def test_scores_equal_those_of_whole_passes(family):
             logp = plain_logits(model, f[i:i + 1], question, ids)[:-1].log_softmax(-1)
             expected[i, k] = logp[range(len(ids)), ids].sum()
     assert torch.allclose(model.score(f, QUESTIONS, choices), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_choice_that_does_not_fit_behind_its_question_is_refused():
+    model = tiny_model()  # its context has 64 tokens
+    f, question, choice = features(model, 1), "two " * 30, "small " * 30
+    assert model.score(f, [question], [["small", "red"]]).shape == model.score(f, ["two"], [[choice, "red"]]).shape == (1, 2)
+    with pytest.raises(UserError, match="context"):
+        model.score(f, [question], [[choice, "red"]])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
