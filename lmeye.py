@@ -4,30 +4,30 @@ A static mapping hands the language model one picture token and hopes that it ho
 model *ask*: it reads the question, its hidden state becomes a request, the request meets the picture inside
 CLIP's own frozen text transformer, and what comes out is handed back as one more token.
 
-    picture ──► CLIP image tower ──► f ──┬── align, + img ──► <img>                             1. see
-                                         │                     │
-                     frozen LM reads [bos] Image: <img> \nQuestion: {question} <img-d>  ──► h    2. ask
-                                         │                                      (= img_d)  │
-                                     decompose                                          request
-                                         │                                                 │
-        frozen CLIP text transformer [SOS, f₁ … f_N,                                       r, EOS] ──► v
-                                                                                               3. interact
-        <img-d> becomes transmit(v) + img_d;  frozen LM reads on: \nAnswer: {answer}[eos]      4. answer
+    picture ──► frozen CLIP image tower ──► f ──► align, + img ──► <img>                           1. see
+
+    [bos] Image: <img> \nQuestion: {question} <img-d> ──► frozen LM ──► h ──► request ──► r        2. ask
+                                      (now = img_d)
+    f ──► decompose ──► f₁ … f_N
+    [SOS, f₁ … f_N, r, EOS] ──► frozen CLIP text transformer ──► v                                 3. interact
+
+    <img-d> becomes transmit(v) + img_d, and the LM reads on: \nAnswer: {answer}[eos]              4. answer
+
+    Captions have no question, so nothing is asked: [bos] Image: <img> {caption}[eos]
 
 Trained: the four linear layers `align`, `request`, `decompose`, `transmit` and two vectors, `img` and `img_d`.
 Frozen: every weight of the LM and of CLIP; gradients flow through the LM and CLIP's text transformer, not into them.
 Phase 1 (stage 1) trains `align` and `img` on captions, phase 2 the others on instructions: see `set_trained`.
 
 Steps 2 and 4 are two passes of the LM over the same beginning. Attention is causal: nothing before <img-d>
-depends on what stands there. So the keys and values of the first pass are kept, gradients included; only those
-of <img-d> are dropped, and the second pass runs no more than <img-d> and what follows it.
+depends on what stands there. So the keys and values of that beginning serve both passes, in their gradients as well.
+Only the keys and values of <img-d> itself are dropped (its state h lives on in the request), and the second pass
+runs no more than <img-d> and what follows it.
 
 Axes, in the shape comments of this file:
     B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
     C CLIP's joint space   W width of its text transformer   S side of its pictures   N decomposed features
     Q <img-d> slots
-
-Where this departs from the paper and from the authors' release, and why, stands in the README.
 """
 
 import inspect
@@ -62,11 +62,8 @@ def run(main):
     transformers.logging.disable_progress_bar()
     try:
         main()
-    except (UserError, OSError) as error:  # the system's own words, for a full disk or a forbidden folder, will do
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # of the last two the system's own words will do
         print(f"{Path(sys.argv[0]).name}: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: the GPU's memory does not suffice: lower --batch-size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(printable(str(stop)) or "interrupted", file=sys.stderr)
@@ -185,7 +182,6 @@ def dialogue(turns):
 
 class Tokens(NamedTuple):
     """Token ids with their masks (1 real, 0 padding). For captions `question` has no columns."""
-
     question: torch.Tensor  # (B, T) left-padded
     question_mask: torch.Tensor
     answer: torch.Tensor  # (B, T') right-padded, eos included
@@ -278,9 +274,9 @@ class LMEye(nn.Module):
     # -- 2. ask: the last hidden state at <img-d> becomes a vector in the space of CLIP's words
     #       h = LM([bos] Image: <img> Question: … <img-d>), its last state        r = request h
 
-    def ask(self, h):
+    def ask(self, h):  # (B, D)
         if self.settings.interaction == "norequest":
-            return self.request.bias.new_zeros(len(h), self.request.out_features)
+            return torch.zeros_like(self.request(h.float()))  # the same slot and the same layers, but nothing asked
         return self.request(h.float())  # (B, W)
 
     # -- 3. interact: request and picture meet as words of one sentence in CLIP's text transformer
@@ -335,21 +331,21 @@ class LMEye(nn.Module):
         B, Q, f = len(f), self.settings.n_slots, f.to(self.device)
         question, question_mask = question.to(self.device), question_mask.to(self.device)
         x = torch.cat([self.embed(self.image_ids).expand(B, -1, -1), self.see(f), self.embed(question)], 1)
-        mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)
+        mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)  # padding follows <img>
         if question.shape[1] == 0:
             return x, mask, None  # a caption: the answer follows the picture at once
 
         cache = None
         if self.settings.interaction != "static":
-            slots, mask_before, mask = self.img_d.expand(B, Q, -1), mask, F.pad(mask, (0, Q), value=1)
-            if torch.is_grad_enabled():  # in two reads: with align frozen, the graph then begins at <img-d>
-                _, cache = self.read(x, mask_before)
-                h, cache = self.read(slots, mask, cache)
-            else:  # in one, which is faster
-                h, cache = self.read(torch.cat([x, slots], 1), mask)
+            slots, with_slots = self.img_d.expand(B, Q, -1), F.pad(mask, (0, Q), value=1)
+            if torch.is_grad_enabled():  # two reads: with align frozen, nothing is stored for what precedes <img-d>
+                _, cache = self.read(x, mask)
+                h, cache = self.read(slots, with_slots, cache)
+            else:  # one is faster
+                h, cache = self.read(torch.cat([x, slots], 1), with_slots)
             cache.crop(-Q)  # forget <img-d>: the keys and values of all that precedes it serve the second pass
             v = self.interact(f, self.ask(h[:, -1]))  # of several slots, the last has read most
-            x = self.tell(v)  # in the same Q places, so the mask holds
+            x, mask = self.tell(v), with_slots
         x = torch.cat([x, self.embed(self.answer_ids).expand(B, -1, -1)], 1)
         return x, F.pad(mask, (0, len(self.answer_ids)), value=1), cache
 
@@ -441,11 +437,11 @@ class LMEye(nn.Module):
         x, mask, cache = self.begin(f, asked.question, asked.question_mask)
         first, cache = self.read(x, mask, cache)
         cache.batch_repeat_interleave(K)
-        ids, ids_mask = told.answer.to(self.device), told.answer_mask.to(self.device)  # (B·K, T'), eos last
+        ids, ids_mask = told.answer.to(self.device), told.answer_mask.to(self.device)  # (B·K, T')
         mask = torch.cat([mask.repeat_interleave(K, 0), ids_mask[:, :-1]], 1)
         rest, _ = self.read(self.embed(ids[:, :-1]), mask, cache)
         h = torch.cat([first[:, -1:].repeat_interleave(K, 0), rest[:, :-1]], 1)  # (B·K, T'-1, D): before each token
-        real = ids_mask[:, 1:].bool()  # places behind which something stands, if only eos: all tokens but eos
+        real = ids_mask[:, 1:].bool()  # a token counts if another follows it: so not eos, not padding
         logp = torch.zeros(real.shape, device=self.device)
         logp[real] = -F.cross_entropy(self.logits(h[real]), ids[:, :-1][real], reduction="none")
         return logp.sum(1).view(B, K)
@@ -463,10 +459,9 @@ class LMEye(nn.Module):
     def set_trained(self, stage, train_align=False):
         """Make exactly the tensors of this stage trainable → {name: parameter}.
 
-            stage 1                 align, img
-            stage 2, full           request, decompose, transmit, img_d     with train_align also align, img
-            stage 2, norequest               decompose, transmit, img_d     with train_align also align, img
-            stage 2, static         align, img: there is nothing else
+            stage 1            align, img
+            stage 2, full      request, decompose, transmit, img_d (norequest: no request); with train_align all six
+            stage 2, static    align, img: there is nothing else
         """
         trained = self.adapter(stage)
         if stage == 2 and self.settings.interaction != "static" and not train_align:
