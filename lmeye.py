@@ -5,12 +5,10 @@ model *ask*: it reads the question, its hidden state becomes a request, the requ
 CLIP's own frozen text transformer, and what comes out is handed back as one more token.
 
     picture ──► frozen CLIP image tower ──► f ──► align, + img ──► <img>                           1. see
-
     [bos] Image: <img> \nQuestion: {question} <img-d> ──► frozen LM ──► h ──► request ──► r        2. ask
-                                      (now = img_d)
+                                            (now = img_d)
     f ──► decompose ──► f₁ … f_N
     [SOS, f₁ … f_N, r, EOS] ──► frozen CLIP text transformer ──► v                                 3. interact
-
     <img-d> becomes transmit(v) + img_d, and the LM reads on: \nAnswer: {answer}[eos]              4. answer
 
     Captions have no question, so nothing is asked: [bos] Image: <img> {caption}[eos]
@@ -26,8 +24,7 @@ runs no more than <img-d> and what follows it.
 
 Axes, in the shape comments of this file:
     B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
-    C CLIP's joint space   W width of its text transformer   S side of its pictures   N decomposed features
-    Q <img-d> slots
+    C CLIP's joint space   W width of its text transformer   S side of its pictures   N decomposed features   Q <img-d> slots
 """
 
 import inspect
