@@ -24,7 +24,7 @@ runs no more than <img-d> and what follows it.
 
 Axes, in the shape comments of this file:
     B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
-    C CLIP's joint space   W width of its text transformer   S side of its pictures   N decomposed features   Q <img-d> slots
+    C CLIP's joint space   W width of its text tower   S side of its pictures   N decomposed features   Q <img-d> slots
 """
 
 import inspect
