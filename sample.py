@@ -93,13 +93,15 @@ def chat(model, f, options):
     turns = ()
     while question := read_line("> " if sys.stdin.isatty() else ""):
         check_words(model, question)
-        while turns and not fits(model, dialogue((*turns, question))):
-            turns = turns[2:]
-            note("the language model's context is full: the earliest turn is forgotten")
-        try:
-            turns += (question, answer(model, f, dialogue((*turns, question)), options))
-        except UserError as error:
-            note(error)
+        while True:
+            try:
+                turns += question, answer(model, f, dialogue((*turns, question)), options)
+            except UserError as error:  # longer than the language model's context
+                note("the context is full: the earliest turn is forgotten" if turns else error)
+                if turns:
+                    turns = turns[2:]
+                    continue
+            break
 
 
 def read_line(prompt):
@@ -107,13 +109,6 @@ def read_line(prompt):
         return input(prompt).strip()
     except EOFError:
         return ""
-
-
-def fits(model, question):
-    try:
-        return model.tokens([question], [""]) is not None
-    except UserError:
-        return False
 
 
 def batch(model, pictures, questions, options, batch_size):
