@@ -444,8 +444,8 @@ def measure(model, dataset, name="held out", blind=False, batch_size=128):
             pair = [(r.key, r.image, r.turns[:1]) for r in records]
             answered = {p: right for p, right in zip(pair, scores["Q→A" + how]) if right == right}
             scores["Q→AR" + how] = scores["QA→R" + how] * [answered.get(p, np.nan) for p in pair]
-    last = {"all": scores.pop("all")} if "all" in scores else {}
-    return {**scores, **last}, said
+    order = sorted(scores, key=lambda column: (column == "all", np.isnan(scores[column]).argmin()))
+    return {column: scores[column] for column in order}, said  # in the order of the records
 
 
 def judge(model, record, text):
