@@ -485,7 +485,7 @@ def hallucination(seeds):
         others = [fact for fact in scene._asdict().items() if fact[0] != name]
         return max(values, key=lambda v: sum(together[(name, v), fact] for fact in others))
 
-    rows = {name: [{} for _ in range(seeds)] for name in ("full", "static", "norequest")}
+    rows = {name: [{} for _ in range(seeds)] for name in VARIANTS}
     for how in ("random", "popular", "adversarial", "background's"):
         records = []
         for scene in data.HELD_OUT:
