@@ -241,7 +241,7 @@ def place(name):
 
 
 def tune(seeds):
-    rates = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+    rates = (3e-3, 6e-3, 1.2e-2)
     for world in ("mini", "board"):
         found = results([(world, name, 100, {"lr": lr}) for name in VARIANTS for lr in rates])
         rows = {name: [{f"{lr:g}": found[len(rates) * i + k][0]["all"] for k, lr in enumerate(rates)}]
