@@ -31,7 +31,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def note(text):
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {lmeye.printable(str(text))}", file=sys.stderr)
 
 
 def newest(out):
@@ -162,13 +162,13 @@ def log_p(model, f, question, answer):
 def without(model, f, question, answer):
     """What log p(answer) loses when one of the decomposed features is zero: N numbers."""
     N, W = model.settings.n_features, model.request.out_features
-    lost = []
+    whole, lost = log_p(model, f, question, answer), []
     for i in range(N):
         keep = (torch.arange(N, device=model.device) != i).repeat_interleave(W)
         hook = model.decompose.register_forward_hook(lambda module, inputs, out: out * keep)
-        lost.append(log_p(model, f, question, answer))
+        lost.append(whole - log_p(model, f, question, answer))
         hook.remove()
-    return [log_p(model, f, question, answer) - p for p in lost]
+    return lost
 
 
 def rivals(model, checkpoint):
@@ -261,10 +261,7 @@ def main():
         if not 2 <= len(args.inputs) <= 3 or args.questions:
             raise UserError("--inspect takes one picture and one or two questions")
     if args.questions:
-        try:
-            questions += Path(args.questions).read_text("utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--questions {args.questions}: can't be read ({error})") from error
+        questions += Path(args.questions).read_text("utf-8", "replace").splitlines()
     questions = [q.strip() for q in questions]
     if not all(questions):
         raise UserError("the question is empty")

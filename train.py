@@ -16,7 +16,6 @@ A run leaves its checkpoint, its log and its loss curve in OUT/MODEL/stage1 and 
 
 import argparse
 import contextlib
-import csv
 import fcntl
 import io
 import itertools
@@ -76,7 +75,8 @@ def fit(name, folder, steps, tensors, optimizers, losses, seed, log, report=None
     settings = f"{steps} steps, seed {seed}, {settings}"
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    start = load_state(folder, settings, tensors, optimizers, log, scaler) if resume else 0
+    movers = [*optimizers, scaler]
+    start = load_state(folder, settings, tensors, movers, log) if resume else 0
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     weights = [p for group in groups for p in group["params"]]
     bad, stop = 0, []  # steps in a row whose loss was not finite; signals that came
@@ -110,7 +110,7 @@ def fit(name, folder, steps, tensors, optimizers, losses, seed, log, report=None
                     bar.set_postfix_str(shown)
                 bar.update()
                 if not bad and ((step + 1) % save_every == 0 or step + 1 == steps) or stop:
-                    save_state(folder, step + 1, settings, tensors, optimizers, log, scaler)
+                    save_state(folder, step + 1, settings, tensors, movers, log)
                 if stop:
                     raise KeyboardInterrupt(f"{name}: stopped after step {step + 1:,} of {steps:,}; to go on:  "
                                             f"{resume_command()}")
@@ -126,24 +126,22 @@ def resume_command():
     return "python " + shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
 
 
-def save_state(folder, step, settings, tensors, optimizers, log, scaler):
+def save_state(folder, step, settings, tensors, movers, log):
     """Write the state of a run, atomically, and keep the one before it."""
     stream = io.BytesIO()
     torch.save({"step": step, "settings": settings, "tensors": {name: t.detach() for name, t in tensors.items()},
-                "optimizers": [o.state_dict() for o in optimizers], "log": log, "scaler": scaler.state_dict()}, stream)
+                "movers": [m.state_dict() for m in movers], "log": log}, stream)
     new, old = Path(folder, STATES[0]), Path(folder, STATES[1])
     if new.exists():
         os.replace(new, old)
     lmeye.write_atomically(new, stream.getvalue())
 
 
-def load_state(folder, settings, tensors, optimizers, log, scaler):
+def load_state(folder, settings, tensors, movers, log):
     """Take up the newest state that can be read → its step, 0 if there is none. UserError if it is of another run."""
-    for path in (Path(folder, name) for name in STATES):
+    for path in filter(Path.exists, [Path(folder, name) for name in STATES]):
         try:
             state = torch.load(path, weights_only=True)
-        except FileNotFoundError:
-            continue
         except Exception:  # a file that is damaged: the one before it serves
             print(f"note: {path} can't be read")
             continue
@@ -153,10 +151,8 @@ def load_state(folder, settings, tensors, optimizers, log, scaler):
         with torch.no_grad():
             for name, t in tensors.items():
                 t.copy_(state["tensors"][name])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        if scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
+        for mover, saved in zip(movers, state["movers"]):
+            mover.load_state_dict(saved)
         log[:] = state["log"]
         return state["step"]
     return 0
@@ -245,31 +241,30 @@ def train_clip(folder, seed, resume, save_every, world=data, steps=500, batch_si
         logits = clip.logit_scale.exp() * f @ v.T  # (B, captions)
         yield -sum((logits.log_softmax(axis) * fits / fits.sum(axis, keepdim=True)).sum(axis).mean() for axis in (0, 1))
 
-    part = part_of(folder, resume)
-    fit("stage 0: CLIP", part, steps, clip.state_dict(), optimizers_for(clip, 0.02, 5e-3), losses, seed, [],
-        resume=resume, save_every=save_every)
-    clip.eval()
-    with torch.no_grad():
-        # Cosines don't feel the length of a feature; four linear layers do: give both towers unit variance.
-        test = world.HELD_OUT
-        f, v = clip.encode_image(pixels(test)), clip.encode_text(words([world.describe(s) for s in test]))
-        clip.visual.attnpool.c_proj.weight /= f.std()
-        clip.visual.attnpool.c_proj.bias /= f.std()
-        clip.text_projection /= v.std()
-        right = {}
-        for name in world.VALUES:
-            example = {getattr(s, name): s for s in test if name in world.attributes(s)}  # one scene for each value
-            v = clip.encode_text(words([world.describe(s, (name,)) for s in example.values()]), normalize=True)
-            guess = [list(example)[g] for g in (f @ v.T).argmax(1)]
-            hits = [getattr(s, name) == g for s, g in zip(test, guess) if name in world.attributes(s)]
-            right[name] = sum(hits) / len(hits)
-    print("  CLIP, zero-shot on held-out scenes: " + percent(right))
+    with workplace(folder, resume) as part:
+        fit("stage 0: CLIP", part, steps, clip.state_dict(), optimizers_for(clip, 0.02, 5e-3), losses, seed, [],
+            resume=resume, save_every=save_every)
+        clip.eval()
+        with torch.no_grad():
+            # Cosines don't feel the length of a feature; four linear layers do: give both towers unit variance.
+            test = world.HELD_OUT
+            f, v = clip.encode_image(pixels(test)), clip.encode_text(words([world.describe(s) for s in test]))
+            clip.visual.attnpool.c_proj.weight /= f.std()
+            clip.visual.attnpool.c_proj.bias /= f.std()
+            clip.text_projection /= v.std()
+            right = {}
+            for name in world.VALUES:
+                example = {getattr(s, name): s for s in test if name in world.attributes(s)}  # one scene for each value
+                v = clip.encode_text(words([world.describe(s, (name,)) for s in example.values()]), normalize=True)
+                guess = [list(example)[g] for g in (f @ v.T).argmax(1)]
+                hits = [getattr(s, name) == g for s, g in zip(test, guess) if name in world.attributes(s)]
+                right[name] = sum(hits) / len(hits)
+        print("  CLIP, zero-shot on held-out scenes: " + percent(right))
 
-    tokenizer.save_pretrained(part)
-    safetensors.torch.save_file(clip.state_dict(), part / "open_clip_model.safetensors")
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    (part / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    complete(part, folder)
+        tokenizer.save_pretrained(part)
+        safetensors.torch.save_file(clip.state_dict(), part / "open_clip_model.safetensors")
+        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        (part / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
 
 
 def train_llm(folder, seed, resume, save_every, world=data, steps=650, batch_size=32, turns=6, width=128, layers=3):
@@ -296,26 +291,20 @@ def train_llm(folder, seed, resume, save_every, world=data, steps=650, batch_siz
     def batch(scenes, told, questions):
         """(ids, targets, weights of the targets), each (B, T). `told` has the attributes that each caption names,
         `questions` lists for each scene (kind, attributes that a hint before "Answer:" names or None)."""
-        parts = []  # (text, weight) of each piece, the same number for each scene
+        texts = []
         for scene, named, asked in zip(scenes, told, questions):
-            parts += [(IMAGE, 0), (" " + world.describe(scene, named), 0.2)]
+            texts.append([IMAGE, " " + world.describe(scene, named)])
             for kind, hint in asked:
                 question, answer = world.ask(scene, kind, rng, hint or named)
                 hint = " " + world.describe(scene, hint) if hint else ""
-                parts += [(QUESTION + question + hint + ANSWER, 0), (" " + answer, 1)]
-        pieces = tokenizer([text for text, _ in parts], add_special_tokens=False).input_ids
-        each = len(parts) // len(scenes)
-        rows = []
-        for start in range(0, len(parts), each):
-            ids, targets, weights, before = [bos], [], [], 0
-            for piece, (_, weight) in zip(pieces[start:start + each], parts[start:start + each]):
-                ids += piece
-                targets += piece if weight else [eos] + piece[1:]
-                weights += [weight] * len(piece) if weight else [before] + [0] * (len(piece) - 1)
-                before = weight
-            rows.append((ids, targets + [eos], weights + [before]))
-        return [torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in column], batch_first=True)
-                for column in zip(*rows)]
+                texts[-1] += [QUESTION + question + hint + ANSWER, " " + answer]
+        coded = tokenizer(texts, is_split_into_words=True, padding=True, return_tensors="pt")
+        worth = [0, 0.2] + [0, 1] * len(questions[0])  # of the tokens of each piece, as something to learn
+        weights = torch.tensor([[0 if k is None else worth[k] for k in coded.word_ids(i)] for i in range(len(texts))])
+        before, targets, weights = weights, coded.input_ids.roll(-1, 1), weights.roll(-1, 1)
+        ends = (weights == 0) & (before > 0)  # behind what is learned stands eos, also where the text goes on
+        targets[ends], weights[ends] = eos, before[ends]
+        return coded.input_ids, targets, weights
 
     def losses(step):
         rng.seed(f"{seed} {step}")
@@ -333,22 +322,21 @@ def train_llm(folder, seed, resume, save_every, world=data, steps=650, batch_siz
         loss = F.cross_entropy(llm.get_output_embeddings()(h), targets[learned], reduction="none")
         yield (loss * weights[learned]).sum() / weights.sum()
 
-    part = part_of(folder, resume)
-    fit("stage 0: language model", part, steps, dict(llm.named_parameters()), optimizers_for(llm, 0.01, 1e-3), losses,
-        seed, [], resume=resume, save_every=save_every)
+    with workplace(folder, resume) as part:
+        fit("stage 0: language model", part, steps, dict(llm.named_parameters()), optimizers_for(llm, 0.01, 1e-3),
+            losses, seed, [], resume=resume, save_every=save_every)
 
-    right = {}
-    for kind in world.KINDS:
-        test = [s for s in world.HELD_OUT if kind == "yes/no" or kind in world.attributes(s)]
-        ids, targets, weights = batch(test, list(map(world.attributes, test)), [[(kind, None)]] * len(test))
-        with torch.no_grad():
-            guess = llm.eval()(input_ids=ids).logits.argmax(-1)
-        right[kind] = ((guess == targets) | (weights < 1)).all(1).float().mean().item()
-    print("  language model, questions about held-out captions: " + percent(right))
+        right = {}
+        for kind in world.KINDS:
+            test = [s for s in world.HELD_OUT if kind == "yes/no" or kind in world.attributes(s)]
+            ids, targets, weights = batch(test, list(map(world.attributes, test)), [[(kind, None)]] * len(test))
+            with torch.no_grad():
+                guess = llm.eval()(input_ids=ids).logits.argmax(-1)
+            right[kind] = ((guess == targets) | (weights < 1)).all(1).float().mean().item()
+        print("  language model, questions about held-out captions: " + percent(right))
 
-    llm.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    complete(part, folder)
+        llm.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def percent(right):
@@ -356,18 +344,15 @@ def percent(right):
     return ", ".join(f"{kind} {100 * share:.0f}%" for kind, share in right.items())
 
 
-def part_of(folder, resume):
-    """The folder in which a run works until it is complete. What an interrupted run left there is kept aside, unless
-    it is to be resumed."""
+@contextlib.contextmanager
+def workplace(folder, resume):
+    """FOLDER.part, in which a run works; when it is complete it becomes FOLDER. What an interrupted run left in it is
+    kept aside, unless it is to be resumed, and so is an earlier FOLDER."""
     part = Path(f"{folder}.part")
     if not resume and any((part / name).exists() for name in STATES):
         set_aside(part)
     part.mkdir(parents=True, exist_ok=True)
-    return part
-
-
-def complete(part, folder):
-    """Give the results of a run their place; an earlier run there gets another name."""
+    yield part
     for name in STATES:
         (part / name).unlink(missing_ok=True)
     set_aside(folder)
@@ -470,8 +455,8 @@ def clip_score(model, f, captions):
 
 
 def vqa_accuracy(said, answers):
-    """VQA's soft accuracy: for each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015). As in
-    the official scorer, texts are normalised only where the annotators differ."""
+    """VQA's soft accuracy: for each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015). As
+    in the official scorer, texts are normalised only where the annotators differ."""
     same = normal if len(set(answers)) > 1 else str.strip
     match = [same(a) == same(said) for a in answers]
     return sum(min(1, (sum(match) - m) / 3) for m in match) / len(match)
@@ -540,17 +525,14 @@ def write_answers(records, said, folder):
         if rows:
             folder.joinpath(name).write_text(json.dumps(rows), "utf-8")
 
-    def cell(record, text):
-        right = text.lower() == record.answer.lower()
-        return record.image, [(record.question or "(caption)", "#555555"), (text, "black"),
-                              *([] if right else [(record.answer, "#d62728")])]
-
     some = [told[i] for i in np.random.default_rng(0).permutation(len(told))[:12]]
     wrong = sorted((t for t in told if t[1].lower() != t[0].answer.lower()), key=lambda t: t[0].kind)
     wrong = [t for _, kind in itertools.groupby(wrong, key=lambda t: t[0].kind) for t in itertools.islice(kind, 4)]
     for name, rows in (("sheet.png", some), ("failures.png", wrong[:40])):
-        if rows:
-            draw_sheet([cell(*row) for row in rows], folder / name)
+        cells = [(r.image, [(r.question or "(caption)", "#555555"), (text, "black"),
+                            ("" if text.lower() == r.answer.lower() else r.answer, "#d62728")]) for r, text in rows]
+        if cells:
+            draw_sheet(cells, folder / name)
 
 
 def draw_sheet(cells, path, columns=4, size=192):
@@ -569,36 +551,25 @@ def draw_sheet(cells, path, columns=4, size=192):
     page.save(path)
 
 
-def write_log(rows, path):
-    text = io.StringIO(newline="")
-    log = csv.DictWriter(text, LOG)
-    log.writeheader()
-    log.writerows(rows)
-    lmeye.write_atomically(path, text.getvalue().encode())
-
-
 def draw_curves(curves, path, x_name, log_x=False, log_y=False):
     """Draw curves {name: [(x, y), …]} to a PNG. A logarithmic axis needs numbers above zero."""
     width, height, margin = 800, 480, 60
     image = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    xs, ys = ([point[i] for points in curves.values() for point in points] for i in (0, 1))
-
-    def axis(values, log):  # → (value → its place from 0 to 1, five values to be marked)
-        scale, back = (math.log, math.exp) if log else (float, float)
-        low, high = scale(min(values)), scale(max(values))
-        return lambda v: (scale(v) - low) / (high - low or 1), [back(low + (high - low) * i / 4) for i in range(5)]
-
-    (across, x_marks), (up, y_marks) = axis(xs, log_x), axis(ys, log_y)
+    points = np.array([point for curve in curves.values() for point in curve])  # (points, 2)
+    low, high = points.min(0), points.max(0)
+    spaces = [np.geomspace if log else np.linspace for log in (log_x, log_y)]
+    x_marks, y_marks = (space(a, b, 401) for space, a, b in zip(spaces, low, high))
 
     def at(x, y):
-        return margin + across(x) * (width - 1.5 * margin), height - margin - up(y) * (height - 1.5 * margin)
+        return (np.interp(x, x_marks, np.linspace(margin, width - margin / 2, 401)),
+                np.interp(y, y_marks, np.linspace(height - margin, margin / 2, 401)))
 
-    for y in y_marks:
-        canvas.line((at(min(xs), y), at(max(xs), y)), "#dddddd")
-        canvas.text((margin - 6, at(min(xs), y)[1]), f"{y:.3g}", "black", font, "rm")
-    for x in x_marks:
-        canvas.text((at(x, min(ys))[0], height - margin + 8), f"{x:,.0f}", "black", font, "ma")
+    for y in y_marks[::100]:
+        canvas.line((at(low[0], y), at(high[0], y)), "#dddddd")
+        canvas.text((margin - 6, at(low[0], y)[1]), f"{y:.3g}", "black", font, "rm")
+    for x in x_marks[::100]:
+        canvas.text((at(x, low[1])[0], height - margin + 8), f"{x:,.0f}", "black", font, "ma")
     canvas.text((width / 2, height - 10), x_name, "black", font, "md")
     for i, ((name, points), color) in enumerate(zip(curves.items(), ("#1f77b4", "#d62728", "#7f7f7f", "#2ca02c"))):
         canvas.line([at(*point) for point in points], color, 2)
@@ -620,7 +591,7 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
     optimizer = torch.optim.AdamW(model.set_trained(stage, train_align).values(), lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.llm.dtype == torch.float16)
     other = test and shuffled(test)
-    part = part_of(folder, resume)
+    part = Path(f"{folder}.part")
     plan, rows, recent, start = None, [], [], time.perf_counter()
 
     def losses(step):
@@ -636,32 +607,32 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
         recent.append(loss)
         if step % max(1, steps // 100) and step != steps:
             return
-        row = {"step": step, "loss": torch.stack(recent).mean().item(), "held_out_loss": "",
-               "held_out_loss_shuffled": "",
-               "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - start, 1)}
+        row = {"step": step, "loss": torch.stack(recent).mean().item(), "lr": optimizer.param_groups[0]["lr"],
+               "seconds": round(time.perf_counter() - start, 1)}
         if test and (step == steps or step % max(1, steps // 10) == 0):
             losses = [mean_loss(model, some, batch_size) for some in (test, other)]
             row.update(held_out_loss=losses[0], held_out_loss_shuffled=losses[1])
-            if losses[0] == min(r["held_out_loss"] for r in [*rows, row] if r.get("held_out_loss", "") != ""):
+            if losses[0] == min(r["held_out_loss"] for r in [*rows, row] if "held_out_loss" in r):
                 model.save(part / "best.safetensors", stage)
         rows.append(row)
         recent.clear()
-        write_log(rows, part / "log.csv")
+        lines = [LOG, *([r.get(name, "") for name in LOG] for r in rows)]
+        lmeye.write_atomically(part / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
         return f"loss {row['loss']:.3f}"
 
     settings = (f"lr {lr}, batch size {batch_size}, tokens {tokens}, accumulate {accumulate}, align "
                 f"{'trained' if train_align else 'frozen'}, {len(train.records)} records, {model.settings}")
-    fit(f"stage {stage}", part, steps, model.adapter(stage), [optimizer], losses, seed, rows, report, scaler, resume,
-        save_every, settings)
-    rows = [row for row in rows if isinstance(row["loss"], float)]
-    curves = {name: [(row["step"], row[name]) for row in rows if row[name] != ""] for name in LOG[1:4]}
-    draw_curves({name: points for name, points in curves.items() if points}, part / "loss.png", "step", log_y=True)
-    model.save(part / CHECKPOINT, stage)
-    complete(part, folder)
+    with workplace(folder, resume):
+        fit(f"stage {stage}", part, steps, model.adapter(stage), [optimizer], losses, seed, rows, report, scaler,
+            resume, save_every, settings)
+        rows = [row for row in rows if isinstance(row["loss"], float)]
+        curves = {name: [(row["step"], row[name]) for row in rows if name in row] for name in LOG[1:4]}
+        draw_curves({name: points for name, points in curves.items() if points}, part / "loss.png", "step", log_y=True)
+        model.save(part / CHECKPOINT, stage)
     first, last = rows[0], rows[-1]
     print(f"stage {stage}: {steps:,} steps in {last['seconds']:.0f} s; loss {first['loss']:.3f} → {last['loss']:.3f}"
           + (f"; held out {last['held_out_loss']:.3f}, with the pictures shuffled {last['held_out_loss_shuffled']:.3f}"
-             if last["held_out_loss"] != "" else "") + f"\n  {Path(folder) / CHECKPOINT}")
+             if "held_out_loss" in last else "") + f"\n  {Path(folder) / CHECKPOINT}")
 
 
 def load_data(model, stage, paths, images, folder=None, whole=False):
@@ -689,13 +660,6 @@ def load_data(model, stage, paths, images, folder=None, whole=False):
     return train, test
 
 
-def build_miniature(out, seed, again=False, resume=False, save_every=200):
-    """Stage 0: train the miniature's CLIP and language model where they are missing, or both anew."""
-    for name, train in (("clip", train_clip), ("llm", train_llm)):
-        if again or not Path(out, "mini", name).is_dir():
-            train(f"{out}/mini/{name}", seed, resume, save_every)
-
-
 def leave_examples(model, folder, out):
     """Draw held-out pictures for the reader to ask about; print a command that does."""
     rng = random.Random(1)
@@ -704,16 +668,6 @@ def leave_examples(model, folder, out):
         data.draw(scene, rng).save(folder / f"{i}.png")
     where = "" if out == "out" else f" --out {out}"
     print(f'Try it:  python sample.py {folder / "1.png"} "what shape is it?"{where}')
-
-
-def positive(kind):
-    """An argparse type: a number above zero."""
-    def parse(text):
-        if not (value := kind(text)) > 0 or value == math.inf:
-            raise ValueError
-        return value
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
 
 
 def parse_args():
@@ -729,17 +683,17 @@ def parse_args():
     parser.add_argument("--no-cache", action="store_true", help="do not keep the pictures' features for a later run")
     parser.add_argument("--out", default="out", help="everything is written below this folder (default: out)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive(int), help="optimiser steps")
-    length.add_argument("--epochs", type=positive(float), help="passes over the data, instead of --steps")
-    parser.add_argument("--batch-size", type=positive(int), help="records that are computed at once, at most")
-    parser.add_argument("--tokens", type=positive(int), help="text tokens that are computed at once, at most, with "
+    length.add_argument("--steps", type=int, help="optimiser steps")
+    length.add_argument("--epochs", type=float, help="passes over the data, instead of --steps")
+    parser.add_argument("--batch-size", type=int, help="records that are computed at once, at most")
+    parser.add_argument("--tokens", type=int, help="text tokens that are computed at once, at most, with "
                         "padding: this bounds the memory")
-    parser.add_argument("--accumulate", type=positive(int), default=1, help="batches to an optimiser step (default: 1)")
-    parser.add_argument("--lr", type=positive(float), help="peak learning rate")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches to an optimiser step (default: 1)")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--train-align", action="store_true", help="stage 2: go on training align and img as well")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted, exactly")
-    parser.add_argument("--save-every", type=positive(int), default=200, metavar="STEPS",
+    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS",
                         help="how often the state is saved, to be resumed from (default: 200)")
     parser.add_argument("--eval-only", action="store_true", help="train nothing: evaluate the stage's checkpoint "
                         "on all of --data, or without --data on the held-out part of the published data")
@@ -747,6 +701,9 @@ def parse_args():
                         "(default: that of the stage, or of the one before, below --out)")
     lmeye.add_flags(parser)
     args = parser.parse_args()
+    for name in ("steps", "epochs", "batch_size", "tokens", "accumulate", "lr", "save_every"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} has to be above zero")
     if args.seed < 0:
         parser.error("--seed starts at 0")
     return args
@@ -801,7 +758,9 @@ def run_stage(args, settings, folder, before):
     """Train (or only evaluate) one stage into `folder`; `before` has the checkpoint that it starts from."""
     mini, out = settings.preset == "mini", folder.parent
     if mini:
-        build_miniature(args.out, args.seed, args.stage == 0 and not args.resume, args.resume, args.save_every)
+        for name, train in (("clip", train_clip), ("llm", train_llm)):  # where they are missing, or both anew
+            if args.stage == 0 and not args.resume or not Path(args.out, "mini", name).is_dir():
+                train(f"{args.out}/mini/{name}", args.seed, args.resume, args.save_every)
     if args.stage == 0:
         return
     torch.manual_seed(args.seed)

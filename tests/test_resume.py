@@ -1,5 +1,6 @@
 """A run that was killed, whenever it was, goes on and ends with the same weights, bit for bit."""
 
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -41,8 +42,8 @@ def child(cwd, flags, where, n):
     os.chdir(cwd)
     os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    train.train_clip.__defaults__ = (6, 8, 16)  # steps, batch size, captions
-    train.train_llm.__defaults__ = (6, 4, 2)
+    train.train_clip = functools.partial(train.train_clip, steps=6, batch_size=8, captions=16)
+    train.train_llm = functools.partial(train.train_llm, steps=6, batch_size=4, turns=2)
     whole = data.miniature
     data.miniature = lambda stage, held_out_scenes=False: whole(stage, held_out_scenes, 40, 2)[:40]
     if where:
