@@ -303,7 +303,7 @@ def probe_ceiling():
     def features(scenes):
         f = data.encode_images(model, [board.draw(s, rng) for s in scenes])
         labels = [[v.index(getattr(s, n)) if getattr(s, n) else -1 for n, v in board.VALUES.items()] for s in scenes]
-        return torch.from_numpy(f).float(), torch.tensor(labels)
+        return torch.tensor(f, dtype=torch.float32), torch.tensor(labels)
 
     (f, labels), (f2, labels2) = features(random.Random(1).choices(board.TRAINING, k=20_000)), features(board.HELD_OUT)
     reader = torch.nn.Linear(f.shape[1], 5 * len(names))
