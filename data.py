@@ -464,12 +464,11 @@ def encode(model, records, skipped, folder=None):
     return Dataset(records, tokens, features, picture).take(keep)
 
 
-def encode_images(model, images, folder=None, batch_size=128, chunk=16):
+def encode_images(model, images, folder=None, batch_size=128):
     """CLIP features of pictures (P, C), float16, mapped from a file; the row of one that can't be read is NaN.
 
-    The file is written `chunk` batches at a time. Its name is a hash of the CLIP and of the pictures, and its length
-    tells how far it is, so a pass that was broken off goes on from the last whole chunk. Without `folder` the file
-    is a temporary one.
+    The file is written batch by batch. Its name is a hash of the CLIP and of the pictures, and its length tells how
+    far it is, so a pass that was broken off goes on from the last whole batch. Without `folder` it is a temporary one.
     """
     C = model.clip.visual.output_dim
     if folder:
@@ -479,23 +478,18 @@ def encode_images(model, images, folder=None, batch_size=128, chunk=16):
         place = tempfile.TemporaryFile()
     with place as file:
         size = file.seek(0, os.SEEK_END) // (2 * C)  # pictures in the file
-        done = size if size == len(images) else size - size % (chunk * batch_size)
+        done = size if size == len(images) else size - size % batch_size
         file.truncate(done * 2 * C)
         with tqdm(total=len(images), initial=done, desc="CLIP features", disable=None) as bar:
-            waiting = []
             for pixels in decode(model.preprocess, images[done:], batch_size):
                 good = [x for x in pixels if x is not None]
                 rows = np.full((len(pixels), C), np.nan, np.float16)
                 if good:
                     rows[[x is not None for x in pixels]] = model.encode_image(torch.stack(good)).cpu().numpy()
-                waiting.append(rows.tobytes())
-                done += len(pixels)
+                file.write(rows.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
                 bar.update(len(pixels))
-                if len(waiting) == chunk or done == len(images):
-                    file.write(b"".join(waiting))
-                    file.flush()
-                    os.fsync(file.fileno())
-                    waiting.clear()
         return np.memmap(file, np.float16, "r", shape=(len(images), C))
 
 

@@ -250,7 +250,7 @@ def test_a_feature_file_is_taken_up_where_it_ended_and_equals_an_unbroken_one(tm
     for i in range(20):
         images.append(str(tmp_path / f"{i}.jpg"))
         (tmp_path / f"{i}.jpg").write_bytes(jpeg((12 * i, 0, 0)) if i != 13 else b"broken")
-    whole = np.array(data.encode_images(model, images, tmp_path / "whole", batch_size=2, chunk=2))
+    whole = np.array(data.encode_images(model, images, tmp_path / "whole", batch_size=2))
     assert np.isnan(whole[13]).all() and np.isfinite(np.delete(whole, 13, 0)).all()
     file = next((tmp_path / "whole").iterdir())
     for stop in range(1, 10):  # the power fails after some batches, in the middle of a write
@@ -260,15 +260,15 @@ def test_a_feature_file_is_taken_up_where_it_ended_and_equals_an_unbroken_one(tm
             real = model.encode_image
             patch.setattr(model, "encode_image", lambda pixels: (next(encoded), real(pixels))[1])
             with pytest.raises((RuntimeError, StopIteration)):
-                data.encode_images(model, images, folder, batch_size=2, chunk=2)
+                data.encode_images(model, images, folder, batch_size=2)
         part = next(folder.iterdir())
-        assert part.name == file.name and part.stat().st_size >= (stop - 1) // 2 * 4 * 24 * 2  # a chunk is lost at most
+        assert part.name == file.name and part.stat().st_size == stop * 2 * 24 * 2  # every whole batch is there
         with open(part, "ab") as half:
             half.write(b"half a row")
         calls = []
         with monkeypatch.context() as patch:
             patch.setattr(model, "encode_image", lambda pixels: (calls.append(1), real(pixels))[1])
-            data.encode_images(model, images, folder, batch_size=2, chunk=2)
-        assert part.read_bytes() == file.read_bytes() and len(calls) == 10 - stop // 2 * 2
+            data.encode_images(model, images, folder, batch_size=2)
+        assert part.read_bytes() == file.read_bytes() and len(calls) == 10 - stop
     (tmp_path / "0.jpg").write_bytes(jpeg("blue") + b" ")  # a picture that changes has other features
-    assert not np.array_equal(data.encode_images(model, images, tmp_path / "whole", 2, 2)[0], whole[0])
+    assert not np.array_equal(data.encode_images(model, images, tmp_path / "whole", 2)[0], whole[0])
