@@ -480,7 +480,8 @@ CONTRACTIONS = {stem + ending.replace("'", ""): stem + ending for ending, stems 
     "'ve": "could i might not should they we what where who would you", "'re": "there they what why you", "'m": "i",
     "'s": "he how that there what when where who why someone somebody something",
     "'d": "he how it there they where who you someone something",
-    "'ll": "how it they what who why you someone somebody something"}.items() for stem in stems.split()}
+    "'ll": "how it they what who why you someone somebody something"}.items() for stem in stems.split()} | {
+    "oclock": "o'clock", "maam": "ma'am", "yall": "y'all", "twas": "'twas"}
 
 
 def interval(scores, picture, draws=1000):

@@ -43,7 +43,7 @@ def test_vqa_accuracy_compares_with_the_nine_others(said, answers, expected):
 @pytest.mark.parametrize("text, expected", [
     ("The Cat.", "cat"), ("two", "2"), ("none", "0"), ("an apple a day", "apple day"), ("dont", "don't"),
     ("Its red", "its red"), ("theyre well", "they're well"), ("yes!", "yes"), ("red-blue", "red blue"),
-    ("red - blue", "red blue"), ("x-y)-z", "x y z"), ("1,000", "1000"), ("3.5 m.", "3.5 m"), ("wont, cant", "won't can't"), ("shell", "shell"),
+    ("red - blue", "red blue"), ("x-y)-z", "x y z"), ("1,000", "1000"), ("3.5 m.", "3.5 m"), ("wont, cant", "won't can't"), ("shell", "shell"), ("four oclock", "4 o'clock"),
 ])
 def test_texts_are_normalised_as_the_official_scorer_does(text, expected):
     assert train.normal(text) == expected
