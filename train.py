@@ -246,7 +246,8 @@ def train_clip(folder, seed, resume, save_every, world=data, steps=500, batch_si
             resume=resume, save_every=save_every)
         clip.eval()
         with torch.no_grad():
-            # Cosines don't feel the length of a feature; four linear layers do: give both towers unit variance.
+            # Cosines don't feel the length of a feature; four linear layers do: give both towers unit variance. (Held-out
+        # scenes serve here for these two numbers, and for the report.)
             test = world.HELD_OUT
             f, v = clip.encode_image(pixels(test)), clip.encode_text(words([world.describe(s) for s in test]))
             clip.visual.attnpool.c_proj.weight /= f.std()
