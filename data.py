@@ -611,8 +611,9 @@ SCENES = [Scene(*s) for s in itertools.product(NUMBERS, SIZES, COLORS, SHAPES, P
 VALUES = {name: sorted({getattr(s, name) for s in SCENES}) for name in Scene._fields}
 
 
-HELD_OUT = [s for s in SCENES if zlib.crc32(" ".join(s).encode()) % 10 == 0]
-TRAINING = [s for s in SCENES if s not in set(HELD_OUT)]
+IN_TEN = {s: zlib.crc32(" ".join(s).encode()) % 10 for s in SCENES}
+HELD_OUT = [s for s in SCENES if IN_TEN[s] == 0]
+TRAINING = [s for s in SCENES if IN_TEN[s] != 0]
 
 
 def attributes(scene):

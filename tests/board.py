@@ -45,7 +45,8 @@ def scenes(seed, each):
 
 
 HELD_OUT = list(dict.fromkeys(scenes("held out", 150)))
-TRAINING = [s for s in scenes("training", 20_000) if s not in set(HELD_OUT)]
+KEPT_OUT = set(HELD_OUT)
+TRAINING = [s for s in scenes("training", 20_000) if s not in KEPT_OUT]
 
 
 def draw(scene, rng):
