@@ -46,6 +46,7 @@ import train
 from lmeye import CHECKPOINT, LMEye
 
 OUT = Path("out/mini")
+RECORDS = {"mini": data.miniature, "board": board.records}  # of each world
 VARIANTS = ("full", "norequest", "static", "static, 2 tokens")
 # The best of `tune`, where it is not the default.
 LR = {"mini": {"static": 1.2e-2, "static, 2 tokens": 1.2e-2}, "board": {"static": 1.2e-2}}
@@ -131,9 +132,8 @@ def new_model(world, name, seed, llm="llm"):
 @functools.lru_cache
 def datasets(world, stage, pictures=None):
     """(training, held-out Dataset) of a world."""
-    records = {"mini": data.miniature, "board": board.records}[world]
     model, some = new_model(world, "full", 0), {"pictures": pictures} if pictures else {}
-    return tuple(data.encode(model, records(stage, held_out, **some), Counter()) for held_out in (False, True))
+    return tuple(data.encode(model, RECORDS[world](stage, held_out, **some), Counter()) for held_out in (False, True))
 
 
 def train_phase(stage, model, world, folder, seed, limit=None, pictures=None, **options):
@@ -153,7 +153,7 @@ def trained(world, name, seed, lr=None, llm="llm", **options):
     model = new_model(world, name, seed, llm)
     if (folder / CHECKPOINT).is_file():
         model.load(folder / CHECKPOINT)
-        return model.eval()
+        return model
     shared = model.align.out_features == model.img.numel() and llm == "llm"
     first = OUT / "evidence" / world / ("phase-1" if shared else f"{label}-phase-1")
     if shared and not (first / CHECKPOINT).is_file():
@@ -178,16 +178,22 @@ def result(world, name, seed, options):
 
 
 def results(runs):
-    """`result` of each (world, name, seed, options), several at a time."""
-    for world in {run[0] for run in runs}:
+    """{label: (world, name, seeds, options)} → {label: [(shares, blind shares) of each seed]}, several at a time."""
+    for world in {run[0] for run in runs.values()}:
         prepare(world)
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quietly) as pool:
-        waiting = [pool.submit(result, *run) for run in runs]
-        with tqdm(total=len(runs), desc="models", disable=None) as bar:
-            for future in waiting:
+        waiting = {label: [pool.submit(result, world, name, seed, options) for seed in seeds]
+                   for label, (world, name, seeds, options) in runs.items()}
+        with tqdm(total=sum(map(len, waiting.values())), desc="models", disable=None) as bar:
+            for future in itertools.chain.from_iterable(waiting.values()):
                 future.add_done_callback(lambda _: bar.update())
-            return [future.result() for future in waiting]
+            return {label: [future.result() for future in futures] for label, futures in waiting.items()}
+
+
+def seeing(found):
+    """What `results` gives without the blind shares: the rows of a table."""
+    return {label: [shares for shares, _ in each] for label, each in found.items()}
 
 
 def quietly():
@@ -243,16 +249,14 @@ def place(name):
 def tune(seeds):
     rates = (3e-3, 6e-3, 1.2e-2)
     for world in ("mini", "board"):
-        found = results([(world, name, 100, {"lr": lr}) for name in VARIANTS for lr in rates])
-        rows = {name: [{f"{lr:g}": found[len(rates) * i + k][0]["all"] for k, lr in enumerate(rates)}]
-                for i, name in enumerate(VARIANTS)}
+        found = results({(name, lr): (world, name, [100], {"lr": lr}) for name in VARIANTS for lr in rates})
+        rows = {name: [{f"{lr:g}": found[name, lr][0][0]["all"] for lr in rates}] for name in VARIANTS}
         print(f"{world}: held-out accuracy in percent by learning rate of phase 2, seed 100\n\n{markdown(rows)}\n")
 
 
 def ablation(seeds):
-    found = results([("mini", name, seed, {}) for name in VARIANTS for seed in range(seeds)])
-    rows = {name: [f[0] for f in found[seeds * i:seeds * (i + 1)]] for i, name in enumerate(VARIANTS)}
-    rows["blind"] = [f[1] for f in found[:seeds]]
+    found = results({name: ("mini", name, range(seeds), {}) for name in VARIANTS})
+    rows = seeing(found) | {"blind": [blind for _, blind in found["full"]]}
     print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
 
@@ -263,16 +267,17 @@ def by_objects(share):
 
 
 def board_(seeds):
-    names, further = VARIANTS, ("full, N=1", "full, N=20", "full, Q=4", "static, 5 tokens")
-    longer, long = ("full", "static, 2 tokens"), {"steps": 7000, "pictures": 20_000}
-    found = results([("board", name, seed, {}) for name in names for seed in range(seeds)]
-                    + [("board", name, 0, {}) for name in further] + [("board", name, 0, long) for name in longer])
-    rows = {name: [by_objects(f[0]) for f in found[seeds * i:seeds * (i + 1)]] for i, name in enumerate(names)}
-    rows["blind"] = [by_objects(f[1]) for f in found[:seeds]]
-    more = [*further, *(f"{name}, 3 times the steps" for name in longer)]
-    rows |= {f"{name} (one seed)": [by_objects(f[0])] for name, f in zip(more, found[seeds * len(names):])}
-    rows["for comparison: the language model reads the caption"] = [by_objects(text_ceiling())]
-    rows["for comparison: a linear reader of f"] = [by_objects(probe_ceiling())]
+    runs = {name: ("board", name, range(seeds), {}) for name in VARIANTS}
+    for name in ("full, N=1", "full, N=20", "full, Q=4", "static, 5 tokens"):
+        runs[f"{name} (one seed)"] = ("board", name, [0], {})
+    for name in ("full", "static, 2 tokens"):
+        runs[f"{name}, 3 times the steps (one seed)"] = ("board", name, [0], {"steps": 7000, "pictures": 20_000})
+    found = results(runs)
+    rows = seeing(found)
+    rows = {name: rows[name] for name in VARIANTS} | {"blind": [blind for _, blind in found["full"]]} | rows
+    rows["for comparison: the language model reads the caption"] = [text_ceiling()]
+    rows["for comparison: a linear reader of f"] = [probe_ceiling()]
+    rows = {name: [by_objects(share) for share in each] for name, each in rows.items()}
     print(f"held-out accuracy in percent by number of objects, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
 
@@ -280,9 +285,8 @@ def board_(seeds):
 def text_ceiling(world="board", llm="llm"):
     """The frozen language model reads the true caption in the place of the picture."""
     model, (_, test) = new_model(world, "full", 0, llm), datasets(world, 2)
-    captions = {id(r.image): r.answer for r in ({"mini": data.miniature, "board": board.records}[world])(1, True)}
+    captions = [r.answer for r in RECORDS[world](1, True)]
     each = len(test.records) // len(captions)  # questions about a scene; both lists have the scenes in one order
-    captions = list(captions.values())
     right = {}
     for start in range(0, len(test.records), 256):
         records = test.records[start:start + 256]
@@ -326,14 +330,13 @@ def probe_ceiling():
 
 def samples(seeds):
     sizes, names = (100, 1000, 10_000, 100_000), ("full", "static", "static, 2 tokens")
-    runs = [("mini", name, seed, {"limit": n, "pictures": 17_000})
-            for n in sizes for name in names for seed in range(seeds)]
-    found = iter(results(runs))
-    table = {f"{n:,}": {name: [next(found)[0]["all"] for _ in range(seeds)] for name in names} for n in sizes}
-    rows = {n: [{name: values[s] for name, values in row.items()} for s in range(seeds)] for n, row in table.items()}
+    found = results({(n, name): ("mini", name, range(seeds), {"limit": n, "pictures": 17_000})
+                     for n in sizes for name in names})
+    right = {label: [share["all"] for share in each] for label, each in seeing(found).items()}
+    rows = {f"{n:,}": [{name: right[n, name][s] for name in names} for s in range(seeds)] for n in sizes}
     print(f"held-out accuracy in percent over the number of phase-2 records, {seeds} seeds, mean ± 95% interval\n\n"
           + markdown(rows))
-    curves = {name: [(n, 100 * statistics.mean(row[name])) for n, row in zip(sizes, table.values())] for name in names}
+    curves = {name: [(n, 100 * statistics.mean(right[n, name])) for n in sizes] for name in names}
     train.draw_curves(curves, place("samples.png"), "records of phase 2", log_x=True)
     print(place("samples.png"))
 
@@ -342,17 +345,14 @@ def scaling(seeds):
     for width, layers in SIZES:
         if not place(f"llm-{width}x{layers}").is_dir():
             train.train_llm(place(f"llm-{width}x{layers}"), 0, True, 200, width=width, layers=layers)
-    models = ["llm", *(f"llm-{width}x{layers}" for width, layers in SIZES)]
-    names = ["full, N=1", "full, N=10", "full, Q=2", "full, Q=4"]
-    runs = [("mini", "full", seed, {"llm": llm}) for llm in models for seed in range(seeds)]
-    found = iter(results(runs + [("mini", name, seed, {}) for name in names for seed in range(seeds)]))
-    rows = {}
-    for llm in models:
+    models = {"width 128, 3 layers, N=5, Q=1": "llm"}
+    models |= {f"width {width}, {layers} layers": f"llm-{width}x{layers}" for width, layers in SIZES}
+    runs = {label: ("mini", "full", range(seeds), {"llm": llm}) for label, llm in models.items()}
+    runs |= {more: ("mini", f"full, {more}", range(seeds), {}) for more in ("N=1", "N=10", "Q=2", "Q=4")}
+    rows = {label: [{"LMEye": share["all"]} for share in each] for label, each in seeing(results(runs)).items()}
+    for label, llm in models.items():
         ceiling = statistics.mean(text_ceiling("mini", llm).values())
-        label = "width 128, 3 layers, N=5, Q=1" if llm == "llm" else "width {}, {} layers".format(*llm[4:].split("x"))
-        rows[label] = [{"LMEye": next(found)[0]["all"], "the language model reads the caption": ceiling}
-                       for _ in range(seeds)]
-    rows |= {name.partition(", ")[2]: [{"LMEye": next(found)[0]["all"]} for _ in range(seeds)] for name in names}
+        rows[label] = [row | {"the language model reads the caption": ceiling} for row in rows[label]]
     print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
 
@@ -485,7 +485,7 @@ def hallucination(seeds):
         others = [fact for fact in scene._asdict().items() if fact[0] != name]
         return max(values, key=lambda v: sum(together[(name, v), fact] for fact in others))
 
-    rows = {name: [{} for _ in range(seeds)] for name in VARIANTS}
+    tests = {}
     for how in ("random", "popular", "adversarial", "background's"):
         records = []
         for scene in data.HELD_OUT:
@@ -495,9 +495,12 @@ def hallucination(seeds):
                     noun = ("a " if one else "") + scene._replace(shape=value).noun
                     question = f"{'is it' if one else 'are they'} {noun if name == 'shape' else value}?"
                     records.append(data.Record(picture, (question,), answer))
-        test = data.encode(new_model("mini", "full", 0), records, Counter())
-        for name, seed in itertools.product(rows, range(seeds)):
-            scores, said = train.measure(trained("mini", name, seed), test, how)
+        tests[how] = data.encode(new_model("mini", "full", 0), records, Counter())
+    rows = {name: [{} for _ in range(seeds)] for name in VARIANTS}
+    for name, seed in itertools.product(rows, range(seeds)):
+        model = trained("mini", name, seed)
+        for how, test in tests.items():
+            scores, said = train.measure(model, test, how)
             rows[name][seed] |= {f"{how}: right": float(np.nanmean(scores["all"])),
                                  f"{how}: says yes": said.count("yes") / len(said)}
     print("yes/no questions about color and shape, half of them about what is absent; percent, "
@@ -525,8 +528,7 @@ def compare(seeds):
 
 def exercises(seeds):
     names = ["full", *(f"full, {more}" for more in EXERCISES)]
-    found = results([("mini", name, seed, {}) for name in names for seed in range(seeds)])
-    rows = {name: [f[0] for f in found[seeds * i:seeds * (i + 1)]] for i, name in enumerate(names)}
+    rows = seeing(results({name: ("mini", name, range(seeds), {}) for name in names}))
     print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
 
