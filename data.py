@@ -6,6 +6,7 @@ in silence. The last part of the file is a small world that draws its own pictur
 can be trained and measured on a laptop. This file knows nothing of training.
 """
 
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -37,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lmeye import ANSWER, IMAGE, QUESTION, Tokens, UserError, dialogue, pad
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of the pictures in folders and shards
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of pictures
 MOST_BYTES = 100_000_000  # of one file inside an archive, unpacked
 MOST_PIXELS = 100_000_000  # of one picture; this takes the place of Pillow's own two limits, which warn and raise
 Image.MAX_IMAGE_PIXELS = None
@@ -51,6 +52,9 @@ class Member(NamedTuple):
     name: str
     offset: int = -1  # where its bytes begin in a tar; a zip has a directory of its own
     size: int = 0
+
+    def __str__(self):
+        return f"{self.archive}: {self.name}"
 
 
 class Record(NamedTuple):
@@ -72,13 +76,7 @@ class Record(NamedTuple):
 # ---- Reading published formats -------------------------------------------------------------------------------
 #
 # Each reader yields samples (picture, caption or "", turns, {further fields of Record}) or, where there is none, the
-# reason, a string.
-# A picture is a Member, a path, or a Name that is yet to be found under --images.
-
-
-class Name(str):
-    """A picture's name as a data file has it."""
-
+# reason, a string. A picture is a Path or a Member, or else a name that is yet to be found under --images.
 
 MALFORMED = "a record that lacks a field, or has one of another type"
 
@@ -90,34 +88,39 @@ def read_records(paths, images, stage):
     Stage 1 takes captions, stage 2 makes a record of each turn of a conversation, the earlier turns in its prompt.
     UserError if a path is not there or can't be parsed, or if nothing remains.
     """
-    records, skipped, tables = [], Counter(), {}
-    samples = itertools.chain.from_iterable(read_path(Path(path), tables) for path in paths)
+    for path in paths:
+        if not Path(path).exists():
+            raise UserError(f"--data {path}: no such file or folder")
+    records, skipped, tables = [], Counter(), {"images": [], "annotations": [], "questions": []}
     roots = [open_root(Path(root)) for root in images or [p if Path(p).is_dir() else Path(p).parent for p in paths]]
-    for sample in itertools.chain(samples, join_tables(tables)):
-        if isinstance(sample, str):
-            skipped[sample] += 1
-            continue
-        picture, caption, turns, more = sample
-        if not all(map(is_text, turns + (caption,) * bool(caption) + sum(more.get("choices", ()), ()))):
-            skipped["an empty or unreadable text"] += 1
-            continue
-        if isinstance(picture, Name):
-            picture, reason = find_picture(roots, picture)
-            if not picture:
-                skipped[reason] += 1
-                continue
-        if stage == 1 and caption:
-            records.append(Record(picture, (), caption, **more))
-        elif stage == 2 and turns:
-            choices = more.pop("choices", ((),) * len(turns))  # VCR's, for each turn
-            records += [Record(picture, turns[:n], turns[n], choices=choices[n // 2], **more)
-                        for n in range(1, len(turns), 2)]
+    samples = itertools.chain.from_iterable(read_path(Path(path), tables) for path in paths)
+    for sample in itertools.chain(samples, join_tables(tables)):  # lazily: joined when all tables are there
+        found = sample if isinstance(sample, str) else make_records(*sample, roots, stage)
+        if isinstance(found, str):
+            skipped[found] += 1
         else:
-            skipped["questions, not a caption" if stage == 1 else "a caption, for --stage 1"] += 1
+            records += found
     if not records:
         why = ", ".join(f"{reason} ({n:,})" for reason, n in skipped.most_common(5)) or "there are no records"
         raise UserError(f"--data {' '.join(map(str, paths))}: nothing to train on for stage {stage}: {why}")
     return records, skipped
+
+
+def make_records(picture, caption, turns, more, roots, stage):
+    """A sample → its records for a stage, or the reason why it has none, a string."""
+    texts = (*turns, *itertools.chain(*more.get("choices", ())), *([caption] if caption or not turns else []))
+    if not all(map(is_text, texts)):
+        return "an empty or unreadable text"
+    if isinstance(picture, Path):
+        picture = str(picture)
+    elif isinstance(picture, str) and not (picture := find_picture(roots, picture)):
+        return "picture is not inside --images"
+    if stage == 1 and caption:
+        return [Record(picture, (), caption, **more)]
+    if stage == 2 and turns:
+        choices = more.pop("choices", ((),) * len(turns))  # VCR's, for each turn
+        return [Record(picture, turns[:n], turns[n], choices=choices[n // 2], **more) for n in range(1, len(turns), 2)]
+    return "questions, not a caption" if stage == 1 else "a caption, for --stage 1"
 
 
 def read_path(path, tables):
@@ -125,60 +128,49 @@ def read_path(path, tables):
     if path.is_dir():
         shards = sorted(path.glob("*.tar"))
         return itertools.chain.from_iterable(map(read_shard, shards)) if shards else read_caption_folder(path)
-    if not path.is_file():
-        raise UserError(f"--data {path}: no such file or folder")
     if tarfile.is_tarfile(path):
         return read_shard(path)
     content = read_json(path)
-    if isinstance(content, list):
-        return map(read_item, content)
-    names = [name for name in ("images", "annotations", "questions") if isinstance(content.get(name), list)]
-    if not names:
-        raise UserError(f"--data {path}: is of no known kind: neither records nor images, annotations or questions")
-    for name in names:
+    found = [name for name in tables if isinstance(content, dict) and isinstance(content.get(name), list)]
+    for name in found:
         split = content.get("data_subtype", "val2014")  # VQA's files name the pictures' split here
-        tables.setdefault(name, []).extend((row, split) for row in content[name])
-    return []
+        tables[name] += [row | {"split": split} if isinstance(row, dict) else row for row in content[name]]
+    return [] if found else map(read_item, content if isinstance(content, list) else [content])
 
 
 def read_json(path):
-    """A JSON file, or JSON Lines: a list, in which a line that can't be parsed is an error string."""
+    """What a JSON file holds, or a list of what the lines of JSON Lines hold, None for one that can't be parsed."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"--data {path}: can't be read as text ({error})") from error
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        lines = [line for line in text.splitlines() if line.strip()]
-        content = [parse_line(line) for line in lines]
+        content = [parse_line(line) for line in text.splitlines() if line.strip()]
         if not any(isinstance(item, dict) for item in content):
             raise UserError(f"--data {path}: is neither JSON nor JSON Lines: {error}") from error
-    if not isinstance(content, (list, dict)):
-        raise UserError(f"--data {path}: a list of records is expected, found {type(content).__name__}")
-    return [content] if isinstance(content, dict) and "answer_choices" in content else content  # one line of VCR
+        return content
 
 
 def parse_line(line):
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(line)
-    except (ValueError, RecursionError):
-        return "a line is not JSON"
 
 
 def read_caption_folder(folder):
-    """`a.jpg` (or .jpeg, .png, .webp) beside `a.txt`, in any depth."""
+    """`a.jpg` (or with another of ENDINGS) beside `a.txt`, in any depth."""
     for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS):
         text = image.with_suffix(".txt")
         caption = " ".join(text.read_text("utf-8", "replace").split()) if text.is_file() else ""
-        yield (str(image), caption, (), {}) if caption else "a picture without a caption in a .txt beside it"
+        yield (image, caption, (), {}) if caption else "a picture without a caption in a .txt beside it"
 
 
 def read_shard(path):
     """A WebDataset shard: `key.jpg` with `key.txt` (a caption) or `key.json` (a caption or a conversation)."""
     groups = {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:  # not compressed: its pictures are read in place
             for info in tar:
                 folder, file = os.path.split(info.name)
                 key, _, ending = file.lower().partition(".")
@@ -189,24 +181,21 @@ def read_shard(path):
                     group["image"] = Member(str(path), info.name, info.offset_data, info.size)
                 elif ending in ("txt", "json"):
                     group[ending] = tar.extractfile(info).read().decode("utf-8", "replace")
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"--data {path}: is no whole tar archive ({error})") from error
-    for group in groups.values():
-        if group and "image" not in group:
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"--data {path}: is no whole tar archive without compression ({error})") from error
+    for group in filter(None, groups.values()):
+        item = {"caption": group["txt"]} if "txt" in group else parse_line(group.get("json", ""))
+        if "image" not in group:
             yield "a text without its picture in a tar shard"
-        elif group and group.get("txt", "").strip():
-            yield group["image"], " ".join(group["txt"].split()), (), {}
-        elif group:
-            item = parse_line(group.get("json", ""))
-            sample = read_item({**item, "image": "here"}) if isinstance(item, dict) else "a picture without a text"
-            yield sample if isinstance(sample, str) else (group["image"], *sample[1:])
+        else:
+            yield read_item(item | {"image": group["image"]}) if isinstance(item, dict) else "a picture without a text"
 
 
 def read_item(item):
     """One record of a list or of JSON Lines: of LLaVA's kind, of VCR's, of LMEye's release, or with a caption."""
     try:
-        if isinstance(item, str):
-            return item
+        if item is None:
+            return "a line is not JSON"
         if "answer_choices" in item:
             return read_vcr(item)
         if "questions" in item:
@@ -215,16 +204,16 @@ def read_item(item):
             if [match[1] for match in texts] != ["Question", "Answer"] * (len(turns) // 2) or not turns:
                 return "questions and answers do not alternate"
             name = item["image_id"] if isinstance(item["image_id"], str) else f"{item['image_id']:012d}.jpg"
-            return Name(name), str(item.get("caption") or "").strip(), turns, {}
-        if not isinstance(item.get("image"), str) or not item["image"]:
+            return name, str(item.get("caption") or "").strip(), turns, {}
+        if not isinstance(item.get("image"), (str, Member)) or not item["image"]:
             return "no picture"
         if isinstance(item.get("caption"), str):
-            return Name(item["image"]), " ".join(item["caption"].split()), (), {}
+            return item["image"], " ".join(item["caption"].split()), (), {}
         turns = tuple(turn["value"].replace("<image>", "").strip() for turn in item["conversations"])
         speakers = [turn["from"] for turn in item["conversations"]]
         if not turns or not all(turns) or speakers != ["human", "gpt"] * (len(turns) // 2):
             return "turns do not alternate between human and gpt, or are empty"
-        return Name(item["image"]), turns[1] if len(turns) == 2 else "", turns, {}
+        return item["image"], turns[1] if len(turns) == 2 else "", turns, {}
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return MALFORMED
 
@@ -240,31 +229,26 @@ def read_vcr(item):
         return "no label"
     answers, whys = (tuple(map(render, item[name])) for name in ("answer_choices", "rationale_choices"))
     turns = (render(item["question"]), answers[item["answer_label"]], "Why?", whys[item["rationale_label"]])
-    return Name(item["img_fn"]), "", turns, {"key": str(item.get("annot_id", "")), "choices": (answers, whys)}
+    return item["img_fn"], "", turns, {"key": str(item.get("annot_id", "")), "choices": (answers, whys)}
 
 
 def join_tables(tables):
     """COCO's captions with their pictures, VQA's questions with their answers."""
-    def index(name, key):
-        return {str(row.get(key)): (row, split) for row, split in tables.get(name, []) if isinstance(row, dict)}
-
-    images, questions = index("images", "id"), index("questions", "question_id")
-    for row, _ in tables.get("annotations", []):
+    images, questions = ({str(row.get(key)): row for row in tables[name] if isinstance(row, dict)}
+                         for name, key in (("images", "id"), ("questions", "question_id")))
+    for row in tables["annotations"]:
         try:
-            if "question_id" in row:
-                question, split = questions.pop(str(row["question_id"]), (None, None))
-                if question is None:
-                    yield "an answer without its question"
-                    continue
-                name = f"COCO_{split}_{question['image_id']:012d}.jpg"
-                more = {"kind": str(row["answer_type"]), "key": row["question_id"],
-                        "answers": tuple(str(a["answer"]) for a in row.get("answers", ()))}
-                yield Name(name), "", (question["question"], row["multiple_choice_answer"]), more
-            elif str(row["image_id"]) in images:
-                file = images[str(row["image_id"])][0]["file_name"]
-                yield Name(file), " ".join(row["caption"].split()), (), {"key": row["image_id"]}
+            if "question_id" not in row:
+                image = images.get(str(row["image_id"]))
+                yield (image["file_name"], " ".join(row["caption"].split()), (), {"key": row["image_id"]}) \
+                    if image else "a caption without its picture"
+            elif question := questions.pop(str(row["question_id"]), None):
+                name = f"COCO_{question['split']}_{question['image_id']:012d}.jpg"
+                yield name, "", (question["question"], row["multiple_choice_answer"]), {
+                    "kind": str(row["answer_type"]), "key": row["question_id"],
+                    "answers": tuple(str(a["answer"]) for a in row.get("answers", ()))}
             else:
-                yield "a caption without its picture"
+                yield "an answer without its question"
         except (AttributeError, KeyError, TypeError, ValueError):
             yield MALFORMED
     yield from ["a question without an answer"] * len(questions)
@@ -300,7 +284,7 @@ def fetch(stage, out, agreed):
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {path: remote_size(url) for path, url in missing.items()}
-        need = sum(size - part_size(path) for path, size in sizes.items())
+        need = sum(sizes.values()) - sum(part.stat().st_size for part in folder.glob("*.part"))
         print(f"--stage {stage} without --data takes {name}: {need / 1e9:.2f} GB to download into {folder}/")
         if not agreed and not (sys.stdin.isatty() and input("Download now? [y/N] ").strip().lower() in ("y", "yes")):
             raise UserError("nothing was downloaded: add --download to agree, or name data of your own with --data")
@@ -309,11 +293,6 @@ def fetch(stage, out, agreed):
         for path, url in missing.items():
             download(url, path, sizes[path])
     return tuple([str(folder / file)] for file in files)
-
-
-def part_size(path):
-    part = Path(f"{path}.part")
-    return part.stat().st_size if part.exists() else 0
 
 
 def remote_size(url):
@@ -326,23 +305,22 @@ def remote_size(url):
 
 def download(url, path, size):
     """Fetch a file of `size` bytes into path.part, from where an earlier try ended, and rename it when it is whole."""
-    part, done = f"{path}.part", part_size(path)
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if 0 < done < size else {})
-        if done < size:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                done = done if answer.status == 206 else 0  # a server without ranges starts again
-                with open(part, "ab" if done else "wb") as file, tqdm(
-                        total=size, initial=done, desc=Path(path).name, unit="B", unit_scale=True, disable=None) as bar:
-                    while block := answer.read(1 << 20):
-                        bar.update(file.write(block))
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: the download broke off ({error}); the same command goes on from there") from error
-    if part_size(path) != size:
-        if part_size(path) > size:
-            os.remove(part)
-        raise UserError(f"{url}: the download ended before its {size:,} bytes; the same command goes on from there")
-    os.replace(part, path)
+    with open(f"{path}.part", "ab") as part:
+        done = part.tell()
+        try:
+            if done != size:
+                request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if 0 < done < size else {})
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    if answer.status != 206:  # the whole file: a first try, or a server without ranges
+                        part.truncate(done := 0)
+                    with tqdm.wrapattr(part, "write", total=size, initial=done, desc=path.name, disable=None) as file:
+                        shutil.copyfileobj(answer, file)
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{url}: the download broke off ({error}); the same command goes on from there") from error
+        part.flush()
+        if part.seek(0, os.SEEK_END) != size:
+            raise UserError(f"{url}: the download ended before its {size:,} bytes; the same command goes on from there")
+    os.replace(f"{path}.part", path)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------------------
@@ -365,32 +343,31 @@ def open_root(root):
 
 
 def find_picture(roots, name):
-    """A name → (path or Member, "") or (None, the reason). It may not lead out of its folder."""
+    """A name → the path or Member inside one of the roots, or None: also where it leads out of them."""
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name or "\0" in name:
-        return None, "picture path leaves --images"
+        return None
     for root, names in roots:
         if names is None and (len(roots) == 1 or os.path.exists(os.path.join(root, name))):
-            return os.path.join(root, name), ""
+            return os.path.join(root, name)
         if names and name in names:
-            return Member(root, names[name]), ""
-    return None, "picture is not in --images"
+            return Member(root, names[name])
+    return None
 
 
 def load_image(source):
     """A path, Member or picture (returned as it is) → RGB picture, turned as its EXIF says. UserError if unreadable."""
     if isinstance(source, Image.Image):
         return source
-    name = f"{source.archive}: {source.name}" if isinstance(source, Member) else source
     try:
         with Image.open(read_member(source) if isinstance(source, Member) else source) as image:
             if image.width * image.height > MOST_PIXELS or max(image.size) > 100 * min(image.size):
                 raise ValueError(f"{image.width} × {image.height} pixels are too many, or too narrow")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"{name}: no such picture") from None
+        raise UserError(f"{source}: no such picture") from None
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{name}: can't be read as a picture: {reason}") from error
+        raise UserError(f"{source}: can't be read as a picture: {reason}") from error
 
 
 def read_member(member):
@@ -433,27 +410,19 @@ class Dataset(NamedTuple):
 def encode(model, records, skipped, folder=None):
     """Features and tokens of records → Dataset. Left out, and counted in `skipped`: records whose picture can't be
     read, and those longer than the language model's context. With `folder`, the features are kept in a file there."""
-    def key(record):
-        return id(record.image) if isinstance(record.image, Image.Image) else record.image
-
-    images = {key(r): r.image for r in records}
-    row = {k: i for i, k in enumerate(images)}
-    images = list(images.values())
-    features = encode_images(model, images, folder)
+    keys = [id(r.image) if isinstance(r.image, Image.Image) else r.image for r in records]  # id: in memory
+    images = dict(zip(keys, (r.image for r in records)))
+    features = encode_images(model, list(images.values()), folder)
+    row = {key: i for i, key in enumerate(images)}
+    picture = np.array([row[key] for key in keys])
     broken = np.isnan(features[:, 0])
-    for i in np.flatnonzero(broken):
-        try:
-            load_image(images[i])
-            skipped["a picture that could not be read when the features were computed"] += 1
-        except UserError as error:
-            skipped[str(error)] += 1
+    skipped.update(f"{image}: can't be read as a picture" for image in itertools.compress(images, broken))
     tokens = []
     for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 50_000 else True):
         part = records[start:start + 1000]
         questions = [r.question for r in part] if part[0].turns else None
         tokens += [tuple(np.array(ids, np.int32) for ids in pair)
                    for pair in zip(*model.token_ids(questions, [r.answer for r in part]))]
-    picture = np.array([row[key(r)] for r in records])
     longest = [max(map(len, (a, *model.token_ids(None, r.choices)[1]) if r.choices else (a,)))
                for r, (_, a) in zip(records, tokens)]
     fits = np.array([len(q) + n <= model.room for (q, _), n in zip(tokens, longest)])
@@ -473,10 +442,7 @@ def encode_images(model, images, folder=None, batch_size=128):
     C = model.clip.visual.output_dim
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        place = open(Path(folder, f"{features_key(model, images)}.f16"), "a+b")
-    else:
-        place = tempfile.TemporaryFile()
-    with place as file:
+    with open(f"{folder}/{features_key(model, images)}.f16", "a+b") if folder else tempfile.TemporaryFile() as file:
         size = file.seek(0, os.SEEK_END) // (2 * C)  # pictures in the file
         done = size if size == len(images) else size - size % batch_size
         file.truncate(done * 2 * C)
@@ -494,18 +460,14 @@ def encode_images(model, images, folder=None, batch_size=128):
 
 
 def features_key(model, images):
-    """A hash of what decides the features: the CLIP, and each picture's place, size and time of change."""
+    """A hash of what decides the features: the CLIP, and each picture's place with its file's size and time of change."""
     key = hashlib.sha256(model.settings.clip.encode())
     for p in model.clip.visual.parameters():
         key.update(p.detach().flatten()[:4].float().cpu().numpy().tobytes())
     for image in images:
-        if isinstance(image, Member):
-            info = open_zip(image.archive).getinfo(image.name) if image.offset < 0 else image
-            mark = (*image, info.CRC if image.offset < 0 else os.stat(image.archive).st_mtime_ns)
-        else:
-            stat = os.stat(image) if os.path.exists(image) else None
-            mark = (image, stat and stat.st_size, stat and stat.st_mtime_ns)
-        key.update(repr(mark).encode())
+        file = image.archive if isinstance(image, Member) else image
+        stat = os.stat(file) if os.path.exists(file) else None
+        key.update(repr((image, stat and (stat.st_size, stat.st_mtime_ns))).encode())
     return key.hexdigest()[:16]
 
 
@@ -520,12 +482,10 @@ def decode(preprocess, images, batch_size, ahead=3):
 
     queue = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(images), batch_size):
+        for start in range(0, len(images) + ahead * batch_size, batch_size):  # behind the last one, empty lists push
             queue.append([pool.submit(pixels, image) for image in images[start:start + batch_size]])
-            if len(queue) > ahead:
-                yield [future.result() for future in queue.popleft()]
-        while queue:
-            yield [future.result() for future in queue.popleft()]
+            if len(queue) > ahead and (batch := queue.popleft()):
+                yield [future.result() for future in batch]
 
 
 def split(dataset, share=0.02, most=500, fewest=50):
@@ -609,8 +569,6 @@ class Scene(NamedTuple):
 
 SCENES = [Scene(*s) for s in itertools.product(NUMBERS, SIZES, COLORS, SHAPES, PLACES, COLORS) if s[2] != s[5]]
 VALUES = {name: sorted({getattr(s, name) for s in SCENES}) for name in Scene._fields}
-
-
 IN_TEN = {s: zlib.crc32(" ".join(s).encode()) % 10 for s in SCENES}
 HELD_OUT = [s for s in SCENES if IN_TEN[s] == 0]
 TRAINING = [s for s in SCENES if IN_TEN[s] != 0]

@@ -59,10 +59,10 @@ def run(main):
     transformers.logging.disable_progress_bar()
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # of the last two the system's own words will do
+    except (UserError, OSError, UnicodeError, torch.OutOfMemoryError) as error:  # of the others their own words will do
         print(f"{Path(sys.argv[0]).name}: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, EOFError) as stop:  # Ctrl-C, or Ctrl-D at a question
         print(printable(str(stop)) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
@@ -131,15 +131,15 @@ def settings_from(args):
 def device_and_dtype(precision):
     """(device, dtype of the frozen weights) for a `precision` setting; the device is a CUDA GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or local folder, by transformers. UserError if that fails."""
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
-        raise UserError(f"--llm {name}: no such folder, and not a hub name such as facebook/opt-1.3b")
+        raise UserError(f"--llm {name}: no such folder, and not a hub name, ORGANISATION/NAME, as facebook/opt-1.3b is")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         llm = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device)
@@ -359,13 +359,13 @@ class LMEye(nn.Module):
         questions = self.ids([QUESTION + q for q in questions]) if questions else [[]] * len(answers)
         return questions, [ids + [self.tokenizer.eos_token_id] for ids in self.ids([" " + a for a in answers])]
 
-    def tokens(self, questions, answers, before=0):
-        """Texts → Tokens, on the CPU. UserError if a record, with `before` tokens more, exceeds the LM's context."""
+    def tokens(self, questions, answers):
+        """Texts → Tokens, on the CPU. UserError if a record exceeds the LM's context."""
         questions, answers = self.token_ids(questions, answers)
-        longest = before + max(len(q) + len(a) for q, a in zip(questions, answers))
+        longest = max(len(q) + len(a) for q, a in zip(questions, answers))
         if longest > self.room:
-            raise UserError(f"question and answer of {longest} tokens do not fit into the language model's context, which "
-                            f"has room for {self.room}: shorten them")
+            raise UserError(f"question and answer have {longest} tokens, and the language model's context has room for "
+                            f"{self.room}: shorten them")
         return Tokens(*pad(questions, left=True), *pad(answers))
 
     @property
@@ -430,7 +430,7 @@ class LMEye(nn.Module):
         question is read once for all its choices."""
         B, K = len(choices), len(choices[0])
         asked = self.tokens(questions, [""] * B)
-        told = self.tokens(None, sum(choices, []), before=asked.question.shape[1])
+        told = self.tokens([q for q in questions for _ in range(K)], sum(choices, []))
         x, mask, cache = self.begin(f, asked.question, asked.question_mask)
         first, cache = self.read(x, mask, cache)
         cache.batch_repeat_interleave(K)
@@ -468,7 +468,7 @@ class LMEye(nn.Module):
         return trained
 
     def fingerprint(self):
-        """A few frozen weights of each backbone, to tell it from another of the same shape."""
+        """A few frozen weights of each backbone, to tell it from another of the same shape (bf16 rounds them)."""
         some = [w.detach().flatten()[::max(1, w.numel() // 8)][:8] for w in
                 (self.llm.get_input_embeddings().weight, self.text.token_embedding.weight)]
         return torch.cat([w.float().cpu() for w in some])
@@ -484,7 +484,7 @@ class LMEye(nn.Module):
         """Load an adapter into this model → its stage. UserError if it belongs to another model or shape."""
         stage, theirs, fingerprint, tensors = read_checkpoint(path)
         mine, weights = self.settings, self.fingerprint()
-        if fingerprint.shape != weights.shape or not torch.allclose(fingerprint, weights, rtol=0.02, atol=1e-6):  # bf16 rounds
+        if fingerprint.shape != weights.shape or not torch.allclose(fingerprint, weights, rtol=0.02, atol=1e-6):
             raise UserError(f"{path}: was trained with --llm {theirs.llm} --clip {theirs.clip}; the weights of "
                             f"--llm {mine.llm} --clip {mine.clip} are others")
         if stage == 2 and theirs.interaction != mine.interaction:
@@ -502,7 +502,7 @@ class LMEye(nn.Module):
 
 def pick(logits, temperature, top_k, top_p, generator):
     """Choose the next token from logits (B, V) → (B,)."""
-    if temperature == 0:
+    if temperature < 0.01:  # 0, or so near that the logits, divided by it, overflow
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(-1, descending=True)
     p = logits.softmax(-1)

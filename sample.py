@@ -11,23 +11,22 @@ captions. Answers go to the standard output, everything else to the standard err
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import sys
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
 import lmeye
 from lmeye import CHECKPOINT, PRESETS, LMEye, UserError, dialogue
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def note(text):
@@ -43,18 +42,14 @@ def newest(out):
 
 
 def load(args, path):
-    """(model with its adapter, stage). The checkpoint tells the shape of the layers and which preset it belongs to;
-    models that are no preset's are loaded only where the user names them."""
+    """(model with its adapter, stage). The checkpoint tells layers and preset; models of no preset, the user names."""
     _, saved, *_ = lmeye.read_checkpoint(path)
     if saved.preset in PRESETS:
         args.preset = saved.preset
     elif not (args.llm and args.clip):
         raise UserError(f"{path}: belongs to models of your own: name them with  --llm {saved.llm} --clip {saved.clip}")
     args.n_features, args.n_slots, args.interaction = saved.n_features, saved.n_slots, saved.interaction
-    settings = lmeye.settings_from(args)
-    if settings.preset == "mini" and not Path(settings.llm).is_dir():
-        raise UserError(f"the miniature's own models are not below {args.out}/: name their folder with --out")
-    model = LMEye.from_settings(settings).eval()
+    model = LMEye.from_settings(lmeye.settings_from(args))
     return model, model.load(path)
 
 
@@ -66,9 +61,9 @@ def look(model, path):
     return model.encode_image(model.preprocess(picture)[None])
 
 
-def check_words(model, question):
-    """Tell which words of a question the model's vocabulary lacks."""
-    unknown = [word for word in question.split() if model.tokenizer.unk_token_id in model.ids(word)]
+def check_words(model, text):
+    """Tell which words of questions the miniature's vocabulary lacks."""
+    unknown = [word for word in text.split() if model.tokenizer.unk_token_id in model.ids(word)]
     if unknown and model.settings.preset == "mini":
         note(f"the miniature does not know: {' '.join(unknown)}")
 
@@ -88,27 +83,16 @@ def answer(model, f, question, options):
 
 def chat(model, f, options):
     """Read questions, a line each, until an empty one; earlier turns are context, and each turn asks anew."""
-    if sys.stdin.isatty():
-        note("a chat about the picture: a question a line, an empty line ends it")
-    turns = ()
-    while question := read_line("> " if sys.stdin.isatty() else ""):
+    turns, prompt = (), "question (none: end) > " if sys.stdin.isatty() else ""
+    for question in iter(lambda: input(prompt).strip().encode("utf-8", "replace").decode(), ""):
         check_words(model, question)
-        while True:
+        for past in [turns[n:] for n in range(0, len(turns) + 1, 2)]:  # all turns; without the earliest; …; none
             try:
-                turns += question, answer(model, f, dialogue((*turns, question)), options)
+                turns = *past, question, answer(model, f, dialogue((*past, question)), options)
+                break
             except UserError as error:  # longer than the language model's context
-                note("the context is full: the earliest turn is forgotten" if turns else error)
-                if turns:
-                    turns = turns[2:]
-                    continue
-            break
-
-
-def read_line(prompt):
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return ""
+                note("the context is full: the earliest turn is forgotten" if past else error)
+                turns = past[2:]
 
 
 def batch(model, pictures, questions, options, batch_size):
@@ -117,11 +101,11 @@ def batch(model, pictures, questions, options, batch_size):
     asked = [(path, question) for path in pictures for question in questions or [None]]
     for start in tqdm(range(0, len(asked), batch_size), desc="answers", disable=None):
         part = asked[start:start + batch_size]
-        features = torch.cat([f[path] for path, _ in part])
-        answers = model.generate(features, [q for _, q in part] if questions else None, **options)
+        answers = model.generate(torch.cat([f[path] for path, _ in part]), [q for _, q in part] if questions else None,
+                                 **options)
         for (path, question), text in zip(part, answers):
-            line = {"image": path, "question": question, "answer": lmeye.printable(text)}
-            print(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False), flush=True)
+            line = {"image": path} | ({"question": question} if question else {}) | {"answer": lmeye.printable(text)}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 # ---- Looking into an answer ----------------------------------------------------------------------------------
@@ -131,10 +115,7 @@ SECOND = "what color is the background?"  # shown beside the question, to see th
 
 def gaze(model, picture, question, answer):
     """How much each place of the picture moved log p(answer): input × gradient, summed over channels → (h, w), 0 to 1.
-
-    The places are the patch embeddings of a ViT; of a ResNet the last feature map that is at least 7 × 7, which at
-    CLIP's own sizes is its very last.
-    """
+    The places are a ViT's patch embeddings, or those of a ResNet's last feature map that is at least 7 × 7."""
     visual, kept = model.clip.visual, []
     names = ("ln_pre",) if hasattr(visual, "ln_pre") else ("layer1", "layer2", "layer3", "layer4")
     if not all(hasattr(visual, name) for name in names):
@@ -165,31 +146,30 @@ def without(model, f, question, answer):
     whole, lost = log_p(model, f, question, answer), []
     for i in range(N):
         keep = (torch.arange(N, device=model.device) != i).repeat_interleave(W)
-        hook = model.decompose.register_forward_hook(lambda module, inputs, out: out * keep)
-        lost.append(whole - log_p(model, f, question, answer))
-        hook.remove()
+        with model.decompose.register_forward_hook(lambda module, inputs, out: out * keep):
+            lost.append(whole - log_p(model, f, question, answer))
     return lost
 
 
-def rivals(model, checkpoint):
-    """Yield (name, model): this one; the same with its request zero; norequest and static, if trained beside it."""
-    yield model.settings.interaction, model
-    frozen = model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer
+def rivals(model, checkpoint, f, gray):
+    """Yield (name, model, feature that it sees): this model, and what its answer is to be compared with."""
+    yield model.settings.interaction, model, f
     if model.settings.interaction == "full":
-        silent = LMEye(replace(model.settings, interaction="norequest"), *frozen)
-        silent.load_state_dict(model.state_dict())
-        yield "full, its request set to zero", silent
+        silent = copy(model)  # with the same weights
+        silent.settings = replace(model.settings, interaction="norequest")
+        yield "full, its request set to zero", silent, f
     for name in ("norequest", "static"):
         path = Path(checkpoint).resolve().parent.with_name(f"stage2-{name}") / CHECKPOINT
         if path.is_file() and name != model.settings.interaction:
-            rival = LMEye(lmeye.read_checkpoint(path)[1], *frozen)
+            rival = LMEye(lmeye.read_checkpoint(path)[1], model.llm, model.tokenizer, model.clip, model.preprocess,
+                          model.clip_tokenizer)
             rival.load(path)
-            yield f"{name}, as trained", rival
+            yield f"{name}, as trained", rival, f
+    yield "blind: a gray picture", model, gray
 
 
 def inspect_answer(model, checkpoint, path, questions, out):
-    """Draw what led to an answer: the picture, the gaze for two questions, the answer's probability under the rivals,
-    and what each decomposed feature was worth."""
+    """Draw what led to an answer: the gaze for two questions, p under the rivals, what each feature was worth."""
     source = data.load_image(path)
     f, gray = (model.encode_image(model.preprocess(p)[None]) for p in (source, Image.new("RGB", source.size, "gray")))
     side = (256, 256)
@@ -208,18 +188,17 @@ def inspect_answer(model, checkpoint, path, questions, out):
     write(20, 8, Path(path).name)
     answers = model.generate(f.expand(2, -1), questions)
     for x, question, said in zip((296, 572), questions, answers):
-        heat = F.interpolate(gaze(model, source, question, said)[None, None], side, mode="bicubic").clamp(0, 1)[0, 0]
-        veil = Image.fromarray((200 * (1 - heat)).byte().numpy())
+        veil = Image.fromarray((200 * (1 - gaze(model, source, question, said))).byte().numpy())
+        veil = veil.resize(side, Image.Resampling.BICUBIC)
         page.paste(Image.composite(Image.new("RGB", side, "#888888"), picture, veil), (x, 30))
         write(x, 8, question, "#555555")
         write(x, 292, f"{said}   p = {math.exp(log_p(model, f, question, said)):.2f}")
         lost = without(model, f, question, said) if model.settings.interaction != "static" else []
+        write(x, 322, "log p lost without each feature" if lost else "", "#555555")
         for i, value in enumerate(lost):
-            write(x, 322, "log p lost without each feature", "#555555")
             bar(x, 342 + 18 * i, abs(value) / max(1e-6, *map(abs, lost)), f"f{i + 1}  {value:+.2f}", "#1f77b4")
     write(20, 292, "its answer, and p of the first one", "#555555")
-    shown = [(name, rival, f) for name, rival in rivals(model, checkpoint)]
-    for i, (name, rival, seen) in enumerate([*shown, ("blind: a gray picture", model, gray)]):
+    for i, (name, rival, seen) in enumerate(rivals(model, checkpoint, f, gray)):
         p = math.exp(log_p(rival, seen, questions[0], answers[0]))
         write(20, 322 + 38 * i, f"{name}: {rival.generate(seen, questions[:1])[0]}")
         bar(20, 340 + 38 * i, p, f"{p:.2f}", "#2ca02c")
@@ -231,8 +210,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 2)[0], epilog=__doc__.split("\n", 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="IMAGE… [QUESTION]",
-                        help="pictures, and behind them a question; the last word is taken for a picture if it is a "
-                             "file or ends as picture files do")
+                        help="pictures, then a question; the last word is a picture if it is a file or ends like one")
     parser.add_argument("--questions", metavar="FILE", help="a text file, a question a line")
     parser.add_argument("--inspect", metavar="PNG", help="draw where the model looks and what its request is worth, "
                         f"for its likeliest answer; a second question may follow the first (default: {SECOND})")
@@ -246,15 +224,17 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once (default: 32)")
     lmeye.add_flags(parser, ("llm", "clip", "precision"))
     args = parser.parse_args()
-    if args.max_tokens < 1 or args.batch_size < 1 or args.top_k < 0 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--max-tokens and --batch-size start at 1, --top-k and --temperature at 0, --top-p is in (0, 1]")
+    for name, low, high in (("max_tokens", 1, 10 ** 6), ("batch_size", 1, 10 ** 6), ("top_k", 0, 10 ** 6),
+                            ("temperature", 0, 100), ("top_p", 0, 1), ("seed", 0, 10 ** 9)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} has to be from {low} to {high}")
     return args
 
 
 def main():
     args = parse_args()
     *pictures, last = args.inputs
-    is_picture = not pictures or os.path.isfile(last) or last.lower().endswith(PICTURES)
+    is_picture = not pictures or os.path.isfile(last) or last.lower().endswith(data.ENDINGS)
     pictures, questions = (args.inputs, []) if is_picture else (pictures, [last])
     if args.inspect:
         pictures, questions = args.inputs[:1], (args.inputs[1:] + [SECOND])[:2]
@@ -263,23 +243,22 @@ def main():
     if args.questions:
         questions += Path(args.questions).read_text("utf-8", "replace").splitlines()
     questions = [q.strip() for q in questions]
-    if not all(questions):
-        raise UserError("the question is empty")
+    if not all(map(data.is_text, questions)):
+        raise UserError("the question is empty or unreadable")
     for path in pictures:
         data.load_image(path)  # a wrong picture is told before the models are loaded
 
     checkpoint = args.checkpoint or newest(args.out)
     model, stage = load(args, checkpoint)
+    if args.inspect and stage == 1:
+        raise UserError("--inspect looks into answers: it needs a checkpoint of stage 2")
     if stage == 1 and questions:
         note("this checkpoint has seen stage 1 only, captions. To get answers:  python train.py --stage 2")
         questions = []
-    for question in questions:
-        check_words(model, question)
+    check_words(model, " ".join(questions))
     options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                    generator=torch.Generator(model.device).manual_seed(args.seed))
     if args.inspect:
-        if stage == 1:
-            raise UserError("--inspect looks into answers: it needs a checkpoint of stage 2")
         inspect_answer(model, checkpoint, pictures[0], questions, args.inspect)
     elif len(pictures) > 1 or args.questions:
         if stage == 2 and not questions:
@@ -288,7 +267,8 @@ def main():
     elif stage == 1 or questions:
         answer(model, look(model, pictures[0]), questions[0] if questions else None, options)
     else:
-        chat(model, look(model, pictures[0]), options)
+        with contextlib.suppress(EOFError):
+            chat(model, look(model, pictures[0]), options)
 
 
 if __name__ == "__main__":

@@ -67,16 +67,16 @@ def fit(name, folder, steps, tensors, optimizers, losses, seed, log, report=None
     """Train: at each step, the losses that `losses(step)` yields are summed, and the optimisers move once.
 
     All randomness is a function of seed and step. So `tensors` ({name: what is trained, and buffers}), the optimisers,
-    `log` (a list that `report` fills) and the number of the step are the whole state: it is saved in `folder` every
-    `save_every` steps, when the program is told to stop, and at the end. With `resume`, a saved state is taken up.
-    `settings` tells a run from others: only with the same ones can it be resumed. `report(step, loss)`, if given, is
-    called after each step; what it returns, if anything, is shown at the bar.
+    `log` (rows, a list that `report` and skipped steps fill) and the number of the step are the whole state: it is
+    saved in `folder` every `save_every` steps, when the program is told to stop, and at the end. With `resume`, a saved
+    state is taken up. `settings` tells a run from others: only with the same ones can it be resumed. `report(step,
+    loss)`, if given, is called after each step; what it returns, if anything, is shown at the bar.
     """
     settings = f"{steps} steps, seed {seed}, {settings}"
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     movers = [*optimizers, scaler]
-    start = load_state(folder, settings, tensors, movers, log) if resume else 0
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    start = load_state(folder, settings, tensors, movers, log) if resume else 0  # brings groups with other rates
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     weights = [p for group in groups for p in group["params"]]
     bad, stop = 0, []  # steps in a row whose loss was not finite; signals that came
@@ -103,9 +103,9 @@ def fit(name, folder, steps, tensors, optimizers, losses, seed, log, report=None
                 scaler.update()
                 if bad:
                     log.append({"step": step + 1, "loss": "not finite: skipped"})
-                if bad == MOST_BAD:
+                if bad in (MOST_BAD, steps):
                     raise UserError(f"{name}: the loss was not finite in {bad} steps in a row: lower --lr, or use "
-                                    f"--precision fp32; the state of the last good save is in {folder}")
+                                    f"--precision fp32; what was saved before, if anything, is in {folder}")
                 if report and not bad and (shown := report(step + 1, loss)):
                     bar.set_postfix_str(shown)
                 bar.update()
@@ -141,7 +141,7 @@ def load_state(folder, settings, tensors, movers, log):
     """Take up the newest state that can be read → its step, 0 if there is none. UserError if it is of another run."""
     for path in filter(Path.exists, [Path(folder, name) for name in STATES]):
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # also where the GPU is gone
         except Exception:  # a file that is damaged: the one before it serves
             print(f"note: {path} can't be read")
             continue
@@ -156,6 +156,41 @@ def load_state(folder, settings, tensors, movers, log):
         log[:] = state["log"]
         return state["step"]
     return 0
+
+
+@contextlib.contextmanager
+def workplace(folder, resume):
+    """FOLDER.part, in which a run works; when it is complete it becomes FOLDER. What an interrupted run left in it is
+    kept aside, unless it is to be resumed, and so is an earlier FOLDER."""
+    part = Path(f"{folder}.part")
+    if not resume:
+        set_aside(part)
+    part.mkdir(parents=True, exist_ok=True)
+    yield part
+    set_aside(folder)
+    part.rename(folder)
+    for name in STATES:  # last: until the name is there, the run can be resumed
+        Path(folder, name).unlink(missing_ok=True)
+
+
+def set_aside(path):
+    """Rename what stands at `path`, if anything, to the first free of path.1, path.2, …: nothing saved is lost."""
+    path = Path(path)
+    if path.exists():
+        free = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
+        path.rename(path.with_name(f"{path.name}.{free}"))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other runs out of a folder. The system drops the lock when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run works here; wait, or name another folder with --out") from None
+        yield
 
 
 # ---- Stage 0: the miniature's own frozen models --------------------------------------------------------------
@@ -243,25 +278,17 @@ def train_clip(folder, seed, resume, save_every, world=data, steps=500, batch_si
 
     with workplace(folder, resume) as part:
         fit("stage 0: CLIP", part, steps, clip.state_dict(), optimizers_for(clip, 0.02, 5e-3), losses, seed, [],
-            resume=resume, save_every=save_every)
+            report=lambda step, loss: f"loss {loss:.3f}", resume=resume, save_every=save_every)
         clip.eval()
         with torch.no_grad():
-            # Cosines don't feel the length of a feature; four linear layers do: give both towers unit variance. (Held-out
-        # scenes serve here for these two numbers, and for the report.)
+            next(losses(steps - 1))  # leaves rng as the last step did, also where a resumed run has none left to do
+            # Cosines don't feel the length of a feature; four linear layers do: give both towers unit variance. (The
+            # held-out scenes serve for these two numbers.)
             test = world.HELD_OUT
             f, v = clip.encode_image(pixels(test)), clip.encode_text(words([world.describe(s) for s in test]))
             clip.visual.attnpool.c_proj.weight /= f.std()
             clip.visual.attnpool.c_proj.bias /= f.std()
             clip.text_projection /= v.std()
-            right = {}
-            for name in world.VALUES:
-                example = {getattr(s, name): s for s in test if name in world.attributes(s)}  # one scene for each value
-                v = clip.encode_text(words([world.describe(s, (name,)) for s in example.values()]), normalize=True)
-                guess = [list(example)[g] for g in (f @ v.T).argmax(1)]
-                hits = [getattr(s, name) == g for s, g in zip(test, guess) if name in world.attributes(s)]
-                right[name] = sum(hits) / len(hits)
-        print("  CLIP, zero-shot on held-out scenes: " + percent(right))
-
         tokenizer.save_pretrained(part)
         safetensors.torch.save_file(clip.state_dict(), part / "open_clip_model.safetensors")
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -289,83 +316,39 @@ def train_llm(folder, seed, resume, save_every, world=data, steps=650, batch_siz
         table[:, 0::2], table[:, 1::2] = 0.1 * angle.sin(), 0.1 * angle.cos()
     rng = random.Random()
 
-    def batch(scenes, told, questions):
-        """(ids, targets, weights of the targets), each (B, T). `told` has the attributes that each caption names,
-        `questions` lists for each scene (kind, attributes that a hint before "Answer:" names or None)."""
+    def losses(step):
+        rng.seed(f"{seed} {step}")
+        plan = []  # (scene, the attributes that its caption names, [(kind of question, those that a hint names or None)])
+        for scene in rng.choices(world.TRAINING, k=batch_size):
+            names = world.attributes(scene)
+            named = rng.sample(names, rng.randint(1, len(names)))
+            hints = [rng.sample(names, rng.randint(1, 2)) if rng.random() < 0.4 else None for _ in range(turns)]
+            # Yes/no takes comparing, the rest only looking up: it needs more practice.
+            kinds = [rng.choice(hint or named) if rng.random() < 0.5 else "yes/no" for hint in hints]
+            plan.append((scene, named, zip(kinds, hints)))
         texts = []
-        for scene, named, asked in zip(scenes, told, questions):
+        for scene, named, asked in plan:
             texts.append([IMAGE, " " + world.describe(scene, named)])
             for kind, hint in asked:
                 question, answer = world.ask(scene, kind, rng, hint or named)
                 hint = " " + world.describe(scene, hint) if hint else ""
                 texts[-1] += [QUESTION + question + hint + ANSWER, " " + answer]
         coded = tokenizer(texts, is_split_into_words=True, padding=True, return_tensors="pt")
-        worth = [0, 0.2] + [0, 1] * len(questions[0])  # of the tokens of each piece, as something to learn
-        weights = torch.tensor([[0 if k is None else worth[k] for k in coded.word_ids(i)] for i in range(len(texts))])
-        before, targets, weights = weights, coded.input_ids.roll(-1, 1), weights.roll(-1, 1)
+        worth = [0, 0.2] + [0, 1] * turns  # of the tokens of each piece, as something to learn
+        before = torch.tensor([[0 if k is None else worth[k] for k in coded.word_ids(i)] for i in range(batch_size)])
+        targets, weights = coded.input_ids.roll(-1, 1), before.roll(-1, 1)  # (B, T) both
         ends = (weights == 0) & (before > 0)  # behind what is learned stands eos, also where the text goes on
         targets[ends], weights[ends] = eos, before[ends]
-        return coded.input_ids, targets, weights
-
-    def losses(step):
-        rng.seed(f"{seed} {step}")
-        scenes = rng.choices(world.TRAINING, k=batch_size)
-        told, questions = [], []
-        for names in map(world.attributes, scenes):
-            named = rng.sample(names, rng.randint(1, len(names)))
-            hints = [rng.sample(names, rng.randint(1, 2)) if rng.random() < 0.4 else None for _ in range(turns)]
-            told.append(named)
-            # Yes/no takes comparing, the rest only looking up: it needs more practice.
-            questions.append([(rng.choice(hint or named) if rng.random() < 0.5 else "yes/no", hint) for hint in hints])
-        ids, targets, weights = batch(scenes, told, questions)
         learned = weights > 0
-        h = llm.base_model(input_ids=ids).last_hidden_state[learned]
+        h = llm.base_model(input_ids=coded.input_ids).last_hidden_state[learned]
         loss = F.cross_entropy(llm.get_output_embeddings()(h), targets[learned], reduction="none")
         yield (loss * weights[learned]).sum() / weights.sum()
 
     with workplace(folder, resume) as part:
         fit("stage 0: language model", part, steps, dict(llm.named_parameters()), optimizers_for(llm, 0.01, 1e-3),
-            losses, seed, [], resume=resume, save_every=save_every)
-
-        right = {}
-        for kind in world.KINDS:
-            test = [s for s in world.HELD_OUT if kind == "yes/no" or kind in world.attributes(s)]
-            ids, targets, weights = batch(test, list(map(world.attributes, test)), [[(kind, None)]] * len(test))
-            with torch.no_grad():
-                guess = llm.eval()(input_ids=ids).logits.argmax(-1)
-            right[kind] = ((guess == targets) | (weights < 1)).all(1).float().mean().item()
-        print("  language model, questions about held-out captions: " + percent(right))
-
+            losses, seed, [], report=lambda step, loss: f"loss {loss:.3f}", resume=resume, save_every=save_every)
         llm.save_pretrained(part)
         tokenizer.save_pretrained(part)
-
-
-def percent(right):
-    """{kind: share right} → one line."""
-    return ", ".join(f"{kind} {100 * share:.0f}%" for kind, share in right.items())
-
-
-@contextlib.contextmanager
-def workplace(folder, resume):
-    """FOLDER.part, in which a run works; when it is complete it becomes FOLDER. What an interrupted run left in it is
-    kept aside, unless it is to be resumed, and so is an earlier FOLDER."""
-    part = Path(f"{folder}.part")
-    if not resume and any((part / name).exists() for name in STATES):
-        set_aside(part)
-    part.mkdir(parents=True, exist_ok=True)
-    yield part
-    for name in STATES:
-        (part / name).unlink(missing_ok=True)
-    set_aside(folder)
-    part.rename(folder)
-
-
-def set_aside(path):
-    """Rename what stands at `path`, if anything, to the first free of path.1, path.2, …: nothing saved is lost."""
-    path = Path(path)
-    if path.exists():
-        free = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
-        path.rename(path.with_name(f"{path.name}.{free}"))
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------
@@ -490,11 +473,9 @@ def interval(scores, picture, draws=1000):
     replacement, all their records with them: what is said about one picture goes together."""
     _, picture = np.unique(picture, return_inverse=True)
     total, count = np.bincount(picture, scores), np.bincount(picture)
-    rng, means = np.random.default_rng(0), []
-    for _ in range(draws):
-        weight = np.bincount(rng.integers(len(count), size=len(count)), minlength=len(count))
-        means.append(weight @ total / (weight @ count))
-    return tuple(np.percentile(means, (2.5, 97.5)))
+    rng = np.random.default_rng(0)
+    drawn = (rng.integers(len(count), size=len(count)) for _ in range(draws))
+    return tuple(np.percentile([total[some].sum() / count[some].sum() for some in drawn], (2.5, 97.5)))
 
 
 def evaluate(model, dataset, folder):
@@ -517,22 +498,22 @@ def evaluate(model, dataset, folder):
 def write_answers(records, said, folder):
     """Write what was said about records: answers.jsonl; where they have ids vqa.json and captions.json, as the official
     scorers of VQA and COCO take them; sheet.png with some of the pictures; failures.png, up to four of each kind."""
-    told = list(zip(records, said))
-    lines = [{"image": getattr(r.image, "name", r.image if isinstance(r.image, str) else "drawn"),
-              "question": r.question, "answer": text, "truth": r.answer} for r, text in told]
-    vqa = [{"question_id": r.key, "answer": text} for r, text in told if r.answers]
-    coco = {r.key: {"image_id": r.key, "caption": text} for r, text in told if r.key != "" and not r.turns}
+    told = [(r, text, text.lower() == r.answer.lower()) for r, text in zip(records, said)]
+    lines = [{"image": "drawn" if isinstance(r.image, Image.Image) else str(r.image),
+              "question": r.question, "answer": text, "truth": r.answer} for r, text, _ in told]
+    vqa = [{"question_id": r.key, "answer": text} for r, text, _ in told if r.answers]
+    coco = {r.key: {"image_id": r.key, "caption": text} for r, text, _ in told if r.key != "" and not r.turns}
     folder.joinpath("answers.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
     for name, rows in (("vqa.json", vqa), ("captions.json", list(coco.values()))):
         if rows:
             folder.joinpath(name).write_text(json.dumps(rows), "utf-8")
 
     some = [told[i] for i in np.random.default_rng(0).permutation(len(told))[:12]]
-    wrong = sorted((t for t in told if t[1].lower() != t[0].answer.lower()), key=lambda t: t[0].kind)
+    wrong = sorted((t for t in told if not t[2]), key=lambda t: t[0].kind)
     wrong = [t for _, kind in itertools.groupby(wrong, key=lambda t: t[0].kind) for t in itertools.islice(kind, 4)]
     for name, rows in (("sheet.png", some), ("failures.png", wrong[:40])):
         cells = [(r.image, [(r.question or "(caption)", "#555555"), (text, "black"),
-                            ("" if text.lower() == r.answer.lower() else r.answer, "#d62728")]) for r, text in rows]
+                            ("" if right else r.answer, "#d62728")]) for r, text, right in rows]
         if cells:
             draw_sheet(cells, folder / name)
 
@@ -559,19 +540,17 @@ def draw_curves(curves, path, x_name, log_x=False, log_y=False):
     image = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     points = np.array([point for curve in curves.values() for point in curve])  # (points, 2)
-    low, high = points.min(0), points.max(0)
     spaces = [np.geomspace if log else np.linspace for log in (log_x, log_y)]
-    x_marks, y_marks = (space(a, b, 401) for space, a, b in zip(spaces, low, high))
+    x_marks, y_marks = (space(low, high, 401) for space, low, high in zip(spaces, points.min(0), points.max(0)))
 
     def at(x, y):
         return (np.interp(x, x_marks, np.linspace(margin, width - margin / 2, 401)),
                 np.interp(y, y_marks, np.linspace(height - margin, margin / 2, 401)))
 
-    for y in y_marks[::100]:
-        canvas.line((at(low[0], y), at(high[0], y)), "#dddddd")
-        canvas.text((margin - 6, at(low[0], y)[1]), f"{y:.3g}", "black", font, "rm")
-    for x in x_marks[::100]:
-        canvas.text((at(x, low[1])[0], height - margin + 8), f"{x:,.0f}", "black", font, "ma")
+    for x, y in zip(x_marks[::100], y_marks[::100]):
+        canvas.line((at(x_marks[0], y), at(x_marks[-1], y)), "#dddddd")
+        canvas.text((margin - 6, at(x, y)[1]), f"{y:.3g}", "black", font, "rm")
+        canvas.text((at(x, y)[0], height - margin + 8), f"{x:,.0f}", "black", font, "ma")
     canvas.text((width / 2, height - 10), x_name, "black", font, "md")
     for i, ((name, points), color) in enumerate(zip(curves.items(), ("#1f77b4", "#d62728", "#7f7f7f", "#2ca02c"))):
         canvas.line([at(*point) for point in points], color, 2)
@@ -593,7 +572,6 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
     optimizer = torch.optim.AdamW(model.set_trained(stage, train_align).values(), lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.llm.dtype == torch.float16)
     other = test and shuffled(test)
-    part = Path(f"{folder}.part")
     plan, rows, recent, start = None, [], [], time.perf_counter()
 
     def losses(step):
@@ -612,9 +590,9 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
         row = {"step": step, "loss": torch.stack(recent).mean().item(), "lr": optimizer.param_groups[0]["lr"],
                "seconds": round(time.perf_counter() - start, 1)}
         if test and (step == steps or step % max(1, steps // 10) == 0):
-            losses = [mean_loss(model, some, batch_size) for some in (test, other)]
-            row.update(held_out_loss=losses[0], held_out_loss_shuffled=losses[1])
-            if losses[0] == min(r["held_out_loss"] for r in [*rows, row] if "held_out_loss" in r):
+            row["held_out_loss"], row["held_out_loss_shuffled"] = (
+                mean_loss(model, some, batch_size) for some in (test, other))
+            if row["held_out_loss"] == min(r["held_out_loss"] for r in [*rows, row] if "held_out_loss" in r):
                 model.save(part / "best.safetensors", stage)
         rows.append(row)
         recent.clear()
@@ -622,15 +600,15 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
         lmeye.write_atomically(part / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
         return f"loss {row['loss']:.3f}"
 
-    settings = (f"lr {lr}, batch size {batch_size}, tokens {tokens}, accumulate {accumulate}, align "
+    settings = (f"{model.llm.dtype}, lr {lr}, batch size {batch_size}, tokens {tokens}, accumulate {accumulate}, align "
                 f"{'trained' if train_align else 'frozen'}, {len(train.records)} records, {model.settings}")
-    with workplace(folder, resume):
-        fit(f"stage {stage}", part, steps, model.adapter(stage), [optimizer], losses, seed, rows, report, scaler,
-            resume, save_every, settings)
+    with workplace(folder, resume) as part:
+        fit(f"stage {stage}", part, steps, model.adapter(stage), [optimizer], losses, seed, rows, report,
+            scaler=scaler, resume=resume, save_every=save_every, settings=settings)
         rows = [row for row in rows if isinstance(row["loss"], float)]
-        curves = {name: [(row["step"], row[name]) for row in rows if name in row] for name in LOG[1:4]}
-        draw_curves({name: points for name, points in curves.items() if points}, part / "loss.png", "step", log_y=True)
         model.save(part / CHECKPOINT, stage)
+        curves = {name: [(row["step"], row[name]) for row in rows if 0 < row.get(name, 0) < math.inf] for name in LOG[1:4]}
+        draw_curves({name: points for name, points in curves.items() if points}, part / "loss.png", "step", log_y=True)
     first, last = rows[0], rows[-1]
     print(f"stage {stage}: {steps:,} steps in {last['seconds']:.0f} s; loss {first['loss']:.3f} → {last['loss']:.3f}"
           + (f"; held out {last['held_out_loss']:.3f}, with the pictures shuffled {last['held_out_loss_shuffled']:.3f}"
@@ -654,22 +632,12 @@ def load_data(model, stage, paths, images, folder=None, whole=False):
     held_out = len(test.records) if test else 0
     print(f"data: {held_out:,} records to evaluate" if whole else f"data: {len(train.records):,} records to train on, "
           f"{held_out:,} held out" + ("" if test else " (too few pictures)"))
-    reasons = +skipped  # those that did occur
-    for reason, n in reasons.most_common(10):
+    reasons = (+skipped).most_common()  # those that did occur
+    for reason, n in reasons[:10]:
         print(f"  skipped {n:,}: {lmeye.printable(reason)}")
-    if len(reasons) > 10:
-        print(f"  skipped {sum(n for _, n in reasons.most_common()[10:]):,}: other reasons")
+    if reasons[10:]:
+        print(f"  skipped {sum(n for _, n in reasons[10:]):,}: other reasons")
     return train, test
-
-
-def leave_examples(model, folder, out):
-    """Draw held-out pictures for the reader to ask about; print a command that does."""
-    rng = random.Random(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, scene in enumerate(rng.sample(data.HELD_OUT, 6), 1):
-        data.draw(scene, rng).save(folder / f"{i}.png")
-    where = "" if out == "out" else f" --out {out}"
-    print(f'Try it:  python sample.py {folder / "1.png"} "what shape is it?"{where}')
 
 
 def parse_args():
@@ -706,23 +674,13 @@ def parse_args():
     for name in ("steps", "epochs", "batch_size", "tokens", "accumulate", "lr", "save_every"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} has to be above zero")
-    if args.seed < 0:
-        parser.error("--seed starts at 0")
+    if not 0 <= args.seed <= 10 ** 9:
+        parser.error("--seed has to be from 0 to 1000000000")
+    if args.stage == 0 and (args.eval_only or args.checkpoint):
+        parser.error("--stage 0 has no checkpoint: --eval-only and --checkpoint are for stages 1 and 2")
+    if args.images and not args.data:
+        parser.error("--images has the pictures of --data, which is missing")
     return args
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Keep other runs out of a folder. The system drops the lock when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run works here; wait for it, or name another folder with --out") from None
-    finally:
-        os.close(handle)
 
 
 def main():
@@ -736,57 +694,70 @@ def main():
         raise UserError("--data: the miniature reads only its own world; name another --preset, or --llm and --clip")
     if args.stage == 0 and not mini:
         raise UserError("--stage 0 is for the miniature: the other presets' frozen models come trained")
-    folder = out / f"stage{args.stage}"
-    if args.stage == 2 and settings.interaction != "full":
-        folder = out / f"stage2-{settings.interaction}"
-    args.whole = args.eval_only and args.data is not None
-    if args.resume and (folder / CHECKPOINT).is_file() and not any(Path(f"{folder}.part", s).is_file() for s in STATES):
+    variant = f"-{settings.interaction}" if args.stage == 2 and settings.interaction != "full" else ""
+    folder = out / f"stage{args.stage}{variant}"
+    whole = args.eval_only and args.data is not None
+    if args.resume and (folder / CHECKPOINT).is_file() and not Path(f"{folder}.part").exists():
         print(f"nothing to resume: {folder} is complete")
-        args.eval_only = True
-    before = Path(args.checkpoint or (folder if args.eval_only else out / "stage1") / CHECKPOINT)
-    args.needs_checkpoint = args.stage == 2 or args.eval_only or args.checkpoint
-    if args.needs_checkpoint and not before.is_file():
-        same = [f"--{name} {getattr(args, name)}" for name in ("preset", "llm", "clip", "out")
+        args.eval_only, args.checkpoint = True, None
+    before = None  # the checkpoint to evaluate or to start from
+    if args.checkpoint or args.eval_only or args.stage == 2:
+        before = Path(args.checkpoint or (folder if args.eval_only else out / "stage1") / CHECKPOINT)
+    if before and not before.is_file():
+        same = [f"--{name} {getattr(args, name)}" for name in ("preset", "llm", "clip", "interaction", "out")
                 if getattr(args, name) not in (None, "out")]  # what a further command for this model must repeat
         missing = " ".join([f"--stage {args.stage if args.eval_only else 1}", *same])
-        raise UserError(f"{before} is missing. Make it first:  python train.py {missing}")
+        raise UserError(f"{before} is missing" + ("" if args.checkpoint else
+                        f". Make it first:  python train.py {missing}"))
     if not mini and not args.data:
         args.data, args.images = data.fetch(args.stage, args.out, args.download)
     with locked(out):
-        run_stage(args, settings, folder, before)
+        run_stage(args, settings, folder, before, whole)
 
 
-def run_stage(args, settings, folder, before):
-    """Train (or only evaluate) one stage into `folder`; `before` has the checkpoint that it starts from."""
+def run_stage(args, settings, folder, before, whole):
+    """Train (or only evaluate) one stage into `folder`; `before` is the checkpoint that it starts from, or None. With
+    `whole`, all of --data is evaluated."""
     mini, out = settings.preset == "mini", folder.parent
     if mini:
-        for name, train in (("clip", train_clip), ("llm", train_llm)):  # where they are missing, or both anew
-            if args.stage == 0 and not args.resume or not Path(args.out, "mini", name).is_dir():
-                train(f"{args.out}/mini/{name}", args.seed, args.resume, args.save_every)
+        frozen = {out / "clip": train_clip, out / "llm": train_llm}
+        for place, make in frozen.items():
+            if args.stage == 0 and not args.resume:  # both anew
+                set_aside(place)
+        for place, make in frozen.items():
+            if not place.is_dir():
+                make(place, args.seed, args.resume, args.save_every)
     if args.stage == 0:
         return
     torch.manual_seed(args.seed)
     model = LMEye.from_settings(settings)
-    if args.needs_checkpoint and model.load(before) != args.stage and args.eval_only:
-        raise UserError(f"{before}: is not of stage {args.stage}")
+    stage = model.load(before) if before else None
+    if args.eval_only and stage != args.stage:
+        raise UserError(f"{before}: is of stage {stage}, not {args.stage}")
     train, test = load_data(model, args.stage, args.data, args.images, None if args.no_cache else out / "features",
-                            args.whole)
+                            whole)
     if not args.eval_only:
-        names = ("steps", "batch_size", "tokens", "lr", "accumulate", "seed", "train_align", "resume", "save_every")
+        names = ("steps", "epochs", "batch_size", "tokens", "lr", "accumulate", "seed", "train_align", "resume",
+                 "save_every")
         given = {name: getattr(args, name) for name in names if getattr(args, name)}
-        run = DEFAULTS["mini" if mini else "real", args.stage] | given
-        epochs = args.epochs or run.pop("epochs", 1)
-        if args.epochs or "steps" not in run:
-            an_epoch = len(data.plan_epoch(train, run["batch_size"], args.tokens, args.seed, 0))
-            run["steps"] = math.ceil(epochs * an_epoch / args.accumulate)
-        train_adapter(model, args.stage, train, test, folder, **run)
+        options = DEFAULTS["mini" if mini else "real", args.stage] | given
+        epochs = options.pop("epochs", None)
+        if args.epochs or "steps" not in options:
+            an_epoch = len(data.plan_epoch(train, options["batch_size"], args.tokens, args.seed, 0))
+            options["steps"] = math.ceil(epochs * an_epoch / args.accumulate)
+        train_adapter(model, args.stage, train, test, folder, **options)
     elif test:
         print("loss {:.3f}, with the pictures shuffled {:.3f}".format(
             *(mean_loss(model, some, 64) for some in (test, shuffled(test)))))
     if test:
         evaluate(model, test, (before.parent if args.eval_only else folder) / "evaluation")
-    if mini and args.stage == 2:
-        leave_examples(model, out / "examples", args.out)
+    if mini and args.stage == 2:  # held-out pictures to ask about
+        (out / "examples").mkdir(exist_ok=True)
+        rng = random.Random(1)
+        for i, scene in enumerate(rng.sample(data.HELD_OUT, 6), 1):
+            data.draw(scene, rng).save(out / f"examples/{i}.png")
+        print(f'Try it:  python sample.py {out}/examples/1.png "what shape is it?"'
+              + (f" --out {args.out}" if args.out != "out" else ""))
 
 
 if __name__ == "__main__":

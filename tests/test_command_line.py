@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,23 @@ def test_a_run_leaves_checkpoint_log_and_curve(trained):
     folder, _ = trained
     for stage in ("stage1", "stage2"):
         assert {p.name for p in (folder / "out" / "llm+clip" / stage).iterdir()} == {CHECKPOINT, "log.csv", "loss.png"}
+
+
+def test_epochs_count_passes_over_the_data(trained, tmp_path):
+    folder, flags = trained
+    result = run("train.py", "--stage", 1, *flags, "--data", "pictures", "--epochs", 2, "--batch-size", 4, "--out", tmp_path,
+                 cwd=folder)
+    assert result.returncode == 0 and "stage 1: 4 steps" in result.stdout, result.stderr  # six records, 4 + 2 each time
+
+
+def test_a_new_run_beside_a_complete_one_is_what_resume_goes_on_with(trained, tmp_path):
+    folder, flags = trained
+    shutil.copytree(folder / "out", tmp_path / "out")
+    again = ["--stage", 1, *flags, "--data", "pictures", "--steps", 2, "--resume", "--out", tmp_path / "out"]
+    assert "nothing to resume" in run("train.py", *again, cwd=folder).stdout
+    (tmp_path / "out" / "llm+clip" / "stage1.part").mkdir()  # killed before it saved anything
+    assert "nothing to resume" not in run("train.py", *again, cwd=folder).stdout
+    assert {p.name for p in (tmp_path / "out" / "llm+clip").iterdir()} >= {"stage1", "stage1.1"}
 
 
 def test_one_picture_one_question_one_answer(trained):
@@ -116,11 +134,26 @@ def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
         [picture, "what?", *flags, "--checkpoint", "nowhere"],
         [picture, picture, *flags],  # several pictures, no question
         [picture, "--questions", "nowhere", *flags],
+        [picture, "what\udcff?", *flags],  # a byte that is no text
     ):
         result = run("sample.py", *mistake, cwd=folder)
         assert fails_in_one_line(result), (mistake, result.stderr)
     nothing = run("sample.py", folder / picture, "what?", cwd=tmp_path)
     assert fails_in_one_line(nothing) and "train.py --stage 1" in nothing.stderr
+
+
+@pytest.mark.parametrize("flag, value", [("--temperature", "nan"), ("--temperature", "-1"), ("--seed", 10 ** 30),
+                                         ("--top-k", 10 ** 30), ("--top-p", 2), ("--max-tokens", 0)])
+def test_values_out_of_range_are_named(flag, value):
+    result = run("sample.py", "a.jpg", "what?", flag, value)
+    assert result.returncode == 2 and flag in result.stderr and "Traceback" not in result.stderr
+
+
+def test_temperatures_next_to_zero_take_the_likeliest_token(trained):
+    folder, flags = trained
+    answers = {run("sample.py", "pictures/red.jpg", "what color is it?", *flags, "--temperature", t, cwd=folder).stdout
+               for t in (0, 1e-45, 1e-38, 0.005)}
+    assert len(answers) == 1
 
 
 def test_mistakes_in_training_end_in_one_line(trained, tmp_path):
@@ -130,6 +163,7 @@ def test_mistakes_in_training_end_in_one_line(trained, tmp_path):
         ["--stage", 0, *flags],
         ["--stage", 2, *flags, "--data", "chat.json", "--out", "elsewhere"],  # no phase 1
         ["--stage", 1, *flags, "--data", "nowhere"],
+        ["--stage", 1, *flags, "--data", "pictures", "--checkpoint", "nowhere"],
         ["--stage", 1, *flags, "--data", "questions.txt"],
         ["--stage", 1, *flags, "--data", "chat.json", "--images", "nowhere"],
         ["--stage", 2, *flags, "--data", "pictures"],  # captions are no questions
@@ -138,7 +172,8 @@ def test_mistakes_in_training_end_in_one_line(trained, tmp_path):
     ):
         result = run("train.py", *mistake, cwd=folder)
         assert fails_in_one_line(result), (mistake, result.stderr)
-    for flag in (["--steps", 0], ["--lr", -1], ["--epochs", 0], ["--stage", 3], ["--precision", "int8"], ["--lr", "nan"]):
+    for flag in (["--steps", 0], ["--lr", -1], ["--epochs", 0], ["--stage", 3], ["--precision", "int8"], ["--lr", "nan"],
+                 ["--seed", 10 ** 30], ["--images", "pictures"], ["--eval-only", "--stage", 0]):
         result = run("train.py", "--stage", 1, *flag, cwd=folder)
         assert result.returncode == 2 and "Traceback" not in result.stderr and flag[0] in result.stderr
 
@@ -146,6 +181,10 @@ def test_mistakes_in_training_end_in_one_line(trained, tmp_path):
 def test_stage_2_names_the_command_that_is_missing(tmp_path):
     result = run("train.py", "--stage", 2, "--preset", "mini", cwd=tmp_path)
     assert fails_in_one_line(result) and "python train.py --stage 1 --preset mini" in result.stderr
+    result = run("train.py", "--stage", 2, "--preset", "mini", "--interaction", "static", "--eval-only", cwd=tmp_path)
+    assert fails_in_one_line(result) and "--stage 2 --preset mini --interaction static" in result.stderr
+    result = run("train.py", "--stage", 2, "--preset", "mini", "--checkpoint", "nowhere", cwd=tmp_path)
+    assert fails_in_one_line(result) and "nowhere is missing" in result.stderr and "--stage 1" not in result.stderr
 
 
 def test_ctrl_c_ends_without_a_traceback(trained, tmp_path):

@@ -63,8 +63,8 @@ def test_llava_instructions_become_a_record_a_turn(tmp_path):
 @pytest.mark.parametrize("item, reason", [
     ({"conversations": turns("What?", "a cat")}, "no picture"),
     ({"image": 7, "conversations": turns("What?", "a cat")}, "no picture"),
-    ({"image": "../a.jpg", "conversations": turns("What?", "a cat")}, "leaves"),
-    ({"image": "/etc/a.jpg", "conversations": turns("What?", "a cat")}, "leaves"),
+    ({"image": "../a.jpg", "conversations": turns("What?", "a cat")}, "not inside --images"),
+    ({"image": "/etc/a.jpg", "conversations": turns("What?", "a cat")}, "not inside --images"),
     ({"image": "a.jpg"}, "lacks a field"),
     (["a.jpg"], "lacks a field"),
     (7, "lacks a field"),

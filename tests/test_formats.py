@@ -136,6 +136,25 @@ def test_webdataset_shards(tmp_path):
     assert [r.turns for r in read_records([folder / "00001.tar"], None, 2)[0]] == [("What?",)]
 
 
+def test_a_compressed_shard_is_refused_for_its_pictures_are_read_in_place(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("1.txt"))
+    with pytest.raises(UserError, match="without compression"):
+        read_records([tmp_path / "a.tar"], None, 1)
+
+
+def test_one_line_of_json_lines_is_a_record_and_odd_items_share_one_reason(tmp_path):
+    line = write(tmp_path / "line.jsonl", json.dumps({"image": "1.jpg", "conversations": CHAT}) + "\n")
+    assert len(read_records([line], [tmp_path], 2)[0]) == 1
+    odd = write(tmp_path / "odd.json", ["a.jpg", "b.jpg", 3, {"image": "1.jpg", "conversations": CHAT}])
+    assert list(read_records([odd], [tmp_path], 2)[1].values()) == [3]
+
+
+def test_data_that_is_not_there_is_named_itself(tmp_path):
+    with pytest.raises(UserError, match=f"--data {tmp_path}/no/such.json"):
+        read_records([tmp_path / "no" / "such.json"], None, 1)
+
+
 def test_links_in_a_shard_are_not_followed(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("1.jpg", tarfile.SYMTYPE), ("2.jpg", tarfile.LNKTYPE)):
@@ -155,7 +174,7 @@ def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):
         archive = write_zip(tmp_path / "images.zip", [name])
         data.open_zip.cache_clear()
         records, skipped = read_records([path], [archive], 1)
-        assert [r.image for r in records] == [Member(str(archive), name)] and skipped == {"picture is not in --images": 1}
+        assert [r.image for r in records] == [Member(str(archive), name)] and skipped == {"picture is not inside --images": 1}
         assert data.load_image(records[0].image).size == (40, 30)
 
 
@@ -175,7 +194,7 @@ def test_a_picture_name_cannot_leave_its_place(tmp_path, name):
     (tmp_path / "1.jpg").write_bytes(jpeg())
     archive = write_zip(tmp_path / "images.zip", [name.replace("\0", "")])
     for images in (tmp_path / "in", archive):
-        with pytest.raises(UserError, match="leaves --images"):
+        with pytest.raises(UserError, match="not inside --images"):
             read_records([write(tmp_path / "a.json", [{"image": name, "conversations": CHAT}])], [images], 1)
 
 

@@ -104,6 +104,17 @@ def test_killed_at_twenty_moments_the_weights_are_those_of_an_unbroken_run(tmp_p
         print(f"\nkilled {len(killed)} times at {len(set(killed))} kinds of moments, weights bit for bit the same: {len(killed)}")
 
 
+def test_stage_0_anew_is_resumed_and_keeps_the_models_before(tmp_path):
+    """Killed in the first step, or after the last one: the same models come out."""
+    for where, calls in ((None, 0), ("torch.optim.AdamW.step", 1), ("pathlib.Path.rename", 3)):  # the third: of clip.part
+        assert fork(tmp_path, stage(0), where, calls) == (-signal.SIGKILL if where else 0)
+        assert where is None or fork(tmp_path, [*stage(0), "--resume"]) == 0
+    found = results(tmp_path)
+    for name in ("clip/open_clip_model.safetensors", "llm/model.safetensors"):
+        assert len({found[f"out/mini/{folder}/{file}"] for folder, file in (
+            (name.replace("/", f"{n}/").split("/")) for n in ("", ".1", ".2"))}) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_saves_and_names_the_command_that_goes_on(tmp_path, number):

@@ -154,6 +154,9 @@ def test_a_choice_that_does_not_fit_behind_its_question_is_refused():
     assert model.score(f, [question], [["small", "red"]]).shape == model.score(f, ["two"], [[choice, "red"]]).shape == (1, 2)
     with pytest.raises(UserError, match="context"):
         model.score(f, [question], [[choice, "red"]])
+    both = model.score(f.expand(2, -1), [question, "two"], [["small", "red"], [choice, "red"]])  # each of them fits
+    apart = [model.score(f, [question], [["small", "red"]]), model.score(f, ["two"], [[choice, "red"]])]
+    assert torch.allclose(both, torch.cat(apart), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
