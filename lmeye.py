@@ -5,21 +5,21 @@ model *ask*: it reads the question, its hidden state becomes a request, the requ
 CLIP's own frozen text transformer, and what comes out is handed back as one more token.
 
     picture ──► frozen CLIP image tower ──► f ──► align, + img ──► <img>                           1. see
-    [bos] Image: <img> \nQuestion: {question} <img-d> ──► frozen LM ──► h ──► request ──► r        2. ask
-                                            (now = img_d)
+    [bos]Image:<img>\nQuestion: {question}<img-d> ──► frozen LM ──► h ──► request ──► r            2. ask
+                                      (so far = img_d)
     f ──► decompose ──► f₁ … f_N
     [SOS, f₁ … f_N, r, EOS] ──► frozen CLIP text transformer ──► v                                 3. interact
     <img-d> becomes transmit(v) + img_d, and the LM reads on: \nAnswer: {answer}[eos]              4. answer
 
-    Captions have no question, so nothing is asked: [bos] Image: <img> {caption}[eos]
+    Captions have no question, so nothing is asked: [bos]Image:<img> {caption}[eos]
 
 Trained: the four linear layers `align`, `request`, `decompose`, `transmit` and two vectors, `img` and `img_d`.
 Frozen: every weight of the LM and of CLIP; gradients flow through the LM and CLIP's text transformer, not into them.
-Phase 1 (stage 1) trains `align` and `img` on captions, phase 2 the others on instructions: see `set_trained`.
+Phase 1 (`--stage 1`) trains `align` and `img` on captions, phase 2 the others on instructions: see `set_trained`.
 
-Steps 2 and 4 are two passes of the LM over the same beginning. Attention is causal: nothing before <img-d>
-depends on what stands there. So the keys and values of that beginning serve both passes, in their gradients as well.
-Only the keys and values of <img-d> itself are dropped (its state h lives on in the request), and the second pass
+Steps 2 and 4 are two passes of the LM over the same beginning. Attention is causal: nothing before <img-d> depends on
+what stands there. So the keys and values of that beginning serve both passes, and autograd adds up what both send back
+to them. Only those of <img-d> itself are dropped from the cache (the graph behind h keeps them), and the second pass
 runs no more than <img-d> and what follows it.
 
 Axes, in the shape comments of this file:
@@ -86,7 +86,7 @@ class Settings:
                                                    "or local-dir:FOLDER")
     interaction: str = setting("full", "full: LMEye. static: no <img-d>, the picture token must do. norequest: as "
                                        "full, but the request is zero", choices=("full", "static", "norequest"))
-    n_features: int = setting(5, "N, how many features the picture's feature is decomposed into")
+    n_features: int = setting(5, "N, how many words of CLIP's the picture is decomposed into")
     n_slots: int = setting(1, "Q, how many <img-d> slots carry the answer to the request back")
     dropout: float = setting(0.5, "dropout on the decomposed features")
     precision: str = setting("auto", "of the frozen weights; auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU",
@@ -115,11 +115,11 @@ def settings_from(args):
     """
     real = torch.cuda.is_available() or vars(args).get("llm") or vars(args).get("clip")
     preset = vars(args).get("preset") or ("opt-1.3b" if real else "mini")
-    settings = PRESETS[preset]
+    standard = PRESETS[preset]
     if preset == "mini":
-        settings = replace(settings, llm=f"{args.out}/mini/llm", clip=f"local-dir:{args.out}/mini/clip")
+        standard = replace(standard, llm=f"{args.out}/mini/llm", clip=f"local-dir:{args.out}/mini/clip")
     given = {f.name: vars(args)[f.name] for f in fields(Settings) if vars(args).get(f.name) is not None}
-    settings, standard = replace(settings, **given), settings
+    settings = replace(standard, **given)
     if (settings.llm, settings.clip) != (standard.llm, standard.clip):
         settings.preset = f"{Path(settings.llm).name}+{Path(settings.clip.replace(':', '-')).name}"
     return settings
@@ -173,7 +173,7 @@ IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"
 
 
 def dialogue(turns):
-    """Turns (question, answer, question, …, question) → one string, to stand where a question stands."""
+    """Turns (question, answer, …, question) → one string for the place of a question: the first has no QUESTION."""
     return "".join(([QUESTION, ANSWER + " "][i % 2] if i else "") + turn for i, turn in enumerate(turns))
 
 
@@ -211,7 +211,8 @@ class LMEye(nn.Module):
         self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
         self.llm, self.clip = llm.requires_grad_(False).eval(), clip.requires_grad_(False).eval()
         self.text = getattr(clip, "text", clip)  # open_clip.CLIP keeps its text transformer flat, others in .text
-        if getattr(self.text, "attn_mask", None) is None or not hasattr(self.text, "token_embedding"):
+        pool = getattr(self.text, "pool_type", getattr(clip, "text_pool_type", "")), getattr(self.text, "cls_emb", None)
+        if getattr(self.text, "attn_mask", None) is None or pool not in (("argmax", None), ("eos", None)):
             raise UserError(f"--clip {settings.clip}: needs a CLIP whose text transformer is causal and ends in EOS")
 
         D = llm.get_input_embeddings().weight.shape[1]
@@ -271,10 +272,9 @@ class LMEye(nn.Module):
     # -- 2. ask: the last hidden state at <img-d> becomes a vector in the space of CLIP's words
     #       h = LM([bos] Image: <img> Question: … <img-d>), its last state        r = request h
 
-    def ask(self, h):  # (B, D)
-        if self.settings.interaction == "norequest":
-            return torch.zeros_like(self.request(h.float()))  # the same slot and the same layers, but nothing asked
-        return self.request(h.float())  # (B, W)
+    def ask(self, h):
+        r = self.request(h.float())  # (B, D) → (B, W)
+        return torch.zeros_like(r) if self.settings.interaction == "norequest" else r  # the slot is there, but empty
 
     # -- 3. interact: request and picture meet as words of one sentence in CLIP's text transformer
     #       f₁ … f_N = decompose f        v = CLIP_text([SOS, f₁ … f_N, r, EOS]), at EOS, projected
@@ -303,9 +303,9 @@ class LMEye(nn.Module):
     def tell(self, v):
         return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d  # (B, Q, D)
 
-    # ---- The first pass, and where the second one starts -------------------------------------------------
+    # ---- Tokens, embeddings, the first pass, and where the second one starts -----------------------------
 
-    def ids(self, text):
+    def ids(self, text):  # or a list of texts
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def embed(self, ids):
@@ -313,7 +313,7 @@ class LMEye(nn.Module):
 
     def read(self, x, mask, cache=None):
         """Run the frozen LM over embeddings x (B, T, D) → (last hidden states (B, T, D), cache with x appended). `mask`
-        covers what the cache holds and x. Positions count real tokens only: padding anywhere changes no number."""
+        covers what the cache holds and x. Positions count real tokens only (BLOOM takes them from the mask itself)."""
         positions = {"position_ids": mask.cumsum(1)[:, -x.shape[1]:] - 1} if self.takes_positions else {}
         out = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, past_key_values=cache,
                                   use_cache=True, **positions)
@@ -328,20 +328,20 @@ class LMEye(nn.Module):
         B, Q, f = len(f), self.settings.n_slots, f.to(self.device)
         question, question_mask = question.to(self.device), question_mask.to(self.device)
         x = torch.cat([self.embed(self.image_ids).expand(B, -1, -1), self.see(f), self.embed(question)], 1)
-        mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)  # padding follows <img>
+        mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)  # padding lies behind <img>
         if question.shape[1] == 0:
             return x, mask, None  # a caption: the answer follows the picture at once
 
         cache = None
         if self.settings.interaction != "static":
             slots, with_slots = self.img_d.expand(B, Q, -1), F.pad(mask, (0, Q), value=1)
-            if torch.is_grad_enabled():  # two reads: with align frozen, nothing is stored for what precedes <img-d>
+            if torch.is_grad_enabled():  # two reads: while align is frozen, the first one builds no graph
                 _, cache = self.read(x, mask)
                 h, cache = self.read(slots, with_slots, cache)
             else:  # one is faster
                 h, cache = self.read(torch.cat([x, slots], 1), with_slots)
             cache.crop(-Q)  # forget <img-d>: the keys and values of all that precedes it serve the second pass
-            v = self.interact(f, self.ask(h[:, -1]))  # of several slots, the last has read most
+            v = self.interact(f, self.ask(h[:, -1]))  # either way the last slot: of several, it has read most
             x, mask = self.tell(v), with_slots
         x = torch.cat([x, self.embed(self.answer_ids).expand(B, -1, -1)], 1)
         return x, F.pad(mask, (0, len(self.answer_ids)), value=1), cache
@@ -402,7 +402,7 @@ class LMEye(nn.Module):
         temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens; `generator` makes sampling repeatable.
         """
         B, eos = len(f), self.tokenizer.eos_token_id
-        asked = self.tokens(questions, [""] * B)
+        asked = self.tokens(questions, [""] * B)  # the answers are yet to come
         x, mask, cache = self.begin(f, asked.question, asked.question_mask)
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         for _ in range(min(max_tokens, self.context - mask.shape[1])):
@@ -426,11 +426,10 @@ class LMEye(nn.Module):
 
     @torch.no_grad()
     def score(self, f, questions, choices):
-        """Σ log p of the tokens of each choice (eos left out) after its question: (B, K) for B lists of K strings. The
-        question is read once for all its choices."""
+        """Σ log p of each choice's tokens, without eos, after its question (read once): (B, K) for B lists of K."""
         B, K = len(choices), len(choices[0])
         asked = self.tokens(questions, [""] * B)
-        told = self.tokens([q for q in questions for _ in range(K)], sum(choices, []))
+        told = self.tokens([q for q in questions for _ in range(K)], sum(choices, []))  # questions: for the length
         x, mask, cache = self.begin(f, asked.question, asked.question_mask)
         first, cache = self.read(x, mask, cache)
         cache.batch_repeat_interleave(K)
@@ -468,7 +467,7 @@ class LMEye(nn.Module):
         return trained
 
     def fingerprint(self):
-        """A few frozen weights of each backbone, to tell it from another of the same shape (bf16 rounds them)."""
+        """A few frozen weights of each backbone, to tell it from another of the same shape (to 2%: bf16 rounds)."""
         some = [w.detach().flatten()[::max(1, w.numel() // 8)][:8] for w in
                 (self.llm.get_input_embeddings().weight, self.text.token_embedding.weight)]
         return torch.cat([w.float().cpu() for w in some])
@@ -528,7 +527,8 @@ def read_checkpoint(path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         stage, settings, fingerprint = header["stage"], Settings(**header["settings"]), header["fingerprint"]
         settings.dropout = float(settings.dropout)
-        wrong = [f.name for f in fields(Settings) if type(getattr(settings, f.name)) is not f.type]
+        wrong = [f.name for f in fields(Settings) if type(value := getattr(settings, f.name)) is not f.type
+                 or f.metadata["choices"] and f.name != "preset" and value not in f.metadata["choices"]]
         if wrong or stage not in (1, 2):
             raise ValueError(f"its header is off: {', '.join(wrong) or 'stage'}")
         return stage, settings, torch.tensor(fingerprint, dtype=torch.float32).flatten(), tensors

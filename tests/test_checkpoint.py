@@ -87,3 +87,9 @@ def test_a_checkpoint_cannot_name_what_is_loaded(tmp_path):
     mine = tiny_model()
     mine.load(tmp_path / "a.safetensors")
     assert mine.settings.llm == tiny_model().settings.llm
+
+
+def test_a_setting_that_is_no_choice_is_named(tmp_path):
+    (tmp_path / "a").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"interaction": "half"})))
+    with pytest.raises(UserError, match="interaction"):
+        lmeye.read_checkpoint(tmp_path / "a")

@@ -68,8 +68,9 @@ def test_openai_weights_are_given_quick_gelu(tmp_path, monkeypatch):
         assert not torch.allclose(plain.encode_image(pixels), reference.encode_image(pixels), atol=1e-2)
 
 
-def test_a_clip_without_a_causal_text_transformer_is_refused():
-    config = {**CLIP_CONFIG, "text_cfg": {**CLIP_CONFIG["text_cfg"], "vocab_size": 60, "no_causal_mask": True}}
+@pytest.mark.parametrize("other", ({"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "first"}))
+def test_a_clip_whose_text_transformer_is_not_causal_or_read_elsewhere_than_at_eos_is_refused(other):
+    config = {**CLIP_CONFIG, "text_cfg": {**CLIP_CONFIG["text_cfg"], "vocab_size": 60, **other}}
     model = tiny_model()
     with pytest.raises(lmeye.UserError, match="causal"):
         lmeye.LMEye(model.settings, model.llm, model.tokenizer, open_clip.CLIP(**config), None, None)
