@@ -10,7 +10,6 @@ CLIP's own frozen text transformer, and what comes out is handed back as one mor
     f ──► decompose ──► f₁ … f_N
     [SOS, f₁ … f_N, r, EOS] ──► frozen CLIP text transformer ──► v                                 3. interact
     <img-d> becomes transmit(v) + img_d, and the LM reads on: \nAnswer: {answer}[eos]              4. answer
-
     Captions have no question, so nothing is asked: [bos]Image:<img> {caption}[eos]
 
 Trained: the four linear layers `align`, `request`, `decompose`, `transmit` and two vectors, `img` and `img_d`.
@@ -109,10 +108,8 @@ def add_flags(parser, names=None):
 
 
 def settings_from(args):
-    """Settings from parsed flags: the preset, then what was given. `args.out` is where `mini` has its models.
-
-    Models other than the preset's make a preset of their own, named after them: so does its folder under `out`.
-    """
+    """Settings from parsed flags: the preset, then what was given. `args.out` is where `mini` has its models. Models
+    other than the preset's make a preset of their own, named after them, as is its folder under `out`."""
     real = torch.cuda.is_available() or vars(args).get("llm") or vars(args).get("clip")
     preset = vars(args).get("preset") or ("opt-1.3b" if real else "mini")
     standard = PRESETS[preset]
@@ -147,6 +144,9 @@ def load_llm(name, device, dtype):
         raise UserError(f"--llm {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"--llm {name}: its tokenizer has no end-of-text token, so answers could not end")
+    for odd in ("logit_scale", "logits_scaling", "final_logit_softcapping", "state_size"):
+        if getattr(llm.config, odd, None):
+            raise UserError(f"--llm {name}: is of a kind that this program can't use (it has a {odd})")
     return llm, tokenizer
 
 
@@ -364,14 +364,14 @@ class LMEye(nn.Module):
         questions, answers = self.token_ids(questions, answers)
         longest = max(len(q) + len(a) for q, a in zip(questions, answers))
         if longest > self.room:
-            raise UserError(f"question and answer have {longest} tokens, and the language model's context has room for "
-                            f"{self.room}: shorten them")
+            raise UserError(f"{longest} tokens in question and answer, the context has room for {self.room}: shorten them")
         return Tokens(*pad(questions, left=True), *pad(answers))
 
     @property
     def context(self):
         """How many tokens the LM can read at once (BLOOM has no limit of its own: 2,048, as it was trained)."""
-        return getattr(self.llm.config, "max_position_embeddings", None) or 2048
+        limits = [getattr(self.llm.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        return min(filter(None, limits), default=2048)
 
     @property
     def room(self):

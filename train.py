@@ -615,8 +615,8 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
              if "held_out_loss" in last else "") + f"\n  {Path(folder) / CHECKPOINT}")
 
 
-def load_data(model, stage, paths, images, folder=None, whole=False):
-    """(training, held-out Dataset or None) from published files, or drawn if the model is the miniature.
+def load_data(model, stage, read, folder=None, whole=False):
+    """(training, held-out Dataset or None) from what `data.read_records` gave, or drawn if the model is the miniature.
 
     With `whole` both are all that the files have. The features of published pictures are kept in `folder`; CLIP's
     image tower has then done its work and is dropped.
@@ -625,7 +625,7 @@ def load_data(model, stage, paths, images, folder=None, whole=False):
     if model.settings.preset == "mini":
         train, test = (data.encode(model, data.miniature(stage, held_out), skipped) for held_out in (False, True))
     else:
-        records, skipped = data.read_records(paths, images, stage)
+        records, skipped = read
         train = data.encode(model, records, skipped, folder)
         train, test = (train, train) if whole else data.split(train)
         model.clip.visual = None
@@ -729,13 +729,13 @@ def run_stage(args, settings, folder, before, whole):
                 make(place, args.seed, args.resume, args.save_every)
     if args.stage == 0:
         return
+    read = None if mini else data.read_records(args.data, args.images, args.stage)  # mistakes there are told first
     torch.manual_seed(args.seed)
     model = LMEye.from_settings(settings)
     stage = model.load(before) if before else None
     if args.eval_only and stage != args.stage:
         raise UserError(f"{before}: is of stage {stage}, not {args.stage}")
-    train, test = load_data(model, args.stage, args.data, args.images, None if args.no_cache else out / "features",
-                            whole)
+    train, test = load_data(model, args.stage, read, None if args.no_cache else out / "features", whole)
     if not args.eval_only:
         names = ("steps", "epochs", "batch_size", "tokens", "lr", "accumulate", "seed", "train_align", "resume",
                  "save_every")

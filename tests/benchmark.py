@@ -311,13 +311,17 @@ def full_size():
 def memory():
     lines = []
     for size in ("opt-125m", "opt-1.3b", "opt-6.7b", "bloomz-7b1"):
-        model = random_model(size, torch.bfloat16)
-        for stage, question, answer in ((1, 0, 58), (2, 64, 58)):  # 64 or 32 records of about 64 or 128 tokens: 4,096
-            optimizer, batch = optimizer_of(model, stage), random_batch(model, 64 // stage, question, answer)
-            torch.cuda.reset_peak_memory_stats()
-            time_ = seconds(lambda: step(model, batch, optimizer), repeat=3)[0]
-            lines.append(f"{size}, phase {stage}: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, {1000 * time_:.0f} ms")
-        del model, optimizer
+        try:
+            model = random_model(size, torch.bfloat16)
+            for stage, question, answer in ((1, 0, 58), (2, 64, 58)):  # 64 or 32 records of about 64 or 128 tokens: 4,096
+                optimizer, batch = optimizer_of(model, stage), random_batch(model, 64 // stage, question, answer)
+                torch.cuda.reset_peak_memory_stats()
+                time_ = seconds(lambda: step(model, batch, optimizer), repeat=3)[0]
+                peak = torch.cuda.max_memory_allocated() / 1e9
+                lines.append(f"{size}, phase {stage}: {peak:.1f} GB, {1000 * time_:.0f} ms")
+        except torch.OutOfMemoryError:
+            lines.append(f"{size}: does not fit into this card")
+        model = optimizer = batch = None
         torch.cuda.empty_cache()
     return lines
 

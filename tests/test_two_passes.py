@@ -7,8 +7,11 @@ no mask, no padding, nothing but `inputs_embeds`.
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import tiny_model
 
+import data
+import lmeye
 from lmeye import UserError
 
 FAMILIES = ("opt", "opt-350m", "bloom", "llama", "gpt2")
@@ -200,3 +203,26 @@ def test_without_a_request_the_interaction_never_hears_the_question():
     for question in QUESTIONS:
         model.loss(f, [question], ["red"])
     assert torch.equal(heard[0], heard[1]) and torch.equal(heard[0], heard[2])
+
+
+@pytest.mark.parametrize("config, odd", [
+    (transformers.Gemma2Config(head_dim=8, final_logit_softcapping=30.0), "final_logit_softcapping"),
+    (transformers.CohereConfig(logit_scale=0.5), "logit_scale"), (transformers.GraniteConfig(logits_scaling=2.0), "logits_scaling")])
+def test_models_whose_logits_are_not_just_their_heads_are_refused(tmp_path, config, odd):
+    tokenizer = data.build_tokenizer(ends=False)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=2)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    config.layer_types = ["full_attention"]
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=odd):
+        lmeye.load_llm(str(tmp_path), torch.device("cpu"), torch.float32)
+
+
+def test_a_sliding_window_bounds_what_can_be_asked():
+    model = tiny_model("llama")
+    model.llm.config.sliding_window = 20
+    with pytest.raises(UserError, match="context"):
+        model.loss(features(model, 1), ["two " * 30], ["red"])
