@@ -92,14 +92,16 @@ def read_records(paths, images, stage):
         if not Path(path).exists():
             raise UserError(f"--data {path}: no such file or folder")
     records, skipped, tables = [], Counter(), {"images": [], "annotations": [], "questions": []}
-    roots = [open_root(Path(root)) for root in images or [p if Path(p).is_dir() else Path(p).parent for p in paths]]
-    samples = itertools.chain.from_iterable(read_path(Path(path), tables) for path in paths)
-    for sample in itertools.chain(samples, join_tables(tables)):  # lazily: joined when all tables are there
-        found = sample if isinstance(sample, str) else make_records(*sample, roots, stage)
-        if isinstance(found, str):
-            skipped[found] += 1
-        else:
-            records += found
+    own = [open_root(path if path.is_dir() else path.parent) for path in map(Path, paths)]  # where each lies
+    roots = [open_root(Path(root)) for root in images or []]
+    sources = [(read_path(Path(path), tables), roots or [place]) for path, place in zip(paths, own)]
+    for samples, places in [*sources, (join_tables(tables), roots or own)]:  # lazily: joined when all tables are there
+        for sample in samples:
+            found = sample if isinstance(sample, str) else make_records(*sample, places, stage)
+            if isinstance(found, str):
+                skipped[found] += 1
+            else:
+                records += found
     if not records:
         why = ", ".join(f"{reason} ({n:,})" for reason, n in skipped.most_common(5)) or "there are no records"
         raise UserError(f"--data {' '.join(map(str, paths))}: nothing to train on for stage {stage}: {why}")
@@ -133,7 +135,8 @@ def read_path(path, tables):
     content = read_json(path)
     found = [name for name in tables if isinstance(content, dict) and isinstance(content.get(name), list)]
     for name in found:
-        split = content.get("data_subtype", "val2014")  # VQA's files name the pictures' split here
+        # VQA's two files name the pictures' split here; COCO's one counts its own pictures
+        split = content.get("data_subtype", str(path) if "images" in found else "val2014")
         tables[name] += [row | {"split": split} if isinstance(row, dict) else row for row in content[name]]
     return [] if found else map(read_item, content if isinstance(content, list) else [content])
 
@@ -147,7 +150,7 @@ def read_json(path):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        content = [parse_line(line) for line in text.splitlines() if line.strip()]
+        content = [parse_line(line) for line in text.split("\n") if line.strip()]
         if not any(isinstance(item, dict) for item in content):
             raise UserError(f"--data {path}: is neither JSON nor JSON Lines: {error}") from error
         return content
@@ -162,7 +165,7 @@ def read_caption_folder(folder):
     """`a.jpg` (or with another of ENDINGS) beside `a.txt`, in any depth."""
     for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS):
         text = image.with_suffix(".txt")
-        caption = " ".join(text.read_text("utf-8", "replace").split()) if text.is_file() else ""
+        caption = " ".join(text.read_text("utf-8-sig", "replace").split()) if text.is_file() else ""
         yield (image, caption, (), {}) if caption else "a picture without a caption in a .txt beside it"
 
 
@@ -173,14 +176,14 @@ def read_shard(path):
         with tarfile.open(path, "r:") as tar:  # not compressed: its pictures are read in place
             for info in tar:
                 folder, file = os.path.split(info.name)
-                key, _, ending = file.lower().partition(".")
+                key, _, ending = file.lower().rpartition(".")
                 group = groups.setdefault((folder, key), {})
                 if not info.isfile() or info.size > MOST_BYTES:
                     yield "a link, a folder or an oversized file in a tar shard"
                 elif "." + ending in ENDINGS:
                     group["image"] = Member(str(path), info.name, info.offset_data, info.size)
                 elif ending in ("txt", "json"):
-                    group[ending] = tar.extractfile(info).read().decode("utf-8", "replace")
+                    group[ending] = tar.extractfile(info).read().decode("utf-8-sig", "replace")
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"--data {path}: is no whole tar archive without compression ({error})") from error
     for group in filter(None, groups.values()):
@@ -207,13 +210,13 @@ def read_item(item):
             return name, str(item.get("caption") or "").strip(), turns, {}
         if not isinstance(item.get("image"), (str, Member)) or not item["image"]:
             return "no picture"
-        if isinstance(item.get("caption"), str):
+        if isinstance(item.get("caption"), str) and "conversations" not in item:
             return item["image"], " ".join(item["caption"].split()), (), {}
         turns = tuple(turn["value"].replace("<image>", "").strip() for turn in item["conversations"])
         speakers = [turn["from"] for turn in item["conversations"]]
         if not turns or not all(turns) or speakers != ["human", "gpt"] * (len(turns) // 2):
             return "turns do not alternate between human and gpt, or are empty"
-        return item["image"], turns[1] if len(turns) == 2 else "", turns, {}
+        return item["image"], item.get("caption") or (turns[1] if len(turns) == 2 else ""), turns, {}
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return MALFORMED
 
@@ -234,15 +237,15 @@ def read_vcr(item):
 
 def join_tables(tables):
     """COCO's captions with their pictures, VQA's questions with their answers."""
-    images, questions = ({str(row.get(key)): row for row in tables[name] if isinstance(row, dict)}
+    images, questions = ({(row["split"], str(row.get(key))): row for row in tables[name] if isinstance(row, dict)}
                          for name, key in (("images", "id"), ("questions", "question_id")))
     for row in tables["annotations"]:
         try:
             if "question_id" not in row:
-                image = images.get(str(row["image_id"]))
+                image = images.get((row["split"], str(row["image_id"])))
                 yield (image["file_name"], " ".join(row["caption"].split()), (), {"key": row["image_id"]}) \
                     if image else "a caption without its picture"
-            elif question := questions.pop(str(row["question_id"]), None):
+            elif question := questions.pop((row["split"], str(row["question_id"])), None):
                 name = f"COCO_{question['split']}_{question['image_id']:012d}.jpg"
                 yield name, "", (question["question"], row["multiple_choice_answer"]), {
                     "kind": str(row["answer_type"]), "key": row["question_id"],
@@ -336,7 +339,7 @@ def open_root(root):
         names = {name: name for name in open_zip(str(root)).namelist() if name and not name.endswith("/")}
     except Exception as error:  # zipfile raises half a dozen kinds at broken archives
         raise UserError(f"--images {root}: is neither a folder nor a zip archive ({error})") from error
-    tops = {name.partition("/")[0] for name in names}
+    tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
     if len(tops) == 1:  # everything in one folder, as in COCO's train2017.zip: its name may be left out
         names |= {name.partition("/")[2]: name for name in list(names)}
     return str(root), names
@@ -344,7 +347,7 @@ def open_root(root):
 
 def find_picture(roots, name):
     """A name → the path or Member inside one of the roots, or None: also where it leads out of them."""
-    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name or "\0" in name:
+    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
         return None
     for root, names in roots:
         if names is None and (len(roots) == 1 or os.path.exists(os.path.join(root, name))):
@@ -362,7 +365,10 @@ def load_image(source):
         with Image.open(read_member(source) if isinstance(source, Member) else source) as image:
             if image.width * image.height > MOST_PIXELS or max(image.size) > 100 * min(image.size):
                 raise ValueError(f"{image.width} × {image.height} pixels are too many, or too narrow")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # gray of 16 bits, which Pillow would cut off at 255
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
+            return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{source}: no such picture") from None
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
@@ -496,7 +502,7 @@ def split(dataset, share=0.02, most=500, fewest=50):
     pictures = np.unique(dataset.picture)
     if len(pictures) < fewest:
         return dataset, None
-    aside = np.random.default_rng(0).permutation(pictures)[:min(most, max(1, round(share * len(pictures))))]
+    aside = np.random.default_rng(0).permutation(pictures)[:min(most, max(2, round(share * len(pictures))))]
     held_out = np.isin(dataset.picture, aside)
     return dataset.take(~held_out), dataset.take(held_out)
 

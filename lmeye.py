@@ -142,8 +142,8 @@ def load_llm(name, device, dtype):
         llm = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device)
     except Exception as error:  # what a foreign folder or an absent network raises is not ours to foresee
         raise UserError(f"--llm {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--llm {name}: its tokenizer has no end-of-text token, so answers could not end")
+    if tokenizer.eos_token_id is None or len(tokenizer) > len(llm.get_input_embeddings().weight):
+        raise UserError(f"--llm {name}: its tokenizer has no end-of-text token, or more tokens than the model")
     for odd in ("logit_scale", "logits_scaling", "final_logit_softcapping", "state_size"):
         if getattr(llm.config, odd, None):
             raise UserError(f"--llm {name}: is of a kind that this program can't use (it has a {odd})")
@@ -397,7 +397,7 @@ class LMEye(nn.Module):
 
     @torch.no_grad()
     def stream(self, f, questions=None, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-        """Yield the answers' tokens, (B,) at a time, until every row has ended; an ended row repeats eos.
+        """Yield the answers' tokens, (B,) at a time, until every row has ended, or max_tokens; an ended row repeats eos.
 
         temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens; `generator` makes sampling repeatable.
         """
@@ -405,14 +405,14 @@ class LMEye(nn.Module):
         asked = self.tokens(questions, [""] * B)  # the answers are yet to come
         x, mask, cache = self.begin(f, asked.question, asked.question_mask)
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
-        for _ in range(min(max_tokens, self.context - mask.shape[1])):
+        for _ in range(max_tokens):
             h, cache = self.read(x, mask, cache)
             token = pick(self.logits(h[:, -1]), temperature, top_k, top_p, generator).masked_fill(ended, eos)
             yield token
-            ended |= token == eos
+            ended |= (token == eos) | (mask.sum(1) >= self.context - 1)  # or at the end of what it can read
             if ended.all():
                 return
-            x, mask = self.embed(token)[:, None], F.pad(mask, (0, 1), value=1)
+            x, mask = self.embed(token)[:, None], torch.cat([mask, ~ended[:, None]], 1)
 
     def generate(self, f, questions=None, **options):
         """Answers to `questions` about the pictures `f`, or captions: a list of B strings. Options as `stream`."""

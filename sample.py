@@ -33,9 +33,9 @@ def note(text):
     print(f"note: {lmeye.printable(str(text))}", file=sys.stderr)
 
 
-def newest(out):
-    """The checkpoint below `out` that was written last. UserError if there is none."""
-    found = sorted(Path(out).glob(f"*/*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
+def newest(out, model):
+    """The checkpoint of a model ("*": of any) below `out` that was written last. UserError if there is none."""
+    found = sorted(Path(out).glob(f"{model}/*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"no checkpoint below {out}/: make one with  python train.py --stage 1  and then  --stage 2")
     return found[-1]
@@ -91,8 +91,7 @@ def chat(model, f, options):
                 turns = *past, question, answer(model, f, dialogue((*past, question)), options)
                 break
             except UserError as error:  # longer than the language model's context
-                note("the context is full: the earliest turn is forgotten" if past else error)
-                turns = past[2:]
+                note("the context is full: asked without the earliest turn" if past else error)
 
 
 def batch(model, pictures, questions, options, batch_size):
@@ -238,17 +237,18 @@ def main():
     pictures, questions = (args.inputs, []) if is_picture else (pictures, [last])
     if args.inspect:
         pictures, questions = args.inputs[:1], (args.inputs[1:] + [SECOND])[:2]
-        if not 2 <= len(args.inputs) <= 3 or args.questions:
+        if not 2 <= len(args.inputs) <= 3 or args.questions or any(map(os.path.isfile, questions)):
             raise UserError("--inspect takes one picture and one or two questions")
     if args.questions:
-        questions += Path(args.questions).read_text("utf-8", "replace").splitlines()
+        questions += filter(str.strip, Path(args.questions).read_text("utf-8-sig", "replace").splitlines())
     questions = [q.strip() for q in questions]
     if not all(map(data.is_text, questions)):
         raise UserError("the question is empty or unreadable")
     for path in pictures:
         data.load_image(path)  # a wrong picture is told before the models are loaded
 
-    checkpoint = args.checkpoint or newest(args.out)
+    own = args.llm and args.clip
+    checkpoint = args.checkpoint or newest(args.out, lmeye.settings_from(args).preset if own else "*")
     model, stage = load(args, checkpoint)
     if args.inspect and stage == 1:
         raise UserError("--inspect looks into answers: it needs a checkpoint of stage 2")

@@ -428,7 +428,7 @@ def judge(model, record, text):
         return {}
     marks = dict.fromkeys([record.kind, "all"], text.lower() == record.answer.lower())
     return marks | (dict.fromkeys([f"VQA, {record.kind}", "VQA"], vqa_accuracy(text, record.answers))
-                    if record.answers else {})
+                    if len(record.answers) > 1 else {})
 
 
 @torch.no_grad()
@@ -485,6 +485,8 @@ def evaluate(model, dataset, folder):
     print(f"{'':20}{model.settings.interaction:>20}{'blind':>24}    in percent, with 95% intervals")
     for column in scores:
         known, line = ~np.isnan(scores[column]), f"{column:20}"
+        if not known.any():
+            continue
         for values, width in ((scores[column][known], 20), (blind[column][known], 24)):
             low, high = interval(values, dataset.picture[known])
             line += f"{100 * values.mean():.1f} ({100 * low:.1f}–{100 * high:.1f})".rjust(width)
@@ -601,7 +603,8 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
         return f"loss {row['loss']:.3f}"
 
     settings = (f"{model.llm.dtype}, lr {lr}, batch size {batch_size}, tokens {tokens}, accumulate {accumulate}, align "
-                f"{'trained' if train_align else 'frozen'}, {len(train.records)} records, {model.settings}")
+                f"{'trained' if train_align else 'frozen'}, {len(train.records)} records of "
+                f"{sum(len(q) + len(a) for q, a in train.tokens)} tokens, {model.settings}")
     with workplace(folder, resume) as part:
         fit(f"stage {stage}", part, steps, model.adapter(stage), [optimizer], losses, seed, rows, report,
             scaler=scaler, resume=resume, save_every=save_every, settings=settings)
@@ -704,13 +707,14 @@ def main():
     if args.checkpoint or args.eval_only or args.stage == 2:
         before = Path(args.checkpoint or (folder if args.eval_only else out / "stage1") / CHECKPOINT)
     if before and not before.is_file():
-        same = [f"--{name} {getattr(args, name)}" for name in ("preset", "llm", "clip", "interaction", "out")
+        same = [f"--{name} {shlex.quote(getattr(args, name))}" for name in ("preset", "llm", "clip", "interaction", "out")
                 if getattr(args, name) not in (None, "out")]  # what a further command for this model must repeat
         missing = " ".join([f"--stage {args.stage if args.eval_only else 1}", *same])
         raise UserError(f"{before} is missing" + ("" if args.checkpoint else
                         f". Make it first:  python train.py {missing}"))
     if not mini and not args.data:
-        args.data, args.images = data.fetch(args.stage, args.out, args.download)
+        with locked(Path(args.out, "data")):
+            args.data, args.images = data.fetch(args.stage, args.out, args.download)
     with locked(out):
         run_stage(args, settings, folder, before, whole)
 

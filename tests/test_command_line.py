@@ -83,6 +83,16 @@ def test_a_batch_gives_the_answers_that_each_gets_alone(trained):
     assert alone.stdout.strip() == lines[3]["answer"].strip()
 
 
+def test_models_that_are_named_find_their_own_newest_checkpoint(trained, tmp_path):
+    folder, flags = trained
+    shutil.copytree(folder / "out", tmp_path / "out")
+    later = tmp_path / "out" / "other" / "stage2" / CHECKPOINT
+    later.parent.mkdir(parents=True)
+    later.write_bytes(b"of another model")
+    result = run("sample.py", "pictures/red.jpg", "what color is it?", *flags, "--out", tmp_path / "out", cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_chat_reads_questions_until_an_empty_line(trained):
     folder, flags = trained
     chat = run("sample.py", "pictures/red.jpg", *flags, "--max-tokens", 3, cwd=folder, stdin="what?\nis it red?\n\nno\n")
@@ -95,7 +105,7 @@ def test_a_chat_longer_than_the_context_forgets_its_beginning(trained):
     folder, flags = trained
     chat = run("sample.py", "pictures/red.jpg", *flags, "--max-tokens", 8, cwd=folder,
                stdin="what color is it is it is it is it is it?\n" * 6 + "red " * 100 + "\nis it red?\n")
-    assert chat.returncode == 0 and "earliest turn is forgotten" in chat.stderr and "shorten" in chat.stderr
+    assert chat.returncode == 0 and "without the earliest turn" in chat.stderr and "shorten" in chat.stderr
 
 
 def test_a_stage_1_checkpoint_writes_captions_and_says_so(trained):
@@ -135,6 +145,7 @@ def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
         [picture, picture, *flags],  # several pictures, no question
         [picture, "--questions", "nowhere", *flags],
         [picture, "what\udcff?", *flags],  # a byte that is no text
+        [picture, picture, "--inspect", "look.png", *flags],
     ):
         result = run("sample.py", *mistake, cwd=folder)
         assert fails_in_one_line(result), (mistake, result.stderr)

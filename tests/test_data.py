@@ -12,6 +12,7 @@ from conftest import tiny_model
 from PIL import Image
 
 import data
+import train
 from data import Record, read_records
 from lmeye import UserError, dialogue
 
@@ -107,6 +108,12 @@ def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
     assert data.load_image(path).mode == "RGB"
 
 
+def test_gray_of_16_bits_keeps_its_shades(tmp_path):
+    Image.fromarray(np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)).save(tmp_path / "a.png")
+    assert np.ptp(np.asarray(data.load_image(tmp_path / "a.png"))) == 255
+    assert abs(np.asarray(data.load_image(tmp_path / "a.png")).mean() - 127.5) < 1
+
+
 def broken_pictures(folder):
     save_picture(folder / "whole.jpg", size=(300, 300))
     (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:700])
@@ -147,12 +154,14 @@ def plain_dataset(lengths, pictures=100):
 
 
 def test_held_out_pictures_are_not_trained_on():
-    train, test = data.split(plain_dataset([(1, 1)] * 300))
-    assert {r.image for r in train.records}.isdisjoint(r.image for r in test.records)
-    assert len(train.records) + len(test.records) == 300 and len(test.records) == 6
-    for some in (train, test):
+    rest, test = data.split(plain_dataset([(1, 1)] * 300))
+    assert {r.image for r in rest.records}.isdisjoint(r.image for r in test.records)
+    assert len(rest.records) + len(test.records) == 300 and len(test.records) == 6
+    for some in (rest, test):
         assert all(int(p) == int(r.image[:-4]) for r, p in zip(some.records, some.picture))
     assert data.split(plain_dataset([(1, 1)] * 300, pictures=49))[1] is None
+    few = data.split(plain_dataset([(1, 1)] * 300, pictures=50))[1]
+    assert (train.shuffled(few).picture != few.picture).all()  # two at least: one can't be shuffled
 
 
 @pytest.mark.parametrize("size, tokens", [(16, None), (64, None), (64, 4096), (1000, 4096)])

@@ -150,6 +150,39 @@ def test_one_line_of_json_lines_is_a_record_and_odd_items_share_one_reason(tmp_p
     assert list(read_records([odd], [tmp_path], 2)[1].values()) == [3]
 
 
+def test_each_file_has_its_own_pictures_beside_it(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(jpeg())
+        write(tmp_path / name / "chat.json", [{"image": "1.jpg", "conversations": CHAT}])
+    records, _ = read_records([tmp_path / "a" / "chat.json", tmp_path / "b" / "chat.json"], None, 2)
+    assert [r.image for r in records] == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/b/1.jpg"]
+
+
+def test_ids_of_two_coco_files_are_told_apart(tmp_path):
+    files = [write(tmp_path / f"{name}.json", {"images": [{"id": 1, "file_name": f"{name}.jpg"}],
+                                               "annotations": [{"image_id": 1, "caption": f"of {name}"}]}) for name in "ab"]
+    records, skipped = read_records(files, [tmp_path], 1)
+    assert [(r.image, r.answer) for r in records] == [(f"{tmp_path}/{name}.jpg", f"of {name}") for name in "ab"]
+
+
+def test_a_record_with_a_caption_and_a_conversation_serves_both_stages(tmp_path):
+    path = write(tmp_path / "a.json", [{"image": "1.jpg", "caption": "A cat on a mat.", "conversations": CHAT}])
+    assert [read_records([path], [tmp_path], stage)[0][0].answer for stage in (1, 2)] == ["A cat on a mat.", "A cat."]
+
+
+def test_names_with_dots_marks_of_byte_order_and_odd_separators(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_tar(folder / "0.tar", {"photo.2020.jpg": jpeg(), "photo.2020.txt": "\ufeffa cat".encode(), "12:30.jpg": jpeg(),
+                                 "12:30.txt": b"a dog"})
+    assert [r.answer for r in read_records([folder], None, 1)[0]] == ["a cat", "a dog"]
+    lines = [{"image": "12:30.jpg", "caption": f"a cat\u2028number {i}"} for i in range(2)]
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    records, skipped = read_records([path], [tmp_path], 1)
+    assert [r.answer for r in records] == ["a cat number 0", "a cat number 1"] and not skipped
+
+
 def test_data_that_is_not_there_is_named_itself(tmp_path):
     with pytest.raises(UserError, match=f"--data {tmp_path}/no/such.json"):
         read_records([tmp_path / "no" / "such.json"], None, 1)
@@ -171,7 +204,7 @@ CHAT = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "
 def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):
     path = write(tmp_path / "chat.json", [{"image": "1.jpg", "conversations": CHAT}, {"image": "9.jpg", "conversations": CHAT}])
     for name in ("1.jpg", "train2017/1.jpg"):
-        archive = write_zip(tmp_path / "images.zip", [name])
+        archive = write_zip(tmp_path / "images.zip", [name, "__MACOSX/._1.jpg"])
         data.open_zip.cache_clear()
         records, skipped = read_records([path], [archive], 1)
         assert [r.image for r in records] == [Member(str(archive), name)] and skipped == {"picture is not inside --images": 1}
@@ -188,7 +221,7 @@ def test_several_files_and_picture_places_are_mixed(tmp_path):
     assert [r.image for r in records] == [f"{tmp_path}/folder/1.jpg", Member(str(archive), "2.jpg")] and not skipped
 
 
-@pytest.mark.parametrize("name", ["../1.jpg", "a/../../1.jpg", "/1.jpg", "..\\1.jpg", "C:\\1.jpg", "\\\\host\\1.jpg", "a\0.jpg"])
+@pytest.mark.parametrize("name", ["../1.jpg", "a/../../1.jpg", "/1.jpg", "..\\1.jpg", "\\\\host\\1.jpg", "a\0.jpg"])
 def test_a_picture_name_cannot_leave_its_place(tmp_path, name):
     (tmp_path / "in").mkdir()
     (tmp_path / "1.jpg").write_bytes(jpeg())

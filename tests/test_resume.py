@@ -203,6 +203,14 @@ def test_a_run_with_other_settings_cannot_be_resumed(tmp_path, monkeypatch):
         start(tiny_model(), tmp_path / "a", resume=True, lr=2e-2)
 
 
+def test_a_run_cannot_be_resumed_on_other_data(tmp_path, monkeypatch):
+    interrupt(tmp_path / "a", monkeypatch)
+    other = dataset(tiny_model(), 2)
+    other = other._replace(tokens=[(q, a[1:]) for q, a in other.tokens])
+    with pytest.raises(UserError, match="other settings"):
+        train.train_adapter(tiny_model(), 2, other, None, tmp_path / "a", 6, 4, 1e-2, save_every=2, resume=True)
+
+
 def test_an_interrupted_run_is_kept_when_a_new_one_begins(tmp_path, monkeypatch):
     interrupt(tmp_path / "a", monkeypatch)
     saved = (tmp_path / "a.part" / "state.pt").read_bytes()

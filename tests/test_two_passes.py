@@ -205,6 +205,25 @@ def test_without_a_request_the_interaction_never_hears_the_question():
     assert torch.equal(heard[0], heard[1]) and torch.equal(heard[0], heard[2])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_is_not_cut_short_by_a_longer_question_in_its_batch(family):
+    model = tiny_model(family)
+    model.llm.config.max_position_embeddings = 64
+    real, eos = model.logits, model.tokenizer.eos_token_id
+
+    def never_ending(h):
+        logits = real(h).clone()
+        logits[..., eos] = -torch.inf
+        return logits
+
+    model.logits = never_ending
+    f, questions = features(model, 2), ["red", "two " * 30]
+    both = torch.stack(list(model.stream(f, questions, max_tokens=100)), 1)
+    for i in (0, 1):
+        alone = torch.cat(list(model.stream(f[i:i + 1], questions[i:i + 1], max_tokens=100)))
+        assert len(alone) > 20 and both[i].tolist() == alone.tolist() + [eos] * (both.shape[1] - len(alone))
+
+
 @pytest.mark.parametrize("config, odd", [
     (transformers.Gemma2Config(head_dim=8, final_logit_softcapping=30.0), "final_logit_softcapping"),
     (transformers.CohereConfig(logit_scale=0.5), "logit_scale"), (transformers.GraniteConfig(logits_scaling=2.0), "logits_scaling")])
