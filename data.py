@@ -94,8 +94,9 @@ def read_records(paths, images, stage):
     records, skipped, tables = [], Counter(), {"images": [], "annotations": [], "questions": []}
     own = [open_root(path if path.is_dir() else path.parent) for path in map(Path, paths)]  # where each lies
     roots = [open_root(Path(root)) for root in images or []]
-    sources = [(read_path(Path(path), tables), roots or [place]) for path, place in zip(paths, own)]
-    for samples, places in [*sources, (join_tables(tables), roots or own)]:  # lazily: joined when all tables are there
+    sources = ((read_path(Path(path), tables), roots or [place]) for path, place in zip(paths, own))
+    joined = join_tables(tables), roots or own  # a generator, too: it begins when the files have filled the tables
+    for samples, places in itertools.chain(sources, [joined]):
         for sample in samples:
             found = sample if isinstance(sample, str) else make_records(*sample, places, stage)
             if isinstance(found, str):
@@ -466,7 +467,7 @@ def encode_images(model, images, folder=None, batch_size=128):
 
 
 def features_key(model, images):
-    """A hash of what decides the features: the CLIP, and each picture's place with its file's size and time of change."""
+    """A hash of what decides the features: the CLIP, and each picture's place, its file's size and time of change."""
     key = hashlib.sha256(model.settings.clip.encode())
     for p in model.clip.visual.parameters():
         key.update(p.detach().flatten()[:4].float().cpu().numpy().tobytes())

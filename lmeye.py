@@ -364,7 +364,7 @@ class LMEye(nn.Module):
         questions, answers = self.token_ids(questions, answers)
         longest = max(len(q) + len(a) for q, a in zip(questions, answers))
         if longest > self.room:
-            raise UserError(f"{longest} tokens in question and answer, the context has room for {self.room}: shorten them")
+            raise UserError(f"{longest} tokens, but the context has room for {self.room}: shorten question or answer")
         return Tokens(*pad(questions, left=True), *pad(answers))
 
     @property
@@ -397,7 +397,7 @@ class LMEye(nn.Module):
 
     @torch.no_grad()
     def stream(self, f, questions=None, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-        """Yield the answers' tokens, (B,) at a time, until every row has ended, or max_tokens; an ended row repeats eos.
+        """Yield the answers' tokens, (B,) at a time, at most max_tokens, until all rows end; an ended one repeats eos.
 
         temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens; `generator` makes sampling repeatable.
         """

@@ -318,7 +318,7 @@ def train_llm(folder, seed, resume, save_every, world=data, steps=650, batch_siz
 
     def losses(step):
         rng.seed(f"{seed} {step}")
-        plan = []  # (scene, the attributes that its caption names, [(kind of question, those that a hint names or None)])
+        plan = []  # (scene, attributes that its caption names, [(kind of question, those that a hint names or None)])
         for scene in rng.choices(world.TRAINING, k=batch_size):
             names = world.attributes(scene)
             named = rng.sample(names, rng.randint(1, len(names)))
@@ -480,6 +480,8 @@ def interval(scores, picture, draws=1000):
 
 def evaluate(model, dataset, folder):
     """Measure a model with the pictures and blind, print a table with 95% intervals, leave the answers in `folder`."""
+    if len(set(dataset.picture)) == 1:
+        print("note: of one picture no other can be shown, so blind sees it as well")
     scores, said = measure(model, dataset)
     blind, _ = measure(model, dataset, "held out, blind", blind=True)
     print(f"{'':20}{model.settings.interaction:>20}{'blind':>24}    in percent, with 95% intervals")
@@ -610,7 +612,8 @@ def train_adapter(model, stage, train, test, folder, steps, batch_size, lr, toke
             scaler=scaler, resume=resume, save_every=save_every, settings=settings)
         rows = [row for row in rows if isinstance(row["loss"], float)]
         model.save(part / CHECKPOINT, stage)
-        curves = {name: [(row["step"], row[name]) for row in rows if 0 < row.get(name, 0) < math.inf] for name in LOG[1:4]}
+        curves = {name: [(row["step"], row[name]) for row in rows if 0 < row.get(name, 0) < math.inf]
+                  for name in LOG[1:4]}
         draw_curves({name: points for name, points in curves.items() if points}, part / "loss.png", "step", log_y=True)
     first, last = rows[0], rows[-1]
     print(f"stage {stage}: {steps:,} steps in {last['seconds']:.0f} s; loss {first['loss']:.3f} → {last['loss']:.3f}"
@@ -707,7 +710,8 @@ def main():
     if args.checkpoint or args.eval_only or args.stage == 2:
         before = Path(args.checkpoint or (folder if args.eval_only else out / "stage1") / CHECKPOINT)
     if before and not before.is_file():
-        same = [f"--{name} {shlex.quote(getattr(args, name))}" for name in ("preset", "llm", "clip", "interaction", "out")
+        names = ("preset", "llm", "clip", "interaction", "out")
+        same = [f"--{name} {shlex.quote(getattr(args, name))}" for name in names
                 if getattr(args, name) not in (None, "out")]  # what a further command for this model must repeat
         missing = " ".join([f"--stage {args.stage if args.eval_only else 1}", *same])
         raise UserError(f"{before} is missing" + ("" if args.checkpoint else
