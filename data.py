@@ -137,7 +137,7 @@ def read_path(path, tables):
     found = [name for name in tables if isinstance(content, dict) and isinstance(content.get(name), list)]
     for name in found:
         # VQA's two files name the pictures' split here; COCO's one counts its own pictures
-        split = content.get("data_subtype", str(path) if "images" in found else "val2014")
+        split = str(content.get("data_subtype", path if "images" in found else "val2014"))
         tables[name] += [row | {"split": split} if isinstance(row, dict) else row for row in content[name]]
     return [] if found else map(read_item, content if isinstance(content, list) else [content])
 
