@@ -89,7 +89,7 @@ def read_records(paths, images, stage):
     UserError if a path is not there or can't be parsed, or if nothing remains.
     """
     for path in paths:
-        if not Path(path).exists():
+        if not (os.path.isfile(path) or os.path.isdir(path)):  # nor a pipe, which would be waited for
             raise UserError(f"--data {path}: no such file or folder")
     records, skipped, tables = [], Counter(), {"images": [], "annotations": [], "questions": []}
     own = [open_root(path if path.is_dir() else path.parent) for path in map(Path, paths)]  # where each lies
@@ -423,7 +423,12 @@ def encode(model, records, skipped, folder=None):
     row = {key: i for i, key in enumerate(images)}
     picture = np.array([row[key] for key in keys])
     broken = np.isnan(features[:, 0])
-    skipped.update(f"{image}: can't be read as a picture" for image in itertools.compress(images, broken))
+    for image in itertools.compress(images.values(), broken):
+        try:
+            load_image(image)
+            skipped["a picture that could not be read when the features were computed"] += 1
+        except UserError as error:
+            skipped[str(error)] += 1
     tokens = []
     for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 50_000 else True):
         part = records[start:start + 1000]
@@ -471,10 +476,14 @@ def features_key(model, images):
     key = hashlib.sha256(model.settings.clip.encode())
     for p in model.clip.visual.parameters():
         key.update(p.detach().flatten()[:4].float().cpu().numpy().tobytes())
-    for image in images:
-        file = image.archive if isinstance(image, Member) else image
+
+    @functools.lru_cache  # an archive has many pictures
+    def state(file):
         stat = os.stat(file) if os.path.exists(file) else None
-        key.update(repr((image, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+        return stat and (stat.st_size, stat.st_mtime_ns)
+
+    for image in images:
+        key.update(repr((image, state(image.archive if isinstance(image, Member) else image))).encode())
     return key.hexdigest()[:16]
 
 
@@ -489,10 +498,12 @@ def decode(preprocess, images, batch_size, ahead=3):
 
     queue = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(images) + ahead * batch_size, batch_size):  # behind the last one, empty lists push
+        for start in range(0, len(images), batch_size):
             queue.append([pool.submit(pixels, image) for image in images[start:start + batch_size]])
-            if len(queue) > ahead and (batch := queue.popleft()):
-                yield [future.result() for future in batch]
+            if len(queue) > ahead:
+                yield [future.result() for future in queue.popleft()]
+        while queue:
+            yield [future.result() for future in queue.popleft()]
 
 
 def split(dataset, share=0.02, most=500, fewest=50):

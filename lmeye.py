@@ -143,7 +143,7 @@ def load_llm(name, device, dtype):
     except Exception as error:  # what a foreign folder or an absent network raises is not ours to foresee
         raise UserError(f"--llm {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
     if tokenizer.eos_token_id is None or len(tokenizer) > len(llm.get_input_embeddings().weight):
-        raise UserError(f"--llm {name}: its tokenizer has no end-of-text token, or more tokens than the model")
+        raise UserError(f"--llm {name}: {len(tokenizer)} tokens, end of text {tokenizer.eos_token}: no fitting tokenizer")
     for odd in ("logit_scale", "logits_scaling", "final_logit_softcapping", "state_size"):
         if getattr(llm.config, odd, None):
             raise UserError(f"--llm {name}: is of a kind that this program can't use (it has a {odd})")
@@ -211,8 +211,8 @@ class LMEye(nn.Module):
         self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
         self.llm, self.clip = llm.requires_grad_(False).eval(), clip.requires_grad_(False).eval()
         self.text = getattr(clip, "text", clip)  # open_clip.CLIP keeps its text transformer flat, others in .text
-        pool = getattr(self.text, "pool_type", getattr(clip, "text_pool_type", "")), getattr(self.text, "cls_emb", None)
-        if getattr(self.text, "attn_mask", None) is None or pool not in (("argmax", None), ("eos", None)):
+        at_eos = getattr(self.text, "pool_type", getattr(clip, "text_pool_type", "")) in ("argmax", "eos")
+        if not at_eos or getattr(self.text, "attn_mask", None) is None or getattr(self.text, "cls_emb", None) is not None:
             raise UserError(f"--clip {settings.clip}: needs a CLIP whose text transformer is causal and ends in EOS")
 
         D = llm.get_input_embeddings().weight.shape[1]

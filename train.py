@@ -70,7 +70,7 @@ def fit(name, folder, steps, tensors, optimizers, losses, seed, log, report=None
     `log` (rows, a list that `report` and skipped steps fill) and the number of the step are the whole state: it is
     saved in `folder` every `save_every` steps, when the program is told to stop, and at the end. With `resume`, a saved
     state is taken up. `settings` tells a run from others: only with the same ones can it be resumed. `report(step,
-    loss)`, if given, is called after each step; what it returns, if anything, is shown at the bar.
+    loss)` is called after each step; what it returns, if anything, is shown at the bar: without one, the loss.
     """
     settings = f"{steps} steps, seed {seed}, {settings}"
     scaler = scaler or torch.amp.GradScaler(enabled=False)
@@ -106,7 +106,7 @@ def fit(name, folder, steps, tensors, optimizers, losses, seed, log, report=None
                 if bad in (MOST_BAD, steps):
                     raise UserError(f"{name}: the loss was not finite in {bad} steps in a row: lower --lr, or use "
                                     f"--precision fp32; what was saved before, if anything, is in {folder}")
-                if report and not bad and (shown := report(step + 1, loss)):
+                if not bad and (shown := report(step + 1, loss) if report else f"loss {loss:.3f}"):
                     bar.set_postfix_str(shown)
                 bar.update()
                 if not bad and ((step + 1) % save_every == 0 or step + 1 == steps) or stop:
@@ -278,7 +278,7 @@ def train_clip(folder, seed, resume, save_every, world=data, steps=500, batch_si
 
     with workplace(folder, resume) as part:
         fit("stage 0: CLIP", part, steps, clip.state_dict(), optimizers_for(clip, 0.02, 5e-3), losses, seed, [],
-            report=lambda step, loss: f"loss {loss:.3f}", resume=resume, save_every=save_every)
+            resume=resume, save_every=save_every)
         clip.eval()
         with torch.no_grad():
             next(losses(steps - 1))  # leaves rng as the last step did, also where a resumed run has none left to do
@@ -346,7 +346,7 @@ def train_llm(folder, seed, resume, save_every, world=data, steps=650, batch_siz
 
     with workplace(folder, resume) as part:
         fit("stage 0: language model", part, steps, dict(llm.named_parameters()), optimizers_for(llm, 0.01, 1e-3),
-            losses, seed, [], report=lambda step, loss: f"loss {loss:.3f}", resume=resume, save_every=save_every)
+            losses, seed, [], resume=resume, save_every=save_every)
         llm.save_pretrained(part)
         tokenizer.save_pretrained(part)
 
@@ -729,8 +729,8 @@ def run_stage(args, settings, folder, before, whole):
     mini, out = settings.preset == "mini", folder.parent
     if mini:
         frozen = {out / "clip": train_clip, out / "llm": train_llm}
-        for place, make in frozen.items():
-            if args.stage == 0 and not args.resume:  # both anew
+        if args.stage == 0 and not args.resume:  # both anew
+            for place in frozen:
                 set_aside(place)
         for place, make in frozen.items():
             if not place.is_dir():

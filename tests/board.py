@@ -19,7 +19,6 @@ NUMBERS = (1, 2, 4, 9)
 KINDS_OF_QUESTION = ("color", "shape", "yes/no")
 VALUES = {f"{cell}_{what}": (*values, None) for cell in CELLS for what, values in (("color", COLORS), ("shape", SHAPES))}
 WEIGHTS = {name: 1.3 if name.endswith("shape") else 1 for name in VALUES}
-KINDS = (*VALUES, "yes/no")
 Scene = NamedTuple("Scene", [(name, str | None) for name in VALUES])
 
 

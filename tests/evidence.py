@@ -12,8 +12,7 @@
 
 All work on the miniature below out/, whose first stage has to be there: python train.py --stage 1 --preset mini. Run
 `ablation` first: others use its models. What was trained is kept in out/mini/evidence and not trained again: delete the
-folder to start anew. As many models are trained
-at once as there are processor cores, one thread each.
+folder to start anew. As many models are trained at once as there are processor cores, one thread each.
 """
 
 import argparse

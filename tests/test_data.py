@@ -129,7 +129,7 @@ def test_broken_pictures_are_left_out_and_counted(tmp_path):
     some = data.encode(tiny_model(), [Record(str(tmp_path / n), (), str(i)) for i, n in enumerate(names)], skipped)
     assert [r.answer for r in some.records] == ["0", "5"]
     assert len(some.features) == 5 and some.picture.tolist() == [0, 0]  # each picture is encoded once
-    assert sum(skipped.values()) == 4
+    assert sum(skipped.values()) == 4 and skipped[f"{tmp_path / 'missing.jpg'}: no such picture"] == 1
     for name in names[1:-1]:
         with pytest.raises(UserError, match=name):
             data.load_image(tmp_path / name)

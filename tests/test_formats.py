@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 
@@ -186,6 +187,9 @@ def test_names_with_dots_marks_of_byte_order_and_odd_separators(tmp_path):
 def test_data_that_is_not_there_is_named_itself(tmp_path):
     with pytest.raises(UserError, match=f"--data {tmp_path}/no/such.json"):
         read_records([tmp_path / "no" / "such.json"], None, 1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no such file"):  # not waited for
+        read_records([tmp_path / "pipe"], None, 1)
 
 
 def test_links_in_a_shard_are_not_followed(tmp_path):
