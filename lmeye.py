@@ -237,7 +237,9 @@ class LMEye(nn.Module):
         self.register_buffer("image_ids", torch.tensor(bos + self.ids(IMAGE)), persistent=False)
         self.register_buffer("answer_ids", torch.tensor(self.ids(ANSWER)), persistent=False)
         self.register_buffer("sos_eos", clip_tokenizer([""])[0, :2].clone(), persistent=False)
-        self.takes_positions = "position_ids" in inspect.signature(llm.base_model.forward).parameters
+        accepted = inspect.signature(llm.base_model.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        self.cache_name = "cache" if "cache" in accepted else "past_key_values"  # its name before transformers 5.24
         self.to(next(llm.parameters()).device).eval()
 
     @classmethod
@@ -315,9 +317,10 @@ class LMEye(nn.Module):
         """Run the frozen LM over embeddings x (B, T, D) → (last hidden states (B, T, D), cache with x appended). `mask`
         covers what the cache holds and x. Positions count real tokens only (BLOOM takes them from the mask itself)."""
         positions = {"position_ids": mask.cumsum(1)[:, -x.shape[1]:] - 1} if self.takes_positions else {}
-        out = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, past_key_values=cache,
-                                  use_cache=True, **positions)
-        return out.last_hidden_state, out.past_key_values
+        cache = transformers.DynamicCache() if cache is None else cache  # the model appends to it
+        out = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, use_cache=True, **positions,
+                                  **{self.cache_name: cache})
+        return out.last_hidden_state, cache
 
     def begin(self, f, question, question_mask):
         """Everything up to the answer → (x, mask, cache): the caller reads x (B, T, D) on top of the cache.

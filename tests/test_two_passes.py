@@ -172,7 +172,7 @@ def test_padding_never_changes_a_number(family):
     wide = tokens._replace(
         question=F.pad(tokens.question, (5, 0), value=3), question_mask=F.pad(tokens.question_mask, (5, 0)),
         answer=F.pad(tokens.answer, (0, 4), value=7), answer_mask=F.pad(tokens.answer_mask, (0, 4)))
-    assert torch.allclose(model.loss_sum(f[:1], wide), alone, rtol=1e-6)
+    assert torch.allclose(model.loss_sum(f[:1], wide), alone, rtol=1e-5)
     each = sum(model.loss_sum(f[i:i + 1], model.tokens([q], [a])) for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS)))
     assert torch.allclose(model.loss_sum(f, model.tokens(QUESTIONS, ANSWERS)), each, rtol=1e-5)
 
@@ -245,3 +245,17 @@ def test_a_sliding_window_bounds_what_can_be_asked():
     model.llm.config.sliding_window = 20
     with pytest.raises(UserError, match="context"):
         model.loss(features(model, 1), ["two " * 30], ["red"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_that_is_handed_in_is_the_one_that_grows(family):
+    """transformers renamed the argument, and base models swallow names that they don't know."""
+    model = tiny_model(family)
+    x = model.embed(torch.tensor([[5, 6, 7, 8, 9]]))
+    mask = torch.ones(1, 5, dtype=torch.long)
+    _, cache = model.read(x[:, :3], mask[:, :3])
+    assert cache.get_seq_length() == 3
+    h, same = model.read(x[:, 3:], mask, cache)
+    assert same is cache and cache.get_seq_length() == 5
+    whole, _ = model.read(x, mask)
+    assert torch.allclose(h, whole[:, 3:], rtol=1e-4, atol=1e-5)
