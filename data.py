@@ -1,53 +1,48 @@
-"""Records and where they come from: published formats, and the miniature's own world of shapes.
+"""Records and where they come from; their pictures' features; datasets, and the order in which training takes them.
 
-Everything that is trained on or asked about is a Record: a picture, the turns of the prompt, the answer. Readers
-turn published files into records as they are; what they leave out is counted and reported, never passed over
-in silence. The last part of the file is a small world that draws its own pictures, so that the whole method
-can be trained and measured on a laptop. This file knows nothing of training.
+Everything that is trained on or asked about is a Record: a picture, the turns of the prompt, the answer. Published
+files are read as they are: paths → samples → records. Each picture goes through CLIP once; a Dataset holds its feature
+beside the token ids of its records. What can't be used becomes a Skip, which says why: counted, never passed over.
 """
 
-import contextlib
+import codecs
 import functools
 import hashlib
-import http.client
 import io
-import itertools
 import json
 import os
-import random
 import re
 import shutil
 import sys
 import tarfile
 import tempfile
-import urllib.request
 import warnings
 import zipfile
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
-import tokenizers
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from filelock import FileLock
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
-from lmeye import ANSWER, IMAGE, QUESTION, Tokens, UserError, dialogue, pad
+from lmeye import ANSWER, QUESTION, Tokens, UserError, pad, printable
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of pictures
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".tga",
+           ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
 MOST_BYTES = 100_000_000  # of one file inside an archive, unpacked
 MOST_PIXELS = 100_000_000  # of one picture; this takes the place of Pillow's own two limits, which warn and raise
+MOST_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and the question itself
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about what it mends by itself
 
 
 class Member(NamedTuple):
     """A file inside a zip archive or a tar shard, read in place."""
-
     archive: str
     name: str
     offset: int = -1  # where its bytes begin in a tar; a zip has a directory of its own
@@ -59,11 +54,10 @@ class Member(NamedTuple):
 
 class Record(NamedTuple):
     """One picture with one answer. `turns` is (question, answer, …, question), or empty for a caption."""
-
-    image: str | Member | Image.Image
+    image: str | Member
     turns: tuple
-    answer: str
-    kind: str = "all"  # of question, where the data has kinds: accuracy is reported for each
+    answer: str  # "" where it is not known: VQA's test split
+    category: str = "all"  # of the question: accuracy is reported for each
     key: str | int = ""  # the published id: COCO's image_id, VQA's question_id, VCR's annot_id
     answers: tuple = ()  # VQA: what the ten annotators said; `answer` is what most of them said
     choices: tuple = ()  # VCR: the four texts to choose from; `answer` is the right one
@@ -73,189 +67,91 @@ class Record(NamedTuple):
         return dialogue(self.turns)
 
 
-# ---- Reading published formats -------------------------------------------------------------------------------
+def dialogue(turns):
+    """Turns (question, answer, …, question) → one string for the place of a question, whose first turn has no QUESTION."""
+    text = turns[0] if turns else ""
+    for i in range(1, len(turns)):
+        text += (QUESTION if i % 2 == 0 else ANSWER + " ") + turns[i]
+    return text
+
+
+class Skip(NamedTuple):
+    """Something left out, and why; `key` is the record's published id, where it had one."""
+    reason: str
+    key: str | int = ""
+
+
+class Sample(NamedTuple):
+    """What a file says of one picture, before it becomes the records of a stage."""
+    name: str = ""  # of the picture, to be looked for under --images
+    picture: str | Member = ""  # or the picture itself, where it lies with the text
+    caption: str = ""
+    turns: tuple = ()  # (question, answer, …); a question at the end has no known answer
+    category: str = "all"
+    key: str | int = ""
+    answers: tuple = ()
+    choices: tuple = ()  # VCR: the four texts of each question
+
+
+# ---- Reading: paths → samples → records ----------------------------------------------------------------------
 #
-# Each reader yields samples (picture, caption or "", turns, {further fields of Record}) or, where there is none, the
-# reason, a string. A picture is a Path or a Member, or else a name that is yet to be found under --images.
-
-MALFORMED = "a record that lacks a field, or has one of another type"
+# A reader yields samples, and appends to `skips` what it leaves out. Where one record can't be used, a UserError says
+# why, which becomes a Skip; where a whole file can't, it ends the program.
 
 
-def read_records(paths, images, stage):
-    """Records of files and folders, told apart by content → (list, Counter of what was skipped and why).
+def read_records(paths, images, stage, answered=True):
+    """Records of files and folders, told apart by content → (list of Record, list of Skip).
 
-    The names of pictures are joined to the folders or zip archives `images` (without any: to the data file's folder).
+    The names of pictures are joined to the folders or zip archives `images`; without any, to the data file's folder.
     Stage 1 takes captions, stage 2 makes a record of each turn of a conversation, the earlier turns in its prompt.
-    UserError if a path is not there or can't be parsed, or if nothing remains.
+    With answered=False, for an evaluation, VQA's questions without annotations become records with the answer "".
+    UserError if a path is not there or can't be read, or if nothing remains.
     """
+    paths = [Path(path) for path in paths]
     for path in paths:
-        if not (os.path.isfile(path) or os.path.isdir(path)):  # nor a pipe, which would be waited for
+        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
             raise UserError(f"--data {path}: no such file or folder")
-    records, skipped, tables = [], Counter(), {"images": [], "annotations": [], "questions": []}
-    own = [open_root(path if path.is_dir() else path.parent) for path in map(Path, paths)]  # where each lies
-    roots = [open_root(Path(root)) for root in images or []]
-    sources = ((read_path(Path(path), tables), roots or [place]) for path, place in zip(paths, own))
-    joined = join_tables(tables), roots or own  # a generator, too: it begins when the files have filled the tables
-    for samples, places in itertools.chain(sources, [joined]):
-        for sample in samples:
-            found = sample if isinstance(sample, str) else make_records(*sample, places, stage)
-            if isinstance(found, str):
-                skipped[found] += 1
-            else:
-                records += found
-    if not records:
-        why = ", ".join(f"{reason} ({n:,})" for reason, n in skipped.most_common(5)) or "there are no records"
-        raise UserError(f"--data {' '.join(map(str, paths))}: nothing to train on for stage {stage}: {why}")
-    return records, skipped
-
-
-def make_records(picture, caption, turns, more, roots, stage):
-    """A sample → its records for a stage, or the reason why it has none, a string."""
-    texts = (*turns, *itertools.chain(*more.get("choices", ())), *([caption] if caption or not turns else []))
-    if not all(map(is_text, texts)):
-        return "an empty or unreadable text"
-    if isinstance(picture, Path):
-        picture = str(picture)
-    elif isinstance(picture, str) and not (picture := find_picture(roots, picture)):
-        return "picture is not inside --images"
-    if stage == 1 and caption:
-        return [Record(picture, (), caption, **more)]
-    if stage == 2 and turns:
-        choices = more.pop("choices", ((),) * len(turns))  # VCR's, for each turn
-        return [Record(picture, turns[:n], turns[n], choices=choices[n // 2], **more) for n in range(1, len(turns), 2)]
-    return "questions, not a caption" if stage == 1 else "a caption, for --stage 1"
-
-
-def read_path(path, tables):
-    """Samples of one file or folder. Files that are tables to be joined (COCO, VQA) are added to `tables`."""
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        return itertools.chain.from_iterable(map(read_shard, shards)) if shards else read_caption_folder(path)
-    if tarfile.is_tarfile(path):
-        return read_shard(path)
-    content = read_json(path)
-    found = [name for name in tables if isinstance(content, dict) and isinstance(content.get(name), list)]
-    for name in found:
-        # VQA's two files name the pictures' split here; COCO's one counts its own pictures
-        split = str(content.get("data_subtype", path if "images" in found else "val2014"))
-        tables[name] += [row | {"split": split} if isinstance(row, dict) else row for row in content[name]]
-    return [] if found else map(read_item, content if isinstance(content, list) else [content])
-
-
-def read_json(path):
-    """What a JSON file holds, or a list of what the lines of JSON Lines hold, None for one that can't be parsed."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--data {path}: can't be read as text ({error})") from error
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        content = [parse_line(line) for line in text.split("\n") if line.strip()]
-        if not any(isinstance(item, dict) for item in content):
-            raise UserError(f"--data {path}: is neither JSON nor JSON Lines: {error}") from error
-        return content
-
-
-def parse_line(line):
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(line)
-
-
-def read_caption_folder(folder):
-    """`a.jpg` (or with another of ENDINGS) beside `a.txt`, in any depth."""
-    for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS):
-        text = image.with_suffix(".txt")
-        caption = " ".join(text.read_text("utf-8-sig", "replace").split()) if text.is_file() else ""
-        yield (image, caption, (), {}) if caption else "a picture without a caption in a .txt beside it"
-
-
-def read_shard(path):
-    """A WebDataset shard: `key.jpg` with `key.txt` (a caption) or `key.json` (a caption or a conversation)."""
-    groups = {}
-    try:
-        with tarfile.open(path, "r:") as tar:  # not compressed: its pictures are read in place
-            for info in tar:
-                folder, file = os.path.split(info.name)
-                key, _, ending = file.lower().rpartition(".")
-                group = groups.setdefault((folder, key), {})
-                if not info.isfile() or info.size > MOST_BYTES:
-                    yield "a link, a folder or an oversized file in a tar shard"
-                elif "." + ending in ENDINGS:
-                    group["image"] = Member(str(path), info.name, info.offset_data, info.size)
-                elif ending in ("txt", "json"):
-                    group[ending] = tar.extractfile(info).read().decode("utf-8-sig", "replace")
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"--data {path}: is no whole tar archive without compression ({error})") from error
-    for group in filter(None, groups.values()):
-        item = {"caption": group["txt"]} if "txt" in group else parse_line(group.get("json", ""))
-        if "image" not in group:
-            yield "a text without its picture in a tar shard"
-        else:
-            yield read_item(item | {"image": group["image"]}) if isinstance(item, dict) else "a picture without a text"
-
-
-def read_item(item):
-    """One record of a list or of JSON Lines: of LLaVA's kind, of VCR's, of LMEye's release, or with a caption."""
-    try:
-        if item is None:
-            return "a line is not JSON"
-        if "answer_choices" in item:
-            return read_vcr(item)
-        if "questions" in item:
-            texts = [re.fullmatch(r"\s*(?:\d+[.)]\s*)?(Question|Answer):\s*(.+)", t, re.S) for t in item["questions"]]
-            turns = tuple(match[2].strip() for match in texts)
-            if [match[1] for match in texts] != ["Question", "Answer"] * (len(turns) // 2) or not turns:
-                return "questions and answers do not alternate"
-            name = item["image_id"] if isinstance(item["image_id"], str) else f"{item['image_id']:012d}.jpg"
-            return name, str(item.get("caption") or "").strip(), turns, {}
-        if not isinstance(item.get("image"), (str, Member)) or not item["image"]:
-            return "no picture"
-        if isinstance(item.get("caption"), str) and "conversations" not in item:
-            return item["image"], " ".join(item["caption"].split()), (), {}
-        turns = tuple(turn["value"].replace("<image>", "").strip() for turn in item["conversations"])
-        speakers = [turn["from"] for turn in item["conversations"]]
-        if not turns or not all(turns) or speakers != ["human", "gpt"] * (len(turns) // 2):
-            return "turns do not alternate between human and gpt, or are empty"
-        return item["image"], item.get("caption") or (turns[1] if len(turns) == 2 else ""), turns, {}
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        return MALFORMED
-
-
-def read_vcr(item):
-    """VCR: the answer, then its rationale. Text is a list of words; [0, 1] in it names two of `objects`, from 0."""
-    def render(words):
-        text = " ".join(" and ".join(f"{item['objects'][i]} {i + 1}" for i in word) if isinstance(word, list) else word
-                        for word in words)
-        return re.sub(r" (['’]) ?(?=(?:s|t|re|ve|ll|d|m)\b)", r"\1", re.sub(r" (?=[?.!,;:])", "", text))
-
-    if "answer_label" not in item or "rationale_label" not in item:
-        return "no label"
-    answers, whys = (tuple(map(render, item[name])) for name in ("answer_choices", "rationale_choices"))
-    turns = (render(item["question"]), answers[item["answer_label"]], "Why?", whys[item["rationale_label"]])
-    return item["img_fn"], "", turns, {"key": str(item.get("annot_id", "")), "choices": (answers, whys)}
-
-
-def join_tables(tables):
-    """COCO's captions with their pictures, VQA's questions with their answers."""
-    images, questions = ({(row["split"], str(row.get(key))): row for row in tables[name] if isinstance(row, dict)}
-                         for name, key in (("images", "id"), ("questions", "question_id")))
-    for row in tables["annotations"]:
+    given = [open_place(Path(image)) for image in images or []]
+    tables = {"questions": [], "annotations": []}  # VQA's two files are joined when both have been read
+    found, skips, records, all_places = [], [], [], []
+    for path in paths:
+        places = given or [open_place(path if path.is_dir() else path.parent)]
+        all_places += [place for place in places if place not in all_places]
+        found += [(sample, places) for sample in read_path(path, tables, skips)]
+    found += [(sample, all_places) for sample in join_vqa(tables, answered, skips)]
+    for sample, places in found:
         try:
-            if "question_id" not in row:
-                image = images.get((row["split"], str(row["image_id"])))
-                yield (image["file_name"], " ".join(row["caption"].split()), (), {"key": row["image_id"]}) \
-                    if image else "a caption without its picture"
-            elif question := questions.pop((row["split"], str(row["question_id"])), None):
-                name = f"COCO_{question['split']}_{question['image_id']:012d}.jpg"
-                yield name, "", (question["question"], row["multiple_choice_answer"]), {
-                    "kind": str(row["answer_type"]), "key": row["question_id"],
-                    "answers": tuple(str(a["answer"]) for a in row.get("answers", ()))}
-            else:
-                yield "an answer without its question"
-        except (AttributeError, KeyError, TypeError, ValueError):
-            yield MALFORMED
-    yield from ["a question without an answer"] * len(questions)
+            records += make_records(sample, places, stage)
+        except UserError as reason:
+            skips.append(Skip(str(reason), sample.key))
+    if not records:
+        reasons = Counter(skip.reason for skip in skips).most_common(5)
+        why = ", ".join(f"{reason} ({n:,})" for reason, n in reasons) or "it holds none"
+        raise UserError(f"--data {' '.join(map(str, paths))}: no records for stage {stage}: {why}")
+    return records, skips
+
+
+def make_records(sample, places, stage):
+    """A sample → the list of its records for a stage."""
+    if stage == 1 and sample.turns and not sample.caption:
+        raise UserError("questions, not a caption")
+    if stage == 2 and not sample.turns:
+        raise UserError("a caption, for --stage 1")
+    texts = [sample.caption] if stage == 1 else list(sample.turns)
+    for choices in sample.choices:
+        texts += choices
+    if not all(is_text(text) for text in texts):
+        raise UserError("an empty or unreadable text")
+    picture = sample.picture or find_picture(places, sample.name)
+    if stage == 1:
+        return [Record(picture, (), sample.caption, sample.category, sample.key)]
+    records = []
+    for n in range(0, len(sample.turns), 2):
+        answer = sample.turns[n + 1] if n + 1 < len(sample.turns) else ""
+        choices = sample.choices[n // 2] if sample.choices else ()
+        turns = sample.turns[:n + 1]
+        records.append(Record(picture, turns, answer, sample.category, sample.key, sample.answers, choices))
+    return records
 
 
 def is_text(value):
@@ -263,115 +159,413 @@ def is_text(value):
     return isinstance(value, str) and bool(value.strip()) and value == value.encode("utf-8", "ignore").decode()
 
 
-# ---- Published data that fetches itself ----------------------------------------------------------------------
-
-PUBLISHED = {  # what a stage takes without --data: its folder, then the records and the pictures, as file and address
-    1: ("llava-cc3m-595k", {
-        "chat.json": "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K/resolve/main/chat.json",
-        "images.zip": "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K/resolve/main/images.zip"}),
-    2: ("llava-instruct-150k", {
-        "llava_instruct_150k.json": "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/main/"
-                                    "llava_instruct_150k.json",
-        "train2017.zip": "http://images.cocodataset.org/zips/train2017.zip"}),
-}
+def read_path(path, tables, skips):
+    """Samples of one file or folder. Rows of VQA's files are added to `tables` instead."""
+    if path.is_dir():
+        yield from read_folder(path, skips)
+    elif path.suffix.lower() == ".tar" or tarfile.is_tarfile(path):
+        yield from read_shard(path, skips)
+    else:
+        yield from read_json(path, tables, skips)
 
 
-def fetch(stage, out, agreed):
-    """Have the published data of a stage below `out` → ([records], [pictures]) for `read_records`.
-
-    States sizes and place first, and downloads only if `agreed` or told so on a terminal. UserError without that,
-    without room on the disk, or if a download breaks off: the next call goes on where it ended.
-    """
-    name, files = PUBLISHED[stage]
-    folder = Path(out, "data", name)
-    missing = {folder / file: url for file, url in files.items() if not (folder / file).is_file()}
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        sizes = {path: remote_size(url) for path, url in missing.items()}
-        need = sum(sizes.values()) - sum(part.stat().st_size for part in folder.glob("*.part"))
-        print(f"--stage {stage} without --data takes {name}: {need / 1e9:.2f} GB to download into {folder}/")
-        if not agreed and not (sys.stdin.isatty() and input("Download now? [y/N] ").strip().lower() in ("y", "yes")):
-            raise UserError("nothing was downloaded: add --download to agree, or name data of your own with --data")
-        if need > (free := shutil.disk_usage(folder).free):
-            raise UserError(f"{folder}: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
-        for path, url in missing.items():
-            download(url, path, sizes[path])
-    return tuple([str(folder / file)] for file in files)
+def read_text(path):
+    """The text of a file: UTF-8, or UTF-16 where a byte order mark says so. UserError if it is neither or not there."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path}: no such file")
+    return decode_text(Path(path).read_bytes(), path)
 
 
-def remote_size(url):
+def decode_text(content, where):
+    """The same from bytes; errors name them by `where`."""
+    refuse_pointer(content, where)
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as answer:
-            return int(answer.headers["Content-Length"])
-    except (OSError, TypeError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: can't be reached ({error}); name data of your own with --data") from error
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8") from error
+    if "\0" in text:
+        raise UserError(f"{where}: holds zero bytes, as UTF-16 without a byte order mark does: save it as UTF-8")
+    return text
 
 
-def download(url, path, size):
-    """Fetch a file of `size` bytes into path.part, from where an earlier try ended, and rename it when it is whole."""
-    with open(f"{path}.part", "ab") as part:
-        done = part.tell()
+def refuse_pointer(content, where):
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(f"{where}: is a git-lfs pointer in place of the file: run  git lfs pull  in its folder")
+
+
+def read_folder(folder, skips):
+    """`a.jpg` (or with another of ENDINGS) beside `a.txt`, and tar shards, in any depth. Linked folders are followed,
+    none is read twice."""
+    def fail(error):
+        raise error
+
+    seen, files = set(), []
+    for place, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        subfolders.sort()
+        if os.path.realpath(place) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        files += [Path(place, name) for name in names]
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    paired = set()
+    for path in sorted(files):
+        ending, stem = path.suffix.lower(), path.with_suffix("")
+        if ending == ".tar":
+            yield from read_shard(path, skips)
+        elif ending in ENDINGS and stem in texts:
+            paired.add(stem)
+            try:
+                yield Sample(picture=str(path), caption=" ".join(read_text(texts[stem]).split()))
+            except UserError as reason:
+                skips.append(Skip(str(reason)))
+        elif ending in ENDINGS:
+            skips.append(Skip("a picture without a caption in a .txt beside it"))
+        elif ending != ".txt":
+            skips.append(Skip("another file in a folder, where pictures, .txt and .tar are read (name a .json itself)"))
+    skips += [Skip("a .txt without its picture beside it")] * (len(texts) - len(paired))
+
+
+def read_shard(path, skips):
+    """A WebDataset shard: `key.jpg` with `key.txt` (a caption) or `key.json` (a caption or a conversation).
+
+    Archives joined by `cat` are read one after the other. UserError, with the place, if one is broken or cut off.
+    """
+    with open(path, "rb") as file:
+        refuse_pointer(file.read(100), f"--data {path}")
+        start = 0
+        while start == 0 or start < os.path.getsize(path):
+            groups, start = read_archive(path, file, start, skips)
+            for group in groups.values():
+                yield from read_group(group, skips)
+            file.seek(start)
+            while file.read(512) == bytes(512):  # the zeros that close an archive
+                start += 512
+
+
+def read_archive(path, file, start, skips):
+    """One tar archive in a file → ({(folder, key): {ending: its files}}, where its members end). Pictures become
+    Members, the contents of texts are read."""
+    groups = {}
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:  # not compressed: its pictures are read in place
+            for info in tar:
+                folder, name = os.path.split(info.name)
+                key, _, ending = name.rpartition(".")
+                group = groups.setdefault((folder, key), {"picture": [], "txt": [], "json": []})
+                if info.isdir():
+                    continue
+                if not info.isfile() or info.size > MOST_BYTES:
+                    skips.append(Skip("a link or an oversized file in a tar shard"))
+                elif "." + ending.lower() in ENDINGS:
+                    group["picture"].append(Member(str(path), info.name, info.offset_data, info.size))
+                elif ending.lower() in ("txt", "json"):
+                    group[ending.lower()].append(tar.extractfile(info).read())
+                else:
+                    skips.append(Skip("another file in a tar shard, where pictures, .txt and .json are read"))
+            end = tar.offset
+    except Exception as error:  # tarfile raises what it likes at broken bytes
+        raise UserError(f"--data {path}: no whole tar without compression from byte {start:,} on ({error})") from error
+    file.seek(end)
+    if file.read(512) != bytes(512):  # for tarfile, too, the archive ends here, but without a word
+        raise UserError(f"--data {path}: is broken or cut off: neither a file nor the archive's end at byte {end:,}")
+    return groups, end
+
+
+def read_group(group, skips):
+    """The files of one key in a shard → its sample. A .txt comes before a .json, which may describe the same."""
+    most = max(len(files) for files in group.values())
+    try:
+        if most > 1:
+            raise UserError("a name that is twice in a tar shard")
+        if group["picture"] and (group["txt"] or group["json"]):
+            picture = group["picture"][0]
+            text = decode_text((group["txt"] or group["json"])[0], f"the text of {picture}")
+            for sample in read_item({"caption": text} if group["txt"] else json.loads(text), skips):
+                yield sample._replace(picture=picture)
+        elif most == 1:
+            raise UserError("a picture without its text, or a text without its picture, in a tar shard")
+    except UserError as reason:
+        skips.append(Skip(str(reason)))
+    except (ValueError, RecursionError):
+        skips.append(Skip("a .json in a tar shard that is not JSON"))
+
+
+def read_json(path, tables, skips):
+    """A JSON file, or JSON Lines: one record, many, or a table of COCO's or VQA's."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        content = []
+        for line in text.split("\n"):
+            try:
+                if line.strip():
+                    content.append(json.loads(line))
+            except (ValueError, RecursionError):
+                skips.append(Skip("a line is not JSON"))
+        if not any(isinstance(item, dict) for item in content):
+            raise UserError(f"--data {path}: is neither JSON nor JSON Lines: {error}") from error
+    if not isinstance(content, list):
+        content = [content]
+    table = content[0] if len(content) == 1 and isinstance(content[0], dict) else {}
+    if isinstance(table.get("images"), list):
+        yield from read_coco(path, table, skips)
+    elif "image_id" not in table and ("questions" in table or "annotations" in table):
+        split = str(table.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015's pictures are test2015's
+        for name in tables:
+            rows = table.get(name)
+            if isinstance(rows, list):
+                tables[name] += [(split, row) for row in rows]
+    else:
+        for item in content:
+            yield from read_item(item, skips)
+
+
+MALFORMED = "a record that lacks a field, or has one of another type"
+MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)  # what reading one raises
+
+
+def read_item(item, skips):
+    """One record of a list, of JSON Lines or of a shard: of LLaVA's kind, VCR's, LMEye's own, or a caption alone."""
+    try:
+        if "answer_choices" in item:
+            sample = read_vcr(item)
+        elif "questions" in item:
+            sample = read_release(item, skips)
+        elif "conversations" in item:
+            sample = read_chat(item, skips)
+        else:
+            sample = Sample(item.get("image"), caption=" ".join(item["caption"].split()))
+        yield sample._replace(category=printable(str(item.get("category") or "all")))
+    except UserError as reason:
+        skips.append(Skip(str(reason)))
+    except MISSHAPEN:
+        skips.append(Skip(MALFORMED))
+
+
+def read_chat(item, skips):
+    """LLaVA: human and gpt in turn, with an optional caption. Of a conversation the answered turns are kept up to one
+    that is empty or not the speaker's. A single answer is a caption as well; only that, if the human says <image>."""
+    conversation, turns = item["conversations"], []
+    for turn in conversation:
+        if turn["from"] != ("human", "gpt")[len(turns) % 2]:
+            break
+        turns.append(turn["value"].replace("<image>", "").strip())
+    single = len(turns) == len(conversation) == 2
+    caption = item.get("caption") or (turns[1] if single else "")
+    good = 0
+    while good + 1 < len(turns) and turns[good] and turns[good + 1]:
+        good += 2
+    if not good and not caption:
+        raise UserError("turns do not alternate between human and gpt, or are empty")
+    if good < len(conversation) and not single:
+        skips.append(Skip("the rest of a chat, from a turn that is empty, unanswered or not the speaker's"))
+    return Sample(item.get("image"), caption=caption, turns=tuple(turns[:good]))
+
+
+NUMBERED = r"\s*(?:\d+\s*[.)]\s*)?(Question|Answer)\s*\d*\s*:\s*(.*\S)\s*"  # also "1. Question: …", "Question 1: …"
+
+
+def read_release(item, skips):
+    """LMEye's own data: "questions" lists "Question: …", "Answer: …" in turn; some lists begin in mid-caption.
+    What is not a question with its answer is counted, text by text."""
+    turns, question = [], ""
+    for text in item["questions"]:
+        match = re.fullmatch(NUMBERED, text, re.DOTALL)
+        if match and match[1] == "Question":
+            question = match[2]
+        elif match and question:
+            turns += [question, match[2]]
+            question = ""
+    caption, name = (item.get("caption") or "").strip(), item["image_id"]
+    if not turns and not caption:
+        raise UserError("no question with its answer")
+    skips += [Skip("a text that is not a question with its answer")] * (len(item["questions"]) - len(turns))
+    if isinstance(name, int):
+        name = f"{name:012d}.jpg"  # as COCO names its pictures
+    return Sample(name, caption=caption, turns=tuple(turns))
+
+
+def read_vcr(item):
+    """VCR: the answer, then its rationale. Text is a list of words; [0, 1] in it names two of `objects`, from 0."""
+    def render(words):
+        if not isinstance(words, list):
+            raise UserError("a text that is not a list of words")
+        parts = []
+        for word in words:
+            if isinstance(word, list):
+                if not all(number in range(len(item["objects"])) for number in word):
+                    raise UserError("a text that names an object which is not in the picture")
+                word = " and ".join(f"{item['objects'][number]} {number + 1}" for number in word)
+            parts.append(word)
+        text = re.sub(r" (?=[?.!,;:])", "", " ".join(parts))  # no space before a punctuation mark
+        return re.sub(r" (['’]) ?(?=(?:s|t|re|ve|ll|d|m)\b)", r"\1", text)  # it ' s → it's
+
+    if "answer_label" not in item or "rationale_label" not in item:
+        raise UserError("no label")  # the test split
+    turns, all_choices = [], []
+    for question, kind in ((render(item["question"]), "answer"), ("Why?", "rationale")):
+        choices = tuple(render(words) for words in item[f"{kind}_choices"])
+        if item[f"{kind}_label"] not in range(len(choices)):
+            raise UserError("a label that is none of the choices")
+        turns += [question, choices[item[f"{kind}_label"]]]
+        all_choices.append(choices)
+    return Sample(item["img_fn"], turns=tuple(turns), key=str(item.get("annot_id", "")), choices=tuple(all_choices))
+
+
+def read_coco(path, table, skips):
+    """COCO's captions, joined with the pictures of the same file."""
+    if not isinstance(table.get("annotations"), list):
+        raise UserError(f"--data {path}: has pictures without annotations (Karpathy's split file, in which training "
+                        "and test pictures are mixed, is not read: take COCO's captions_….json)")
+    images = index([("", row) for row in table["images"]], "id", skips)
+    for row in table["annotations"]:
         try:
-            if done != size:
-                request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if 0 < done < size else {})
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    if answer.status != 206:  # the whole file: a first try, or a server without ranges
-                        part.truncate(done := 0)
-                    with tqdm.wrapattr(part, "write", total=size, initial=done, desc=path.name, disable=None) as file:
-                        shutil.copyfileobj(answer, file)
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url}: the download broke off ({error}); the same command goes on from there") from error
-        part.flush()
-        if part.seek(0, os.SEEK_END) != size:
-            raise UserError(f"{url}: the download ended before its {size:,} bytes; the same command goes on from there")
-    os.replace(f"{path}.part", path)
+            image = images.get(("", str(row["image_id"])))
+            if image is None:
+                skips.append(Skip("a caption without its picture"))
+            else:
+                yield Sample(image["file_name"], caption=" ".join(row["caption"].split()), key=row["image_id"])
+        except MISSHAPEN:
+            skips.append(Skip(MALFORMED))
+
+
+def join_vqa(tables, answered, skips):
+    """VQA's questions, joined with their annotations by split and question_id."""
+    questions = index(tables["questions"], "question_id", skips)
+    annotations = index(tables["annotations"], "question_id", skips)
+    skips += [Skip("an answer without its question")] * len(annotations.keys() - questions.keys())
+    for (split, name), question in questions.items():
+        annotation = annotations.get((split, name), {})
+        try:
+            sample = Sample(f"COCO_{split}_{question['image_id']:012d}.jpg", turns=(question["question"],),
+                            key=question["question_id"])
+            if annotation:
+                if annotation.get("image_id", question["image_id"]) != question["image_id"]:
+                    raise UserError("a question and an answer of different pictures have the same question_id")
+                answers = tuple(str(answer["answer"]) for answer in annotation.get("answers", ()))
+                turns = (question["question"], annotation["multiple_choice_answer"])
+                category = printable(str(annotation["answer_type"]))
+                sample = sample._replace(turns=turns, answers=answers, category=category)
+            elif answered:
+                skips.append(Skip("a question without an answer"))  # no key: no score is to count it as missed
+                continue
+            yield sample
+        except UserError as reason:
+            skips.append(Skip(str(reason), question["question_id"]))
+        except MISSHAPEN:
+            skips.append(Skip(MALFORMED, question["question_id"]))
+
+
+def index(rows, key, skips):
+    """(split, row) pairs → {(split, id): row}. Of an id given twice none is kept: a wrong row could be joined to it."""
+    table, twice = {}, set()
+    for split, row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get(key), (int, str)):
+            skips.append(Skip(MALFORMED))
+        elif (split, str(row[key])) in table:
+            twice.add((split, str(row[key])))
+        else:
+            table[split, str(row[key])] = row
+    for name in sorted(twice):
+        row = table.pop(name)
+        skips.append(Skip(f"{key} is given twice", row[key] if "question" in row else ""))  # not of an annotation
+    return table
+
+
+def report_skips(skips):
+    """Print how often which reason occurred, for the ten most frequent."""
+    reasons = Counter(skip.reason for skip in skips).most_common()
+    for reason, n in reasons[:10]:
+        print(f"  skipped {n:,}: {printable(reason)}")
+    if reasons[10:]:
+        print(f"  skipped {sum(n for _, n in reasons[10:]):,}: other reasons")
 
 
 # ---- Pictures ------------------------------------------------------------------------------------------------
 
+
+class Place(NamedTuple):
+    """A folder, or a zip archive with {name that a record may use: name in the archive}."""
+    path: str
+    names: dict | None = None
+
+
 open_zip = functools.lru_cache(zipfile.ZipFile)
 
 
-def open_root(root):
-    """A folder or zip archive of --images → (its path, None or {name: name in the archive})."""
-    if root.is_dir():
-        return str(root), None
+def open_place(path):
+    """A folder or zip archive of --images → Place. UserError if it is neither."""
+    if path.is_dir():
+        return Place(str(path))
     try:
-        names = {name: name for name in open_zip(str(root)).namelist() if name and not name.endswith("/")}
+        with open(path, "rb") as file:
+            refuse_pointer(file.read(100), f"--images {path}")
+        names = {name: name for name in open_zip(str(path)).namelist() if not name.endswith("/")}
+    except UserError:
+        raise
     except Exception as error:  # zipfile raises half a dozen kinds at broken archives
-        raise UserError(f"--images {root}: is neither a folder nor a zip archive ({error})") from error
+        raise UserError(f"--images {path}: is neither a folder nor a whole zip archive ({error})") from error
     tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
     if len(tops) == 1:  # everything in one folder, as in COCO's train2017.zip: its name may be left out
-        names |= {name.partition("/")[2]: name for name in list(names)}
-    return str(root), names
+        for name in list(names):
+            names.setdefault(name.partition("/")[2], name)
+    return Place(str(path), names)
 
 
-def find_picture(roots, name):
-    """A name → the path or Member inside one of the roots, or None: also where it leads out of them."""
-    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
-        return None
-    for root, names in roots:
-        if names is None and (len(roots) == 1 or os.path.exists(os.path.join(root, name))):
-            return os.path.join(root, name)
-        if names and name in names:
-            return Member(root, names[name])
-    return None
+def find_picture(places, name):
+    """A name → the path or Member in one of the places. A name without an ending is looked for with each of ENDINGS.
+    UserError, with the reason, if it is no name, leads out of the places, or is in none of them."""
+    if name is None or name == "":
+        raise UserError("no picture")
+    if isinstance(name, list):
+        raise UserError("a list in place of a picture's name")
+    if not is_text(name):
+        raise UserError("a picture's name that is no text")
+    if name.startswith(("/", "\\")) or os.path.splitdrive(name)[0] or ".." in re.split(r"[/\\]", name) or "\0" in name:
+        raise UserError("picture is not inside --images")
+    candidates = [name]
+    if not name.lower().endswith(ENDINGS):
+        candidates += [name + ending for ending in ENDINGS]
+    only = len(places) * len(candidates) == 1  # then loading it will tell whether it is there
+    for place in places:
+        for candidate in candidates:
+            path = os.path.join(place.path, candidate)
+            if place.names is None and (only or os.path.isfile(path)):
+                return path
+            if place.names is not None and candidate in place.names:
+                return Member(place.path, place.names[candidate])
+    raise UserError("picture is not inside --images")
 
 
 def load_image(source):
-    """A path, Member or picture (returned as it is) → RGB picture, turned as its EXIF says. UserError if unreadable."""
-    if isinstance(source, Image.Image):
-        return source
+    """A path or Member → RGB picture, on white where it is transparent, turned as its EXIF says (as it is where that is
+    broken). Gray of more than 8 bits: see `to_8_bits`. UserError if it can't be read."""
+    if not isinstance(source, Member) and not os.path.isfile(source):  # a pipe would be waited for
+        raise UserError(f"{source}: {'is no file' if os.path.exists(source) else 'no such picture'}")
     try:
-        with Image.open(read_member(source) if isinstance(source, Member) else source) as image:
-            if image.width * image.height > MOST_PIXELS or max(image.size) > 100 * min(image.size):
-                raise ValueError(f"{image.width} × {image.height} pixels are too many, or too narrow")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # gray of 16 bits, which Pillow would cut off at 255
-                image = image.convert("I").point(lambda value: value / 256).convert("L")
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such picture") from None
+        with read_member(source) if isinstance(source, Member) else open(source, "rb") as file:
+            refuse_pointer(file.read(100), source)
+            file.seek(0)
+            with Image.open(file) as image:
+                if image.width * image.height > MOST_PIXELS or max(image.size) > 100 * min(image.size):
+                    raise ValueError(f"{image.width} × {image.height} pixels are too many, or too narrow")
+                image.load()
+                try:
+                    ImageOps.exif_transpose(image, in_place=True)
+                except Exception:  # at EXIF that it can't read, or can't write when the picture is turned (Pillow 8965)
+                    pass
+                if image.mode.startswith(("I", "F")):
+                    image = to_8_bits(image)
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
+    except UserError:
+        raise
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{source}: can't be read as a picture: {reason}") from error
@@ -389,12 +583,26 @@ def read_member(member):
     return io.BytesIO(open_zip(member.archive).read(info))
 
 
-# ---- Features: each picture goes through CLIP once ------------------------------------------------------------
+def to_8_bits(image):
+    """Gray of 16 bits, or of 32 as whole numbers (I) or floats (F) → 8 bits. 16 bits are divided by 256, floats from 0
+    to 1 multiplied by 255, values from 0 to 255 kept; others are stretched, the lowest to black, the highest to white.
+    """
+    values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high < 65536):
+        values = values / 256
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values = values * 255
+    elif low < 0 or high > 255:
+        values = (values - low) * (255 / max(high - low, 1e-6))
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+# ---- Features and datasets: each picture goes through CLIP once ------------------------------------------------
 
 
 class Dataset(NamedTuple):
     """Records with the CLIP features of their pictures and with their token ids."""
-
     records: list
     tokens: list  # (ids of the question, ids of the answer) of each record
     features: np.ndarray  # (P, C) float16, mapped from a file
@@ -404,45 +612,71 @@ class Dataset(NamedTuple):
         return torch.from_numpy(self.features[self.picture[rows]]).float()  # (B, C)
 
     def batch(self, rows):
-        """Indices of records → (f (B, C), Tokens)."""
-        questions, answers = zip(*(self.tokens[i] for i in rows))
+        """Indices of records → (f (B, C), Tokens), on the CPU."""
+        questions = [self.tokens[i][0] for i in rows]
+        answers = [self.tokens[i][1] for i in rows]
         return self.f(rows), Tokens(*pad(questions, left=True), *pad(answers))
 
     def take(self, keep):
         """The records where `keep` (R,) is true, with the same features."""
-        return self._replace(records=list(itertools.compress(self.records, keep)),
-                             tokens=list(itertools.compress(self.tokens, keep)), picture=self.picture[keep])
+        rows = np.flatnonzero(keep)
+        records, tokens = [self.records[i] for i in rows], [self.tokens[i] for i in rows]
+        return Dataset(records, tokens, self.features, self.picture[rows])
+
+    def fingerprint(self):
+        """A short hash of all texts and features, in their order: what a run was trained on."""
+        digest = hashlib.blake2b(digest_size=8)
+        for record in self.records:
+            digest.update(repr((record.turns, record.answer)).encode())
+        digest.update(np.asarray(self.picture, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(self.features))
+        return digest.hexdigest()
 
 
-def encode(model, records, skipped, folder=None):
-    """Features and tokens of records → Dataset. Left out, and counted in `skipped`: records whose picture can't be
-    read, and those longer than the language model's context. With `folder`, the features are kept in a file there."""
-    keys = [id(r.image) if isinstance(r.image, Image.Image) else r.image for r in records]  # id: in memory
-    images = dict(zip(keys, (r.image for r in records)))
-    features = encode_images(model, list(images.values()), folder)
-    row = {key: i for i, key in enumerate(images)}
-    picture = np.array([row[key] for key in keys])
-    broken = np.isnan(features[:, 0])
-    for image in itertools.compress(images.values(), broken):
+def encode(model, records, skips, folder=None):
+    """Features and tokens of records → Dataset. With `folder`, the features are kept in a file there.
+
+    From prompts of more than MOST_TURNS turns, or beyond the language model's context, the oldest turns are left out.
+    Records are left out whose picture can't be read, or whose question and answer, or longest choice, still exceed the
+    context. All that is appended to `skips`, records with their keys. UserError if no record remains.
+    """
+    images = list(dict.fromkeys(record.image for record in records))  # each once, in order
+    row = {image: i for i, image in enumerate(images)}
+    picture = np.array([row[record.image] for record in records])
+    features = encode_images(model, images, folder)
+    unreadable = {}
+    for i in np.flatnonzero(np.isnan(features[:, 0])):
+        unreadable[i] = "a picture that could not be read when the features were computed"
         try:
-            load_image(image)
-            skipped["a picture that could not be read when the features were computed"] += 1
-        except UserError as error:
-            skipped[str(error)] += 1
-    tokens = []
+            load_image(images[i])
+        except UserError as reason:
+            unreadable[i] = str(reason)
+
+    fitted, tokens, keep = [], [], []
     for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 50_000 else True):
-        part = records[start:start + 1000]
-        questions = [r.question for r in part] if part[0].turns else None
-        tokens += [tuple(np.array(ids, np.int32) for ids in pair)
-                   for pair in zip(*model.token_ids(questions, [r.answer for r in part]))]
-    longest = [max(map(len, (a, *model.token_ids(None, r.choices)[1]) if r.choices else (a,)))
-               for r, (_, a) in zip(records, tokens)]
-    fits = np.array([len(q) + n <= model.room for (q, _), n in zip(tokens, longest)])
-    skipped["longer than the language model's context"] += int((~fits).sum())
-    keep = fits & ~broken[picture]
-    if not keep.any():
-        raise UserError(f"not one of {len(records)} records can be used: {skipped.most_common(1)[0][0]}")
-    return Dataset(records, tokens, features, picture).take(keep)
+        part = [record._replace(turns=record.turns[-MOST_TURNS:]) for record in records[start:start + 1000]]
+        questions = [record.question for record in part] if part[0].turns else None
+        question_ids, answer_ids = model.token_ids(questions, [record.answer for record in part])
+        for record, question, answer in zip(part, question_ids, answer_ids):
+            i, longest = len(keep), len(answer)
+            if record.choices:
+                longest = max(len(ids) for ids in model.token_ids(None, record.choices)[1])
+            while len(question) + longest > model.max_text_tokens and len(record.turns) > 1 and not record.choices:
+                record = record._replace(turns=record.turns[2:])
+                question = model.ids(QUESTION + record.question)
+            reason = unreadable.get(picture[i], "")
+            if not reason and len(question) + longest > model.max_text_tokens:
+                reason = "longer than the language model's context"
+            if reason:
+                skips.append(Skip(reason, record.key))
+            elif len(record.turns) < len(records[i].turns):
+                skips.append(Skip("the oldest turns of a long chat"))
+            fitted.append(record)
+            tokens.append((np.array(question, np.int32), np.array(answer, np.int32)))
+            keep.append(not reason)
+    if not any(keep):
+        raise UserError(f"not one of {len(records)} records can be used: {skips[-1].reason}")
+    return Dataset(fitted, tokens, features, picture).take(keep)
 
 
 def encode_images(model, images, folder=None, batch_size=128):
@@ -451,39 +685,42 @@ def encode_images(model, images, folder=None, batch_size=128):
     The file is written batch by batch. Its name is a hash of the CLIP and of the pictures, and its length tells how
     far it is, so a pass that was broken off goes on from the last whole batch. Without `folder` it is a temporary one.
     """
-    C = model.clip.visual.output_dim
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}/{features_key(model, images)}.f16", "a+b") if folder else tempfile.TemporaryFile() as file:
+    if not folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            return encode_images(model, images, folder, batch_size)
+    path = Path(folder, features_key(model, images) + ".f16")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    C = model.align.in_features
+    with FileLock(f"{path}.lock"), open(path, "a+b") as file:  # two programs may want the same features
         size = file.seek(0, os.SEEK_END) // (2 * C)  # pictures in the file
         done = size if size == len(images) else size - size % batch_size
         file.truncate(done * 2 * C)
         with tqdm(total=len(images), initial=done, desc="CLIP features", disable=None) as bar:
             for pixels in decode(model.preprocess, images[done:], batch_size):
-                good = [x for x in pixels if x is not None]
                 rows = np.full((len(pixels), C), np.nan, np.float16)
+                good = [i for i, picture in enumerate(pixels) if picture is not None]
                 if good:
-                    rows[[x is not None for x in pixels]] = model.encode_image(torch.stack(good)).cpu().numpy()
+                    rows[good] = model.encode_image(torch.stack([pixels[i] for i in good])).cpu().numpy()
                 file.write(rows.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
                 bar.update(len(pixels))
+        file.flush()
         return np.memmap(file, np.float16, "r", shape=(len(images), C))
 
 
 def features_key(model, images):
-    """A hash of what decides the features: the CLIP, and each picture's place, its file's size and time of change."""
-    key = hashlib.sha256(model.settings.clip.encode())
-    for p in model.clip.visual.parameters():
-        key.update(p.detach().flatten()[:4].float().cpu().numpy().tobytes())
-
-    @functools.lru_cache  # an archive has many pictures
-    def state(file):
-        stat = os.stat(file) if os.path.exists(file) else None
-        return stat and (stat.st_size, stat.st_mtime_ns)
-
+    """A hash of what decides the features: CLIP's name, its image tower's layers and some values of each weight, the
+    preprocessing, and each picture's name, its file's size and time of change."""
+    layers = re.sub(r" at 0x[0-9a-f]+", "", repr((model.preprocess, model.clip.visual)))  # addresses change
+    key = hashlib.sha256((model.settings.clip + layers).encode())
+    for name, weight in model.clip.visual.state_dict().items():
+        key.update(f"{name} {weight.dtype} {weight.flatten()[:4].tolist()}".encode())
+    states = {}  # an archive has many pictures
     for image in images:
-        key.update(repr((image, state(image.archive if isinstance(image, Member) else image))).encode())
+        file = image.archive if isinstance(image, Member) else image
+        if file not in states:
+            stat = os.stat(file) if os.path.exists(file) else None
+            states[file] = (stat.st_size, stat.st_mtime_ns) if stat else None
+        key.update(repr((image, states[file])).encode())
     return key.hexdigest()[:16]
 
 
@@ -507,201 +744,109 @@ def decode(preprocess, images, batch_size, ahead=3):
 
 
 def split(dataset, share=0.02, most=500, fewest=50):
-    """Set some pictures with their records aside, always the same → (training, held-out Dataset).
-
-    Of fewer than `fewest` pictures none is held out, and the second is None.
-    """
+    """Set some pictures with their records aside, always the same → (training, validation Dataset). Of fewer than
+    `fewest` pictures none is set aside, and the second is None."""
     pictures = np.unique(dataset.picture)
     if len(pictures) < fewest:
         return dataset, None
-    aside = np.random.default_rng(0).permutation(pictures)[:min(most, max(2, round(share * len(pictures))))]
-    held_out = np.isin(dataset.picture, aside)
-    return dataset.take(~held_out), dataset.take(held_out)
+    n = min(most, max(2, round(share * len(pictures))))
+    aside = np.isin(dataset.picture, np.random.default_rng(0).permutation(pictures)[:n])
+    return dataset.take(~aside), dataset.take(aside)
 
 
-def batches(dataset, size, tokens=None, seed=0):
-    """Yield the rows of one batch after the other, without end; each epoch is a new shuffle of the Dataset.
+def shuffled(dataset):
+    """The same records, each with some other picture: a model that does not look loses nothing by it."""
+    pictures = np.random.default_rng(0).permutation(np.unique(dataset.picture))
+    other = dict(zip(pictures, np.roll(pictures, 1)))
+    return dataset._replace(picture=np.array([other[i] for i in dataset.picture]))
 
-    A batch has `size` records, fewer where their tokens, with padding, would be more than `tokens`. Records of like
-    length come together: each shuffled stretch of `window` batches is halved by its longer side, question or answer,
-    until the parts are batches, and these come in random order. All depends on the arguments alone.
+
+# ---- Batches -------------------------------------------------------------------------------------------------
+
+
+def batches(dataset, size, max_tokens=None, seed=0):
+    """Yield the rows of one batch after the other, without end; each epoch is planned anew by `plan_epoch`."""
+    epoch = 0
+    while True:
+        yield from plan_epoch(dataset, size, max_tokens, seed, epoch)
+        epoch += 1
+
+
+def plan_epoch(dataset, size, max_tokens, seed, epoch, window=500):
+    """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
+
+    A batch has at most `size` records, and at most `max_tokens` tokens with padding (unless one record alone has more).
+    Records of like length come together: each stretch of `window` batches of the shuffled records is halved by the
+    side, question or answer, whose lengths differ most, until the parts are batches; these come in random order.
     """
-    for epoch in itertools.count():
-        yield from plan_epoch(dataset, size, tokens, seed, epoch)
+    lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
+    rng = np.random.default_rng((seed, epoch))
 
+    def fits(rows):
+        padded = len(rows) * lengths[rows].max(0).sum()
+        return len(rows) == 1 or (len(rows) <= size and (not max_tokens or padded <= max_tokens))
 
-def plan_epoch(dataset, size, tokens, seed, epoch, window=500):
-    """The rows of all batches of one epoch, a list of arrays: see `batches`."""
-    lengths, rng = np.array([(len(q), len(a)) for q, a in dataset.tokens]), np.random.default_rng((seed, epoch))
+    def halves(rows):
+        side = np.ptp(lengths[rows], 0).argmax()
+        rows = rows[lengths[rows, side].argsort(kind="stable")]
+        middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
+        if middle >= len(rows):
+            middle = len(rows) // 2
+        return rows[:middle], rows[middle:]
 
-    def cut(rows):
-        if len(rows) <= size and (not tokens or len(rows) == 1 or len(rows) * lengths[rows].max(0).sum() <= tokens):
-            return [rows]
-        axis = np.ptp(lengths[rows], 0).argmax()
-        rows = rows[lengths[rows, axis].argsort(kind="stable")]
-        whole = max(size, len(rows) // 2 // size * size)  # halves of whole batches, as long as there are any
-        half = whole if whole < len(rows) else len(rows) // 2
-        return cut(rows[:half]) + cut(rows[half:])
-
-    order = rng.permutation(len(lengths))
-    plan = [batch for i in range(0, len(order), window * size) for batch in cut(order[i:i + window * size])]
+    order, plan = rng.permutation(len(lengths)), []
+    for start in range(0, len(order), window * size):
+        parts = [order[start:start + window * size]]
+        while parts:
+            rows = parts.pop()
+            if fits(rows):
+                plan.append(rows)
+            else:
+                parts += halves(rows)
     return [plan[i] for i in rng.permutation(len(plan))]
 
 
-# ---- The miniature's world -----------------------------------------------------------------------------------
-#
-# A scene is one to four objects of a kind: "two small red circles at the left on a blue background". One scene in
-# ten, by a hash of its words, is held out: neither CLIP nor the language model nor LMEye ever trains on it.
+# ---- Published data ------------------------------------------------------------------------------------------
 
-SIDE = 64  # pixels
-WORDS = 16  # of CLIP's longest text
-NUMBERS = ("one", "two", "three", "four")
-SIZES = {"small": 11, "large": 18}  # an object's side in pixels
-COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 214), "yellow": (245, 215, 40),
-          "white": (245, 245, 245), "black": (20, 20, 20)}
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
-GROUPS = {  # where the objects of a group stand, in units of the room that one object takes
-    "one": [[(0, 0)]],
-    "two": [[(-.5, 0), (.5, 0)], [(0, -.5), (0, .5)]],
-    "three": [[(-.5, -.5), (.5, -.5), (0, .5)], [(0, -.5), (-.5, .5), (.5, .5)]],
-    "four": [[(-.5, -.5), (.5, -.5), (-.5, .5), (.5, .5)]],
+PUBLISHED = {  # what a stage takes without --data: a folder, a data repository on the Hugging Face hub, its files
+    1: ("llava-cc3m-595k", "liuhaotian/LLaVA-CC3M-Pretrain-595K", ["chat.json", "images.zip"]),
+    2: ("llava-instruct-150k", "liuhaotian/LLaVA-Instruct-150K", ["llava_instruct_150k.json"]),
 }
-KINDS = ("color", "shape", "size", "number", "place", "background", "yes/no")
-OFTEN = (1, 1, 1, 1, 1, 1, 4)  # how often each kind is trained on: comparing takes more practice than looking up
-WEIGHTS = {"number": 2, "size": 1, "color": 1.5, "shape": 3, "place": 2, "background": 0.5}  # in captions for CLIP
+COCO_PICTURES = "http://images.cocodataset.org/zips/train2017.zip"  # those of stage 2; they are not on the hub
 
 
-class Scene(NamedTuple):
-    number: str
-    size: str
-    color: str
-    shape: str
-    place: str
-    background: str
+def published(stage, out, agreed):
+    """Have the published data of a stage below `out` → ([records], [pictures]) for `read_records`.
 
-    @property
-    def noun(self):
-        return self.shape if self.number == "one" else self.shape + ("es" if self.shape == "cross" else "s")
-
-
-SCENES = [Scene(*s) for s in itertools.product(NUMBERS, SIZES, COLORS, SHAPES, PLACES, COLORS) if s[2] != s[5]]
-VALUES = {name: sorted({getattr(s, name) for s in SCENES}) for name in Scene._fields}
-IN_TEN = {s: zlib.crc32(" ".join(s).encode()) % 10 for s in SCENES}
-HELD_OUT = [s for s in SCENES if IN_TEN[s] == 0]
-TRAINING = [s for s in SCENES if IN_TEN[s] != 0]
-
-
-def attributes(scene):
-    """What a caption of this scene can name: here the same for all."""
-    return Scene._fields
-
-
-def draw(scene, rng):
-    """Draw a scene → RGB picture, SIDE × SIDE; `rng` (random.Random) decides on arrangement and jitter."""
-    picture = Image.new("RGB", (SIDE, SIDE), COLORS[scene.background])
-    canvas = ImageDraw.Draw(picture)
-    room = SIZES[scene.size] + 2 + rng.randint(0, 2)
-    group = rng.choice(GROUPS[scene.number])
-    center = []  # of the group: pushed to its side of the picture, or near the middle
-    for axis, side in enumerate(PLACES[scene.place]):
-        reach = SIDE / 2 - 1 - (max(spot[axis] for spot in group) + .5) * room
-        center.append(SIDE / 2 + (side * (reach - rng.uniform(0, 3)) if side else rng.uniform(-3, 3)))
-    for spot in group:
-        x, y = (c + s * room + rng.uniform(-1, 1) for c, s in zip(center, spot))
-        draw_shape(canvas, scene, x, y, r=SIZES[scene.size] / 2 + rng.uniform(-.5, .5))
-    return picture
-
-
-def draw_shape(canvas, scene, x, y, r):
-    """One object with its center at (x, y), r pixels from there to its edge."""
-    color, box = COLORS[scene.color], (x - r, y - r, x + r, y + r)
-    if scene.shape == "circle":
-        canvas.ellipse(box, color)
-    elif scene.shape == "square":
-        canvas.rectangle((x - .9 * r, y - .9 * r, x + .9 * r, y + .9 * r), color)
-    elif scene.shape == "triangle":
-        canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], color)
-    elif scene.shape == "cross":
-        canvas.rectangle((x - r, y - r / 3, x + r, y + r / 3), color)
-        canvas.rectangle((x - r / 3, y - r, x + r / 3, y + r), color)
-    else:  # a ring
-        canvas.ellipse(box, color)
-        canvas.ellipse((x - .6 * r, y - .6 * r, x + .6 * r, y + .6 * r), COLORS[scene.background])
-
-
-def describe(scene, named=Scene._fields):
-    """A caption that names these attributes; without its number a scene is in the plural, "red things"."""
-    words = [getattr(scene, name) for name in ("number", "size", "color") if name in named]
-    one = "number" in named and scene.number == "one"
-    noun = scene.noun if one else scene._replace(number="many").noun
-    words.append(noun if "shape" in named else "thing" if one else "things")
-    words += [f"at the {scene.place}"] if "place" in named else []
-    words += [f"on a {scene.background} background"] if "background" in named else []
-    return " ".join(words)
-
-
-def ask(scene, kind, rng, named=Scene._fields):
-    """A question of this kind about these attributes of a scene → (question, answer)."""
-    one = scene.number == "one"
-    are, they = ("is", "it") if one else ("are", "they")
-    them = rng.choice((they, f"the {scene.noun}")) if "shape" in named else they
-    if kind == "yes/no":
-        name, yes = rng.choice(named), rng.random() < .5
-        value = getattr(scene, name) if yes else rng.choice([v for v in VALUES[name] if v != getattr(scene, name)])
-        question = {
-            "number": f"{'is' if value == 'one' else 'are'} there {value}?",
-            "background": f"is the background {value}?",
-            "shape": f"{are} {they} {'a ' if one else ''}{scene._replace(shape=value).noun}?",
-            "place": f"{are} {them} at the {value}?",
-        }.get(name, f"{are} {them} {value}?")
-        return question, "yes" if yes else "no"
-    return {
-        "color": f"what color {are} {them}?",
-        "shape": f"what shape {are} {they}?",
-        "size": f"how big {are} {them}?",
-        "number": f"how many {rng.choice(('', 'things '))}are there?",
-        "place": f"where {are} {them}?",
-        "background": "what color is the background?",
-    }[kind], getattr(scene, kind)
-
-
-def miniature(stage, held_out_scenes=False, pictures=6000, questions=6, seed=0):
-    """The miniature's records: captions for stage 1, questions for stage 2.
-
-    For training: `pictures` of random scenes that are not held out, `questions` about each; every fourth question
-    comes after another one and its answer, as in a chat. Held out: each such scene once, with each kind asked once.
+    States size and place first, and downloads only if `agreed` or told so on a terminal. UserError without that,
+    without the hub or room on the disk, and where COCO's pictures are missing, with the command that fetches them.
     """
-    rng = random.Random(f"{stage} {held_out_scenes} {seed}")
-    records = []
-    for scene in HELD_OUT if held_out_scenes else rng.choices(TRAINING, k=pictures):
-        picture = draw(scene, rng)
-        if stage == 1:
-            records.append(Record(picture, (), describe(scene)))
-            continue
-        for kind in KINDS if held_out_scenes else rng.choices(KINDS, OFTEN, k=questions):
-            before = ask(scene, rng.choice(KINDS), rng) if not held_out_scenes and rng.random() < .25 else ()
-            question, answer = ask(scene, kind, rng)
-            records.append(Record(picture, (*before, question), answer, kind))
-    return records
-
-
-def build_tokenizer(ends, texts=None):
-    """A tokenizer of the world's own words: lower case, no punctuation, <end> the highest id (CLIP pools there).
-
-    With `ends`, texts are framed as CLIP's tokenizer does, [start … end]; without, as OPT's, [start …].
-    """
-    rng = random.Random(0)
-    texts = texts or [describe(s) for s in SCENES] + [ask(s, kind, rng)[0] for s in SCENES for kind in KINDS]
-    texts = [IMAGE, QUESTION + "thing things", ANSWER + " yes no", *texts]
-    word = r"\n?\w+:|[\w/-]+"
-    words = sorted({w for text in texts for w in re.findall(word, text.lower())})
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<unk>", *words, "<start>", "<end>"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(word), "removed", invert=True)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<start> $A <end>" if ends else "<start> $A",
-        special_tokens=[(t, vocabulary[t]) for t in ("<start>", "<end>")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>",
-                                   bos_token="<start>", eos_token="<end>")
+    name, repository, files = PUBLISHED[stage]
+    folder = Path(out, "data", name)
+    missing = [file for file in files if not (folder / file).is_file()]
+    try:
+        size = 0
+        for file in missing:
+            url = huggingface_hub.hf_hub_url(repository, file, repo_type="dataset")
+            size += huggingface_hub.get_hf_file_metadata(url).size
+        if missing:
+            print(f"--stage {stage} without --data takes {name}: {size / 1e9:.2f} GB to download into {folder}/")
+            if not agreed and sys.stdin.isatty():
+                agreed = input("Download now? [y/N] ").strip().lower() in ("y", "yes")
+            if not agreed:
+                raise UserError("nothing was downloaded: add --download to agree, or name data of your own with --data")
+            folder.mkdir(parents=True, exist_ok=True)
+            if size > shutil.disk_usage(folder).free:
+                raise UserError(f"{folder}: there is no room for {size / 1e9:.2f} GB")
+        for file in missing:
+            huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", local_dir=folder)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises what its network library raises
+        raise UserError(f"{repository}: can't be fetched from the hub ({error}): try again, or use data of your own, "
+                        "with --data") from error
+    pictures = folder / ("images.zip" if stage == 1 else "train2017.zip")
+    if not pictures.is_file():
+        raise UserError(f"{pictures} is missing: COCO's pictures, 19 GB, are not on the hub. To fetch them:  "
+                        f"curl -L -C - --create-dirs -o {pictures} {COCO_PICTURES}")
+    return [str(folder / files[0])], [str(pictures)]

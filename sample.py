@@ -1,274 +1,430 @@
-"""Ask a trained LMEye about pictures.
+"""Ask a trained LMEye about pictures, or measure it on a data set.
 
     python sample.py picture.jpg "what shape is it?"          the answer, as it is written
     python sample.py picture.jpg                              a chat about the picture: a question a line
     python sample.py a.jpg b.jpg c.jpg "what shape is it?"    a batch: a line of JSON for each picture
     python sample.py a.jpg b.jpg --questions questions.txt    each line of the file, asked about each picture
-    python sample.py picture.jpg "what shape is it?" --inspect look.png    where it looks, and what the request is worth
+    python sample.py --data questions.json --images val.zip   an evaluation: a table, the answers, result files
 
 The newest checkpoint below --out answers, unless --checkpoint names another. One that has only seen stage 1 writes
-captions. Answers go to the standard output, everything else to the standard error.
+captions. Answers and tables go to the standard output, everything else to the standard error.
 """
 
 import argparse
-import contextlib
+import glob
 import json
-import math
 import os
+import re
+import shlex
 import sys
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import lmeye
-from lmeye import CHECKPOINT, PRESETS, LMEye, UserError, dialogue
+from lmeye import CHECKPOINT, PRESETS, LMEye, UserError
 
-
-def note(text):
-    print(f"note: {lmeye.printable(str(text))}", file=sys.stderr)
-
-
-def newest(out, model):
-    """The checkpoint of a model ("*": of any) below `out` that was written last. UserError if there is none."""
-    found = sorted(Path(out).glob(f"{model}/*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"no checkpoint below {out}/: make one with  python train.py --stage 1  and then  --stage 2")
-    return found[-1]
-
-
-def load(args, path):
-    """(model with its adapter, stage). The checkpoint tells layers and preset; models of no preset, the user names."""
-    _, saved, *_ = lmeye.read_checkpoint(path)
-    if saved.preset in PRESETS:
-        args.preset = saved.preset
-    elif not (args.llm and args.clip):
-        raise UserError(f"{path}: belongs to models of your own: name them with  --llm {saved.llm} --clip {saved.clip}")
-    args.n_features, args.n_slots, args.interaction = saved.n_features, saved.n_slots, saved.interaction
-    model = LMEye.from_settings(lmeye.settings_from(args))
-    return model, model.load(path)
+MAX_TOKENS = 64  # of an answer, unless told otherwise
 
 
 def look(model, path):
-    """A picture file → its feature f (1, C)."""
-    picture = data.load_image(path)
-    if model.settings.preset == "mini" and picture.size != (data.SIDE, data.SIDE):
-        note(f"{path}: the miniature knows only its own world, shapes in a picture of {data.SIDE} × {data.SIDE} pixels")
-    return model.encode_image(model.preprocess(picture)[None])
-
-
-def check_words(model, text):
-    """Tell which words of questions the miniature's vocabulary lacks."""
-    unknown = [word for word in text.split() if model.tokenizer.unk_token_id in model.ids(word)]
-    if unknown and model.settings.preset == "mini":
-        note(f"the miniature does not know: {' '.join(unknown)}")
+    """A picture file → its feature f (1, C). UserError if it can't be read."""
+    return model.encode_image(model.preprocess(data.load_image(path))[None])
 
 
 def answer(model, f, question, options):
-    """Print the answer to one question as it is written, and return it. No question: a caption."""
-    ids, shown = [], ""
-    for token in model.stream(f, question and [question], **options):
+    """Print the answer to one question as it is written, and return it. No question: a caption. The last word is held
+    back until the next one begins: a tokenizer may still join something to it."""
+    ids, shown, text = [], "", ""
+    for token in model.stream(f, [question] if question else None, **options):
         ids += token.tolist()
         text = lmeye.printable(model.decode(ids))
-        if text.startswith(shown) and not text.endswith("\ufffd"):  # half of a character is not shown
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print()
-    return shown
+        whole_words = text.rpartition(" ")[0]
+        if whole_words.startswith(shown):
+            print(whole_words[len(shown):], end="", flush=True)
+            shown = whole_words
+    print(text[len(shown):] if text.startswith(shown) else f"\n{text}")
+    return text
 
 
 def chat(model, f, options):
     """Read questions, a line each, until an empty one; earlier turns are context, and each turn asks anew."""
-    turns, prompt = (), "question (none: end) > " if sys.stdin.isatty() else ""
-    for question in iter(lambda: input(prompt).strip().encode("utf-8", "replace").decode(), ""):
-        check_words(model, question)
-        for past in [turns[n:] for n in range(0, len(turns) + 1, 2)]:  # all turns; without the earliest; …; none
-            try:
-                turns = *past, question, answer(model, f, dialogue((*past, question)), options)
-                break
-            except UserError as error:  # longer than the language model's context
-                note("the context is full: asked without the earliest turn" if past else error)
+    if sys.stdin is None:
+        raise UserError("no question was given, and there is no standard input to read one from")
+    turns, prompt = [], "question (none: end) > " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            question = input(prompt).encode("utf-8", "replace").decode().strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        note_unknown_words(model, question)
+        if not fits(model, question):
+            print("note: this question is longer than the language model's context: shorten it", file=sys.stderr)
+            continue
+        while not fits(model, data.dialogue([*turns, question])):
+            print("note: the context is full: asked without the earliest turn", file=sys.stderr)
+            turns = turns[2:]
+        turns += [question, answer(model, f, data.dialogue([*turns, question]), options)]
 
 
-def batch(model, pictures, questions, options, batch_size):
-    """Ask every question about every picture (none: write captions), and print a line of JSON for each answer."""
-    f = {path: look(model, path) for path in tqdm(pictures, desc="pictures", disable=None)}
-    asked = [(path, question) for path in pictures for question in questions or [None]]
-    for start in tqdm(range(0, len(asked), batch_size), desc="answers", disable=None):
-        part = asked[start:start + batch_size]
-        answers = model.generate(torch.cat([f[path] for path, _ in part]), [q for _, q in part] if questions else None,
-                                 **options)
+def fits(model, question):
+    """Whether a question, with room for a token of an answer, fits the language model's context."""
+    return len(model.token_ids([question], [""])[0][0]) < model.max_text_tokens
+
+
+def note_unknown_words(model, text):
+    """Tell which words the tokenizer has no token for. (Those of large models have one for any.)"""
+    unknown = [word for word in text.split() if model.tokenizer.unk_token_id in model.ids(word)]
+    if unknown:
+        print(f"note: the language model does not know: {lmeye.printable(' '.join(unknown))}", file=sys.stderr)
+
+
+def batch(model, pictures, questions, options, max_batch_tokens):
+    """Print a line of JSON for each answer to each question about each picture (no questions: for each caption). What can't
+    be answered has an "error" in its line, and the others go on; UserError at the end if there was one."""
+    features, asked, failed = {}, [], 0
+    for path in tqdm(pictures, desc="pictures", disable=None):
+        try:
+            features[path] = look(model, path)
+        except UserError as error:
+            print(json_line({"image": path, "error": str(error)}), flush=True)
+            failed += 1
+    for path in features:
+        for question in questions or [""]:
+            if fits(model, question):
+                asked.append((path, question))
+            else:
+                print(json_line({"image": path, "question": question, "error": "longer than the context"}), flush=True)
+                failed += 1
+    longest = max([len(model.ids(question)) for _, question in asked], default=0)
+    size = max(1, max_batch_tokens // (longest + options["max_tokens"]))
+    for start in tqdm(range(0, len(asked), size), desc="answers", disable=None):
+        part = asked[start:start + size]
+        f = torch.cat([features[path] for path, _ in part])
+        answers = model.generate(f, [question for _, question in part] if questions else None, **options)
         for (path, question), text in zip(part, answers):
-            line = {"image": path} | ({"question": question} if question else {}) | {"answer": lmeye.printable(text)}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            named = {"image": path, "question": question} if questions else {"image": path}
+            print(json_line(named | {"answer": text}), flush=True)
+    if failed:
+        raise UserError(f"{failed} could not be answered: see \"error\" in their lines")
 
 
-# ---- Looking into an answer ----------------------------------------------------------------------------------
+def json_line(row):
+    """A dict as a line of JSON in which letters of all scripts stay readable, and what a terminal obeys is escaped."""
+    text = json.dumps(row, ensure_ascii=False)
+    return "".join(c if lmeye.printable(f"-{c}-") == f"-{c}-" else json.dumps(c)[1:-1] for c in text)
 
-SECOND = "what color is the background?"  # shown beside the question, to see the gaze move
+
+# ---- Evaluation ----------------------------------------------------------------------------------------------
 
 
-def gaze(model, picture, question, answer):
-    """How much each place of the picture moved log p(answer): input × gradient, summed over channels → (h, w), 0 to 1.
-    The places are a ViT's patch embeddings, or those of a ResNet's last feature map that is at least 7 × 7."""
-    visual, kept = model.clip.visual, []
-    names = ("ln_pre",) if hasattr(visual, "ln_pre") else ("layer1", "layer2", "layer3", "layer4")
-    if not all(hasattr(visual, name) for name in names):
-        raise UserError("--inspect knows CLIP's own image towers, ViT and ResNet; this one is another")
-    hooks = [getattr(visual, name).register_forward_hook(lambda *call: kept.append(call[-1])) for name in names]
-    pixels = model.preprocess(picture)[None].to(model.device, model.text.transformer.get_cast_dtype())
-    f = model.clip.encode_image(pixels.requires_grad_()).float()
-    for hook in hooks:
-        hook.remove()
-    loss = 1024 * model.loss_sum(f, model.tokens([question], [answer]))  # lest small gradients vanish in fp16
-    maps = [x.float() * g.float() for x, g in zip(kept, torch.autograd.grad(loss, kept))]
-    if maps[0].ndim == 3:  # (1, 1 + h·w, channels), the class token first
-        places = maps[0][0, 1:].sum(-1).unflatten(0, (round((maps[0].shape[1] - 1) ** 0.5), -1))
-    else:
-        places = [m for m in maps if m.shape[-1] >= 7][-1][0].sum(0)
-    return places.abs().cpu() / places.abs().max().clamp(min=1e-9)
+def predict_and_score(model, dataset, name="answers", blind=False, max_batch_tokens=4096):
+    """Let a model speak about the records of a Dataset → ({column: (R,) scores}, R texts). With `blind`, it is shown
+    other records' pictures: what it still gets right, it did not see. A score is NaN where a column does not concern a
+    record. Progress is shown under `name`."""
+    model.eval()
+    records, shown = dataset.records, data.shuffled(dataset) if blind else dataset
+    scores, texts = {}, [""] * len(records)
+    for rows in tqdm(batches_by_length(model, dataset, max_batch_tokens), desc=name, disable=None):
+        batch, f = [records[i] for i in rows], shown.f(rows)
+        if batch[0].choices:
+            said, marks = rank_choices(model, batch, f)
+        else:
+            questions = [record.question for record in batch] if batch[0].turns else None
+            said = model.generate(f, questions, max_tokens=MAX_TOKENS)
+            marks = [score_text(record, text) for record, text in zip(batch, said)]
+        if not batch[0].turns:
+            for mark, value in zip(marks, clip_score(model, dataset.f(rows), said).tolist()):
+                mark["CLIPScore"] = value
+        for i, text, mark in zip(rows, said, marks):
+            texts[i] = text
+            for column, score in mark.items():
+                scores.setdefault(column, np.full(len(records), np.nan))[i] = score
+    for how in ("", ", per token"):
+        if "QA→R" + how in scores:
+            scores["Q→AR" + how] = both_right(records, scores["Q→A" + how], scores["QA→R" + how])
+    return {column: scores[column] for column in sorted(scores, key=lambda c: (c == "all", c))}, texts
+
+
+def batches_by_length(model, dataset, max_batch_tokens):
+    """Rows of a Dataset in batches of one kind (captions, questions, choices) whose texts, with padding and answers, have
+    at most max_batch_tokens; the largest come first, so that memory that does not suffice is found out at once."""
+    sizes = []  # of each record: its kind, and the tokens that it takes
+    for record, (question, _) in zip(dataset.records, dataset.tokens):
+        K, longest = len(record.choices), MAX_TOKENS
+        if record.choices:
+            longest = max(len(ids) for ids in model.token_ids(None, record.choices)[1])
+        sizes.append((K, len(record.turns) > 0, max(1, K) * (len(question) + longest)))
+    batches, batch = [], []
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if batch and (sizes[i][:2] != sizes[batch[0]][:2] or (len(batch) + 1) * sizes[i][2] > max_batch_tokens):
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    return [batch] + batches[::-1]
+
+
+def score_text(record, text):
+    """What a text scores against a record's answer → {column: score}: exact match (but for case), over all and by
+    category; VQA's soft accuracy where the data has the answers of its annotators. Captions have no truth to match."""
+    if not record.turns or not record.answer:
+        return {}
+    right = text.lower() == record.answer.lower()
+    scores = {record.category: right, "all": right}
+    if len(record.answers) > 1:
+        scores["VQA"] = scores[f"VQA, {record.category}"] = vqa_accuracy(text, record.answers)
+    return scores
+
+
+def rank_choices(model, records, f):
+    """VCR: the likeliest choice of each record, by the sum and by the mean of its tokens' log p → (texts, [{column: right}])."""
+    texts, marks = [], []
+    logp = model.score(f, [r.question for r in records], [list(r.choices) for r in records]).cpu()  # (B, K)
+    for record, sums in zip(records, logp):
+        lengths = torch.tensor([len(ids) - 1 for ids in model.token_ids(None, record.choices)[1]])  # without eos
+        likeliest, likeliest_per_token = record.choices[sums.argmax()], record.choices[(sums / lengths).argmax()]
+        step = "Q→A" if len(record.turns) == 1 else "QA→R"
+        texts.append(likeliest)
+        marks.append({step: likeliest == record.answer, f"{step}, per token": likeliest_per_token == record.answer})
+    return texts, marks
+
+
+def both_right(records, answered, explained):
+    """VCR's Q→AR, (R,): of the records that ask for a rationale, right where the answer was right as well."""
+    right = {}
+    for record, score in zip(records, answered):
+        if not np.isnan(score):
+            right[record.key, record.image, record.turns[0]] = score
+    answered = [right.get((record.key, record.image, record.turns[0]), np.nan) for record in records]
+    return explained * np.array(answered)
 
 
 @torch.no_grad()
-def log_p(model, f, question, answer):
-    """Log-probability of an answer and its end."""
-    return -model.loss_sum(f, model.tokens([question], [answer])).item()
+def clip_score(model, f, captions):
+    """2.5 · max(cos(picture, caption), 0) of each (Hessel et al., 2021), without their code's "A photo depicts"."""
+    v = model.clip.encode_text(model.clip_tokenizer(captions).to(model.device)).float()  # (B, C)
+    return 2.5 * F.cosine_similarity(f.to(v), v).clamp(min=0).cpu()
 
 
-def without(model, f, question, answer):
-    """What log p(answer) loses when one of the decomposed features is zero: N numbers."""
-    N, W = model.settings.n_features, model.request.out_features
-    whole, lost = log_p(model, f, question, answer), []
-    for i in range(N):
-        keep = (torch.arange(N, device=model.device) != i).repeat_interleave(W)
-        with model.decompose.register_forward_hook(lambda module, inputs, out: out * keep):
-            lost.append(whole - log_p(model, f, question, answer))
-    return lost
+def vqa_accuracy(said, answers):
+    """VQA's soft accuracy: for each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015). As
+    in the official scorer, texts are normalised only where the annotators differ."""
+    normalize = normalize_vqa if len(set(answers)) > 1 else str.strip
+    match = [normalize(a) == normalize(said) for a in answers]
+    return sum(min(1, (sum(match) - m) / 3) for m in match) / len(match)
 
 
-def rivals(model, checkpoint, f, gray):
-    """Yield (name, model, feature that it sees): this model, and what its answer is to be compared with."""
-    yield model.settings.interaction, model, f
-    if model.settings.interaction == "full":
-        silent = copy(model)  # with the same weights
-        silent.settings = replace(model.settings, interaction="norequest")
-        yield "full, its request set to zero", silent, f
-    for name in ("norequest", "static"):
-        path = Path(checkpoint).resolve().parent.with_name(f"stage2-{name}") / CHECKPOINT
-        if path.is_file() and name != model.settings.interaction:
-            rival = LMEye(lmeye.read_checkpoint(path)[1], model.llm, model.tokenizer, model.clip, model.preprocess,
-                          model.clip_tokenizer)
-            rival.load(path)
-            yield f"{name}, as trained", rival, f
-    yield "blind: a gray picture", model, gray
+def normalize_vqa(text):
+    """A text as the official scorer of VQA compares it: case, punctuation, numbers, articles, apostrophes left out."""
+    before = text = text.lower()
+    comma = re.search(r"\d,\d", text)
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        removed = comma or f"{mark} " in before or f" {mark}" in before
+        text = text.replace(mark, "" if removed else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [NUMBER_WORDS.get(word, word) for word in text.split() if word not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
-def inspect_answer(model, checkpoint, path, questions, out):
-    """Draw what led to an answer: the gaze for two questions, p under the rivals, what each feature was worth."""
-    source = data.load_image(path)
-    f, gray = (model.encode_image(model.preprocess(p)[None]) for p in (source, Image.new("RGB", source.size, "gray")))
-    side = (256, 256)
-    picture = ImageOps.fit(source, side, Image.Resampling.NEAREST if source.width < 256 else Image.Resampling.BICUBIC)
-    page = Image.new("RGB", (848, max(530, 352 + 18 * model.settings.n_features)), "white")
-    canvas, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
+                "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+CONTRACTIONS = {"oclock": "o'clock", "maam": "ma'am", "yall": "y'all", "twas": "'twas"}
+for ending, stems in {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "'ve": "could i might not should they we what where who would you", "'re": "there they what why you", "'m": "i",
+    "'s": "he how that there what when where who why someone somebody something",
+    "'d": "he how it there they where who you someone something",
+    "'ll": "how it they what who why you someone somebody something",
+}.items():
+    for stem in stems.split():
+        CONTRACTIONS[stem + ending.replace("'", "")] = stem + ending
 
-    def write(x, y, text, color="black"):
-        canvas.text((x, y), text if len(text) < 42 else text[:40] + "…", color, font)
 
-    def bar(x, y, share, text, color):
-        canvas.rectangle((x, y, x + max(1, 120 * share), y + 12), color)
-        write(x + 126, y - 2, text)
+def bootstrap_interval(scores, picture, draws=1000):
+    """95% bootstrap interval of a mean: scores (R,), the picture of each (R,) → (low, high). Pictures are drawn with
+    replacement, all their records with them: what is said about one picture goes together."""
+    _, picture = np.unique(picture, return_inverse=True)
+    total, count = np.bincount(picture, scores), np.bincount(picture)
+    rng, means = np.random.default_rng(0), []
+    for _ in range(draws):
+        drawn = rng.integers(len(count), size=len(count))
+        means.append(total[drawn].sum() / count[drawn].sum())
+    return tuple(np.percentile(means, (2.5, 97.5)))
 
-    page.paste(picture, (20, 30))
-    write(20, 8, Path(path).name)
-    answers = model.generate(f.expand(2, -1), questions)
-    for x, question, said in zip((296, 572), questions, answers):
-        veil = Image.fromarray((200 * (1 - gaze(model, source, question, said))).byte().numpy())
-        veil = veil.resize(side, Image.Resampling.BICUBIC)
-        page.paste(Image.composite(Image.new("RGB", side, "#888888"), picture, veil), (x, 30))
-        write(x, 8, question, "#555555")
-        write(x, 292, f"{said}   p = {math.exp(log_p(model, f, question, said)):.2f}")
-        lost = without(model, f, question, said) if model.settings.interaction != "static" else []
-        write(x, 322, "log p lost without each feature" if lost else "", "#555555")
-        for i, value in enumerate(lost):
-            bar(x, 342 + 18 * i, abs(value) / max(1e-6, *map(abs, lost)), f"f{i + 1}  {value:+.2f}", "#1f77b4")
-    write(20, 292, "its answer, and p of the first one", "#555555")
-    for i, (name, rival, seen) in enumerate(rivals(model, checkpoint, f, gray)):
-        p = math.exp(log_p(rival, seen, questions[0], answers[0]))
-        write(20, 322 + 38 * i, f"{name}: {rival.generate(seen, questions[:1])[0]}")
-        bar(20, 340 + 38 * i, p, f"{p:.2f}", "#2ca02c")
-    page.save(out, "PNG")
-    print(out)
+
+def evaluate(model, dataset, folder, skips=(), max_batch_tokens=4096):
+    """Measure a model with the pictures and blind, print a table with 95% intervals, leave the answers in `folder`. VQA's
+    questions among `skips` count as wrong, and stand in the results without an answer: its scorer wants all."""
+    if len(set(dataset.picture)) == 1:
+        print("note: of one picture no other can be shown, so blind sees it as well")
+    scores, texts = predict_and_score(model, dataset, "answers", False, max_batch_tokens)
+    blind, _ = predict_and_score(model, dataset, "answers, blind", True, max_batch_tokens)
+    missed = [skip.key for skip in skips if skip.key != ""]
+    print(f"{'':20}{model.settings.interaction:>20}{'blind':>24}    in percent, with 95% intervals")
+    for column in scores:
+        line = f"{column:20}"
+        for values, width in ((scores[column], 20), (blind[column], 24)):
+            known = ~np.isnan(values)
+            values, picture = values[known], dataset.picture[known]
+            if column == "VQA":
+                values = np.concatenate([values, np.zeros(len(missed))])
+                picture = np.concatenate([picture, -1 - np.arange(len(missed))])
+            low, high = bootstrap_interval(values, picture)
+            line += f"{100 * values.mean():.1f} ({100 * low:.1f}–{100 * high:.1f})".rjust(width)
+        print(line)
+    set_aside(folder)
+    Path(folder).mkdir(parents=True)
+    write_answers(dataset.records, texts, missed, Path(folder))
+    print(f"  {folder}/: {', '.join(sorted(path.name for path in Path(folder).iterdir()))}")
+
+
+def set_aside(path):
+    """Rename what stands at `path`, if anything, to the first free of path.1, path.2, … → its new path, or None."""
+    path, n = Path(path), 1
+    while path.with_name(f"{path.name}.{n}").exists():
+        n += 1
+    return path.rename(path.with_name(f"{path.name}.{n}")) if path.exists() else None
+
+
+def write_answers(records, texts, missed, folder):
+    """Write all answers; where records have ids, also as VQA's and COCO's scorers want them (`missed`: not asked)."""
+    lines, vqa, captions = [], [], {}
+    for record, text in zip(records, texts):
+        lines.append(json_line({"image": str(record.image), "question": record.question, "answer": text,
+                                "truth": record.answer, "category": record.category}) + "\n")
+        if record.key != "" and record.turns and not record.choices:
+            vqa.append({"question_id": record.key, "answer": text})
+        if record.key != "" and not record.turns:
+            captions[record.image] = {"image_id": record.key, "caption": text}
+    Path(folder, "answers.jsonl").write_text("".join(lines), "utf-8")
+    if vqa:
+        vqa += [{"question_id": key, "answer": ""} for key in missed]
+        Path(folder, "vqa.json").write_text(json.dumps(vqa), "utf-8")
+    if captions:
+        Path(folder, "captions.json").write_text(json.dumps(list(captions.values())), "utf-8")
+
+
+# ---- Models from the command line ----------------------------------------------------------------------------
+
+
+def settings_from(given, out):
+    """Settings from {field: value or None}: those of the preset, then what was given. What a preset has below "out/" is
+    looked for below `out`. Models other than the preset's are a preset of their own, named after them, as is its folder."""
+    given = {name: value for name, value in given.items() if value is not None}
+    real = "llm" in given or "clip" in given or torch.cuda.is_available()
+    preset = given.get("preset") or ("opt-1.3b" if real else "mini")
+    standard = PRESETS[preset]
+    standard = replace(standard, llm=below(out, standard.llm), clip=below(out, standard.clip))
+    settings = replace(standard, **given)
+    if (settings.llm, settings.clip) != (standard.llm, standard.clip):
+        clip = settings.clip.removeprefix("local-dir:").removeprefix("hf-hub:").replace(":", "-")
+        settings.preset = f"{Path(settings.llm).name}+{Path(clip).name}"
+    return settings
+
+
+def below(out, name):
+    """A name with the folder `out` in place of a preset's "out/"; other names stay as they are."""
+    return name.replace("out/", f"{out}/", 1) if name.startswith(("out/", "local-dir:out/")) else name
+
+
+def newest(args):
+    """The checkpoint below --out that was written last, of --llm and --clip if they are given. UserError if there is none."""
+    model = "*"
+    if args.llm and args.clip:
+        model = glob.escape(settings_from({"llm": args.llm, "clip": args.clip}, args.out).preset)
+    found = sorted(Path(args.out).glob(f"{model}/*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"no checkpoint below {args.out}/: make one with  python train.py --stage 1  and then  --stage 2")
+    return found[-1]
+
+
+def load_trained(args, path):
+    """(model with its adapter, stage). The checkpoint tells layers and preset; models of no preset, the user names."""
+    _, saved, _, _ = lmeye.read_adapter(path)
+    known = saved.preset in PRESETS
+    if not known and not (args.llm and args.clip):
+        flags = shlex.join(["--llm", saved.llm, "--clip", saved.clip])
+        raise UserError(f"{path}: belongs to models of your own: name them with  {flags}")
+    given = {"preset": saved.preset if known else None, "llm": args.llm, "clip": args.clip, "precision": args.precision,
+             "n_features": saved.n_features, "n_slots": saved.n_slots, "interaction": saved.interaction}
+    out = Path(path).resolve().parents[2] if args.checkpoint else args.out  # a checkpoint is OUT/MODEL/RUN/adapter…
+    model = LMEye.from_settings(settings_from(given, out))
+    return model, model.load(path)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 2)[0], epilog=__doc__.split("\n", 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE… [QUESTION]",
-                        help="pictures, then a question; the last word is a picture if it is a file or ends like one")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE… [QUESTION]", help="pictures, then a question, if any")
     parser.add_argument("--questions", metavar="FILE", help="a text file, a question a line")
-    parser.add_argument("--inspect", metavar="PNG", help="draw where the model looks and what its request is worth, "
-                        f"for its likeliest answer; a second question may follow the first (default: {SECOND})")
+    parser.add_argument("--data", action="append", metavar="PATH", help="evaluate on these records: as train.py's --data")
+    parser.add_argument("--images", action="append", metavar="PATH", help="their pictures: as train.py's --images")
     parser.add_argument("--checkpoint", metavar="FILE", help=f"an {CHECKPOINT} (default: the newest below --out)")
     parser.add_argument("--out", default="out", help="where train.py wrote (default: out)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="the longest answer (default: 64)")
+    parser.add_argument("--llm", help="as for train.py, where its models were your own")
+    parser.add_argument("--clip", help="as for train.py, where its models were your own")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="as for train.py (default: auto)")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help=f"the longest answer (default: {MAX_TOKENS})")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens only (0: from all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold P in sum")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once (default: 32)")
-    lmeye.add_flags(parser, ("llm", "clip", "precision"))
+    parser.add_argument("--max-batch-tokens", type=int, default=4096, help="bounds the memory, as for train.py (default: 4096)")
     args = parser.parse_args()
-    for name, low, high in (("max_tokens", 1, 10 ** 6), ("batch_size", 1, 10 ** 6), ("top_k", 0, 10 ** 6),
+    for name, low, high in (("max_tokens", 1, 10 ** 6), ("max_batch_tokens", 1, 10 ** 9), ("top_k", 0, 10 ** 6),
                             ("temperature", 0, 100), ("top_p", 0, 1), ("seed", 0, 10 ** 9)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} has to be from {low} to {high}")
+    if bool(args.inputs) == bool(args.data):
+        parser.error("either pictures are needed, or --data with records to evaluate on")
     return args
 
 
 def main():
     args = parse_args()
-    *pictures, last = args.inputs
-    is_picture = not pictures or os.path.isfile(last) or last.lower().endswith(data.ENDINGS)
-    pictures, questions = (args.inputs, []) if is_picture else (pictures, [last])
-    if args.inspect:
-        pictures, questions = args.inputs[:1], (args.inputs[1:] + [SECOND])[:2]
-        if not 2 <= len(args.inputs) <= 3 or args.questions or any(map(os.path.isfile, questions)):
-            raise UserError("--inspect takes one picture and one or two questions")
+    pictures, questions = args.inputs, []
+    if len(pictures) > 1 and not (os.path.isfile(pictures[-1]) or pictures[-1].lower().endswith(data.ENDINGS)):
+        pictures, questions = pictures[:-1], pictures[-1:]
     if args.questions:
-        questions += filter(str.strip, Path(args.questions).read_text("utf-8-sig", "replace").splitlines())
-    questions = [q.strip() for q in questions]
-    if not all(map(data.is_text, questions)):
+        questions = questions + [line for line in data.read_text(args.questions).splitlines() if line.strip()]
+    questions = [question.strip() for question in questions]
+    if not all(data.is_text(question) for question in questions):
         raise UserError("the question is empty or unreadable")
-    for path in pictures:
-        data.load_image(path)  # a wrong picture is told before the models are loaded
+    one = len(pictures) == 1 and not args.questions
+    if one:
+        data.load_image(pictures[0])  # a wrong picture is told before the models are loaded
 
-    own = args.llm and args.clip
-    checkpoint = args.checkpoint or newest(args.out, lmeye.settings_from(args).preset if own else "*")
-    model, stage = load(args, checkpoint)
-    if args.inspect and stage == 1:
-        raise UserError("--inspect looks into answers: it needs a checkpoint of stage 2")
+    checkpoint = Path(args.checkpoint or newest(args))
+    if args.data:
+        stage = lmeye.read_adapter(checkpoint)[0]
+        records, skips = data.read_records(args.data, args.images, stage, answered=False)
+    model, stage = load_trained(args, checkpoint)
+    if args.data:
+        dataset = data.encode(model, records, skips, checkpoint.parent.parent / "features")
+        print(f"data: {len(dataset.records):,} records to evaluate")
+        data.report_skips(skips)
+        evaluate(model, dataset, checkpoint.parent / "evaluation", skips, args.max_batch_tokens)
+        return
     if stage == 1 and questions:
-        note("this checkpoint has seen stage 1 only, captions. To get answers:  python train.py --stage 2")
+        print("note: this checkpoint has seen stage 1 only, captions. To get answers:  python train.py --stage 2", file=sys.stderr)
         questions = []
-    check_words(model, " ".join(questions))
+    if stage == 2 and not questions and not one:
+        raise UserError("several pictures: behind them a question is needed, or --questions FILE")
+    note_unknown_words(model, " ".join(questions))
     options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                    generator=torch.Generator(model.device).manual_seed(args.seed))
-    if args.inspect:
-        inspect_answer(model, checkpoint, pictures[0], questions, args.inspect)
-    elif len(pictures) > 1 or args.questions:
-        if stage == 2 and not questions:
-            raise UserError("several pictures: behind them a question is needed, or --questions FILE")
-        batch(model, pictures, questions, options, args.batch_size)
-    elif stage == 1 or questions:
+    if not one:
+        batch(model, pictures, questions, options, args.max_batch_tokens)
+    elif questions or stage == 1:
         answer(model, look(model, pictures[0]), questions[0] if questions else None, options)
     else:
-        with contextlib.suppress(EOFError):
-            chat(model, look(model, pictures[0]), options)
+        chat(model, look(model, pictures[0]), options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lab")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -21,10 +21,9 @@ import safetensors.torch
 import torch
 import transformers
 
-import data
 import lmeye
+import miniature
 from lmeye import LMEye, Settings
-
 
 
 def pytest_configure(config):
@@ -77,7 +76,7 @@ def folders(tmp_path):
 
 def save_llm(folder, seed=0):
     torch.manual_seed(seed)
-    tokenizer = data.build_tokenizer(ends=False)
+    tokenizer = miniature.build_tokenizer(ends=False)
     tokenizer.save_pretrained(folder)
     tiny_llm("opt", len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
              eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
@@ -109,7 +108,7 @@ def save_opt(folder):
 
 def save_clip(folder, seed=0):
     torch.manual_seed(seed)
-    tokenizer = data.build_tokenizer(ends=True)
+    tokenizer = miniature.build_tokenizer(ends=True)
     tokenizer.save_pretrained(folder)
     clip, config = tiny_clip(len(tokenizer))
     safetensors.torch.save_file(clip.state_dict(), Path(folder, "open_clip_model.safetensors"))
@@ -120,8 +119,8 @@ def save_clip(folder, seed=0):
 def tiny_model(family="opt", seed=0, **settings):
     """LMEye between a tiny random LM of a family and a tiny random CLIP, dropout off unless asked for."""
     torch.manual_seed(seed)
-    tokenizer = data.build_tokenizer(ends=False)
-    clip_tokenizer = data.build_tokenizer(ends=True)
+    tokenizer = miniature.build_tokenizer(ends=False)
+    clip_tokenizer = miniature.build_tokenizer(ends=True)
     llm = tiny_llm(family, len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
                    eos_token_id=tokenizer.eos_token_id)
     clip, _ = tiny_clip(len(clip_tokenizer))

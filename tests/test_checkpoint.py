@@ -35,7 +35,7 @@ def test_layers_that_are_not_used_are_not_saved():
     (dict(family="opt-350m"), "others"),
     (dict(n_features=4), "decompose"),
     (dict(n_slots=2), "transmit"),
-    (dict(interaction="norequest"), "--interaction full"),
+    (dict(interaction="norequest"), "request"),
 ])
 def test_a_file_of_another_model_is_refused_in_one_line_and_nothing_is_loaded(tmp_path, other, reason):
     tiny_model().save(tmp_path / "a.safetensors", 2)
@@ -92,4 +92,4 @@ def test_a_checkpoint_cannot_name_what_is_loaded(tmp_path):
 def test_a_setting_that_is_no_choice_is_named(tmp_path):
     (tmp_path / "a").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"interaction": "half"})))
     with pytest.raises(UserError, match="interaction"):
-        lmeye.read_checkpoint(tmp_path / "a")
+        lmeye.read_adapter(tmp_path / "a")

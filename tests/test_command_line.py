@@ -1,6 +1,7 @@
 """The programs as a user meets them: real runs, and mistakes that end in one line with status 2."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,7 +17,7 @@ from conftest import ROOT, fails_in_one_line, opt_tokenizer, run, save_clip, sav
 from PIL import Image
 from test_data import broken_pictures, save_picture
 
-import data
+import sample
 from lmeye import CHECKPOINT
 
 SHARED = ROOT.parent / "shared"
@@ -46,7 +47,8 @@ def trained(tmp_path_factory):
 def test_a_run_leaves_checkpoint_log_and_curve(trained):
     folder, _ = trained
     for stage in ("stage1", "stage2"):
-        assert {p.name for p in (folder / "out" / "llm+clip" / stage).iterdir()} == {CHECKPOINT, "log.csv", "loss.png"}
+        assert {p.name for p in (folder / "out" / "llm+clip" / stage).iterdir()} == {
+            CHECKPOINT, "log.csv", "run.json"}
 
 
 def test_epochs_count_passes_over_the_data(trained, tmp_path):
@@ -61,7 +63,7 @@ def test_a_new_run_beside_a_complete_one_is_what_resume_goes_on_with(trained, tm
     shutil.copytree(folder / "out", tmp_path / "out")
     again = ["--stage", 1, *flags, "--data", "pictures", "--steps", 2, "--resume", "--out", tmp_path / "out"]
     assert "nothing to resume" in run("train.py", *again, cwd=folder).stdout
-    (tmp_path / "out" / "llm+clip" / "stage1.part").mkdir()  # killed before it saved anything
+    (tmp_path / "out" / "llm+clip" / "stage1" / CHECKPOINT).unlink()  # killed before it saved anything
     assert "nothing to resume" not in run("train.py", *again, cwd=folder).stdout
     assert {p.name for p in (tmp_path / "out" / "llm+clip").iterdir()} >= {"stage1", "stage1.1"}
 
@@ -117,12 +119,57 @@ def test_a_stage_1_checkpoint_writes_captions_and_says_so(trained):
     assert caption.stderr == "" and "stage 1" in asked.stderr
 
 
-@pytest.mark.parametrize("more", ((), ("where is it?",)))
-def test_inspect_draws_one_picture(trained, more):
+def test_in_a_batch_a_bad_picture_or_question_has_an_error_and_the_others_their_answers(trained, tmp_path):
     folder, flags = trained
-    result = run("sample.py", "pictures/red.jpg", "what color is it?", *more, "--inspect", "look.png", *flags, cwd=folder)
-    assert result.returncode == 0 and result.stdout == "look.png\n", result.stderr
-    assert Image.open(folder / "look.png").width > 800
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "q.txt").write_text("what color is it?\n" + "red " * 5000 + "\n")
+    result = run("sample.py", "pictures/red.jpg", tmp_path / "broken.jpg", "pictures/blue.jpg", "--questions", tmp_path / "q.txt",
+                 *flags, cwd=folder)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == 2 and "3 could not be answered" in result.stderr
+    assert sum("error" in line for line in lines) == 3 and "no picture" in lines[0]["error"]
+    assert [line["image"] for line in lines if "answer" in line] == ["pictures/red.jpg", "pictures/blue.jpg"]
+
+
+def test_answers_in_json_keep_joiners_and_line_breaks_and_escape_what_a_terminal_obeys():
+    row = {"answer": "a\nb \u200d क्\u200cष \x1b[2J \x9b \u202e \udcff 語"}
+    line = sample.json_line(row)
+    assert json.loads(line) == row and "\n" not in line and "語" in line and "क्\u200cष" in line
+    assert not any(c in line for c in "\x1b\x9b\u202e\udcff")
+
+
+@pytest.mark.parametrize("pieces", [["it", "it '", "it's", "it's red"], ["dog", "dog .", "dog."], ["h", "h\ufffd", "hé é"]])
+def test_words_that_a_tokenizer_joins_later_are_written_once_and_right(pieces, capsys):
+    class Model:
+        def stream(self, f, questions, **options):
+            return (torch.tensor([i]) for i in range(len(pieces)))
+
+        def decode(self, ids):
+            return pieces[ids[-1]]
+
+    assert sample.answer(Model(), None, "?", {}) == pieces[-1]
+    assert capsys.readouterr().out == pieces[-1] + "\n"
+
+
+def test_without_a_standard_input_a_chat_is_told_in_one_line(trained):
+    folder, flags = trained
+    process = subprocess.run([sys.executable, str(ROOT / "sample.py"), "pictures/red.jpg", *flags], cwd=folder, text=True,
+                             capture_output=True, preexec_fn=lambda: os.close(0))
+    assert fails_in_one_line(process), process.stderr
+
+
+def test_a_terminal_that_lacks_a_letter_gets_an_escape(trained):
+    folder, flags = trained
+    shutil.copy(folder / "pictures/red.jpg", folder / "pictures/→.jpg")
+    process = subprocess.run([sys.executable, str(ROOT / "sample.py"), "pictures/→.jpg", "pictures/red.jpg", "what?", *flags],
+                             cwd=folder, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 0 and b"\\u2192" in process.stdout, process.stderr
+
+
+def test_a_record_that_is_no_utf8_in_questions_is_told(trained):
+    folder, flags = trained
+    (folder / "latin.txt").write_bytes("what côlor?".encode("latin-1"))
+    assert fails_in_one_line(run("sample.py", "pictures/red.jpg", "--questions", "latin.txt", *flags, cwd=folder))
 
 
 def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
@@ -145,7 +192,7 @@ def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
         [picture, picture, *flags],  # several pictures, no question
         [picture, "--questions", "nowhere", *flags],
         [picture, "what\udcff?", *flags],  # a byte that is no text
-        [picture, picture, "--inspect", "look.png", *flags],
+        ["--data", "nowhere", *flags],
     ):
         result = run("sample.py", *mistake, cwd=folder)
         assert fails_in_one_line(result), (mistake, result.stderr)
@@ -154,7 +201,7 @@ def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value", [("--temperature", "nan"), ("--temperature", "-1"), ("--seed", 10 ** 30),
-                                         ("--top-k", 10 ** 30), ("--top-p", 2), ("--max-tokens", 0)])
+                                         ("--top-k", 10 ** 30), ("--top-p", 2), ("--max-tokens", 0), ("--data", "a.json")])
 def test_values_out_of_range_are_named(flag, value):
     result = run("sample.py", "a.jpg", "what?", flag, value)
     assert result.returncode == 2 and flag in result.stderr and "Traceback" not in result.stderr
@@ -170,8 +217,6 @@ def test_temperatures_next_to_zero_take_the_likeliest_token(trained):
 def test_mistakes_in_training_end_in_one_line(trained, tmp_path):
     folder, flags = trained
     for mistake in (
-        ["--stage", 1, "--data", "pictures"],  # data for the miniature
-        ["--stage", 0, *flags],
         ["--stage", 2, *flags, "--data", "chat.json", "--out", "elsewhere"],  # no phase 1
         ["--stage", 1, *flags, "--data", "nowhere"],
         ["--stage", 1, *flags, "--data", "pictures", "--checkpoint", "nowhere"],
@@ -184,18 +229,29 @@ def test_mistakes_in_training_end_in_one_line(trained, tmp_path):
         result = run("train.py", *mistake, cwd=folder)
         assert fails_in_one_line(result), (mistake, result.stderr)
     for flag in (["--steps", 0], ["--lr", -1], ["--epochs", 0], ["--stage", 3], ["--precision", "int8"], ["--lr", "nan"],
-                 ["--seed", 10 ** 30], ["--images", "pictures"], ["--eval-only", "--stage", 0]):
+                 ["--seed", 10 ** 30], ["--images", "pictures"], ["--val", "pictures"]):
         result = run("train.py", "--stage", 1, *flag, cwd=folder)
         assert result.returncode == 2 and "Traceback" not in result.stderr and flag[0] in result.stderr
 
 
-def test_stage_2_names_the_command_that_is_missing(tmp_path):
+def test_stage_2_without_a_stage_1_says_so_before_it_does_anything(tmp_path):
     result = run("train.py", "--stage", 2, "--preset", "mini", cwd=tmp_path)
-    assert fails_in_one_line(result) and "python train.py --stage 1 --preset mini" in result.stderr
-    result = run("train.py", "--stage", 2, "--preset", "mini", "--interaction", "static", "--eval-only", cwd=tmp_path)
-    assert fails_in_one_line(result) and "--stage 2 --preset mini --interaction static" in result.stderr
+    assert fails_in_one_line(result) and "--stage 1 first" in result.stderr and not (tmp_path / "out/mini/llm").exists()
     result = run("train.py", "--stage", 2, "--preset", "mini", "--checkpoint", "nowhere", cwd=tmp_path)
     assert fails_in_one_line(result) and "nowhere is missing" in result.stderr and "--stage 1" not in result.stderr
+
+
+def test_the_users_commands_write_nothing_but_progress_to_the_standard_error(trained, tmp_path):
+    """Neither a warning of ours nor one of a library's, deprecations included."""
+    folder, flags = trained
+    strict = [sys.executable, "-W", "error::FutureWarning", "-W", "error::DeprecationWarning"]
+    for command in (["train.py", "--stage", "1", "--data", "pictures", "--steps", "3"],
+                    ["train.py", "--stage", "2", "--data", "chat.json", "--images", "pictures", "--steps", "3"],
+                    ["sample.py", "pictures/red.jpg", "what color is it?"],
+                    ["sample.py", "--data", "chat.json", "--images", "pictures"]):
+        process = subprocess.run([*strict, str(ROOT / command[0]), *command[1:], *flags, "--out", str(tmp_path)], cwd=folder,
+                                 text=True, capture_output=True)
+        assert process.returncode == 0 and process.stderr == "", (command, process.stderr)
 
 
 def test_ctrl_c_ends_without_a_traceback(trained, tmp_path):
@@ -203,7 +259,7 @@ def test_ctrl_c_ends_without_a_traceback(trained, tmp_path):
     command = ["--stage", "1", *flags, "--data", "pictures", "--steps", "20000", "--out", str(tmp_path)]
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], cwd=folder, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log = tmp_path / "llm+clip" / "stage1.part" / "log.csv"
+    log = tmp_path / "llm+clip" / "stage1" / "log.csv"
     for _ in range(600):
         if log.exists() and log.stat().st_size:
             break

@@ -1,20 +1,20 @@
-"""Readers take published files as they are, and count what they skip; the miniature's world is what it says."""
+"""Records, pictures, features and batches: what is skipped is counted, what is kept belongs together."""
 
 import json
-import random
-from collections import Counter
+import os
+import time
 
 import numpy as np
 import pytest
 import torch
 from benchmark import llava_like_lengths
 from conftest import tiny_model
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
-import train
-from data import Record, read_records
-from lmeye import UserError, dialogue
+from data import Record, Skip, read_records
+from data import dialogue
+from lmeye import UserError
 
 
 def save_picture(path, color="red", size=(40, 30)):
@@ -38,19 +38,19 @@ def test_a_folder_of_captions(tmp_path):
     save_picture(tmp_path / "c.jpg")
     (tmp_path / "a.txt").write_text("a red\n picture \n")
     (tmp_path / "deeper" / "b.txt").write_text("another")
-    records, skipped = read_records([tmp_path], None, 1)
+    records, skips = read_records([tmp_path], None, 1)
     assert records == [Record(str(tmp_path / "a.jpg"), (), "a red picture"),
                        Record(str(tmp_path / "deeper" / "b.PNG"), (), "another")]
-    assert sum(skipped.values()) == 1 and "caption" in next(iter(skipped))
+    assert len(skips) == 1 and "caption" in skips[0].reason
 
 
 def test_llava_pretraining_takes_the_caption_alone(tmp_path):
     path = llava(tmp_path, [
         {"id": "1", "image": "a.jpg", "conversations": turns("Describe it.\n<image>", "a cat")},
         {"id": "2", "image": "b/c.jpg", "conversations": turns("<image>\nWhat is this?", "a dog ")}])
-    records, skipped = read_records([path], [tmp_path], 1)
+    records, skips = read_records([path], [tmp_path], 1)
     assert records == [Record(f"{tmp_path}/a.jpg", (), "a cat"), Record(f"{tmp_path}/b/c.jpg", (), "a dog")]
-    assert not skipped
+    assert not skips
 
 
 def test_llava_instructions_become_a_record_a_turn(tmp_path):
@@ -63,7 +63,7 @@ def test_llava_instructions_become_a_record_a_turn(tmp_path):
 
 @pytest.mark.parametrize("item, reason", [
     ({"conversations": turns("What?", "a cat")}, "no picture"),
-    ({"image": 7, "conversations": turns("What?", "a cat")}, "no picture"),
+    ({"image": 7, "conversations": turns("What?", "a cat")}, "no text"),
     ({"image": "../a.jpg", "conversations": turns("What?", "a cat")}, "not inside --images"),
     ({"image": "/etc/a.jpg", "conversations": turns("What?", "a cat")}, "not inside --images"),
     ({"image": "a.jpg"}, "lacks a field"),
@@ -76,8 +76,71 @@ def test_llava_instructions_become_a_record_a_turn(tmp_path):
 ])
 def test_an_odd_record_is_skipped_and_counted(tmp_path, item, reason):
     good = {"image": "a.jpg", "conversations": turns("What?", "a cat")}
-    records, skipped = read_records([llava(tmp_path, [item, good])], [tmp_path], 2)
-    assert len(records) == 1 and list(skipped.values()) == [1] and reason in next(iter(skipped))
+    records, skips = read_records([llava(tmp_path, [item, good])], [tmp_path], 2)
+    assert len(records) == 1 and len(skips) == 1 and reason in skips[0].reason
+
+
+def test_of_a_chat_the_answered_turns_are_kept_and_the_rest_is_counted(tmp_path):
+    good = turns("What?", "a cat", "Where?", "here")
+    out_of_turn = good + [{"from": "gpt", "value": "And a dog."}, {"from": "human", "value": "Why?"}]
+    for chat in (good + turns("Why?"), good + turns("Why?", " "), good + turns("<image>", "so"), out_of_turn):
+        records, skips = read_records([llava(tmp_path, [{"image": "a.jpg", "conversations": chat}])], [tmp_path], 2)
+        assert [(r.turns, r.answer) for r in records] == [(("What?",), "a cat"), (("What?", "a cat", "Where?"), "here")]
+        assert len(skips) == 1 and "rest of a chat" in skips[0].reason
+
+
+def test_a_human_who_says_no_more_than_image_asks_for_a_caption(tmp_path):
+    path = llava(tmp_path, [{"image": "a.jpg", "conversations": turns("<image>\n", "a cat")}])
+    assert read_records([path], [tmp_path], 1) == ([Record(f"{tmp_path}/a.jpg", (), "a cat")], [])
+    with pytest.raises(UserError, match="a caption, for --stage 1"):
+        read_records([path], [tmp_path], 2)
+
+
+def test_of_a_long_chat_the_newest_turns_that_fit_stand_in_the_prompt(tmp_path):
+    """In a time that grows with the chat, not with its square; the shortened prompts are counted."""
+    model = tiny_model()
+    save_picture(tmp_path / "a.jpg")
+    chat = turns(*[f"what color is the red thing {'at the left ' * (i % 3)}" for i in range(800)])
+    records, skips = read_records([llava(tmp_path, [{"image": "a.jpg", "conversations": chat}])], [tmp_path], 2)
+    start = time.perf_counter()
+    some = data.encode(model, records, skips)
+    assert time.perf_counter() - start < 15
+    assert len(some.records) == 400 and len(skips) > 390 and all(skip.key == "" for skip in skips)
+    assert sum("oldest turns" in skip.reason for skip in skips) == len(skips)
+    for before, record, (question, answer) in zip(records, some.records, some.tokens):
+        assert record.answer == before.answer and before.turns[-len(record.turns):] == record.turns
+        assert len(record.turns) % 2 == 1 and len(question) + len(answer) <= model.max_text_tokens
+        if len(record.turns) < len(before.turns):  # one more question and answer would not have fitted
+            more = before._replace(turns=before.turns[-len(record.turns) - 2:])
+            question, answer = model.token_ids([more.question], [more.answer])
+            assert len(question[0]) + len(answer[0]) > model.max_text_tokens
+    short = [r for r in records if len(r.turns) == 1]
+    assert some.records[0] == short[0]
+
+
+def test_too_long_records_are_left_out_and_counted_with_their_keys(tmp_path):
+    model = tiny_model()
+    save_picture(tmp_path / "a.jpg")
+    picture, long = str(tmp_path / "a.jpg"), "red " * model.max_text_tokens
+    records = [Record(picture, ("what color?",), "red", key=1), Record(picture, (long,), "red", key=2),
+               Record(picture, ("what color?",), long, key=3),
+               Record(picture, ("what color?",), "red", key=4, choices=("red", "blue", long, "green")),
+               Record(picture, ("what?", long, "what color?"), "red", key=5)]
+    skips = []
+    some = data.encode(model, records, skips)
+    assert [(r.key, r.turns[-1]) for r in some.records] == [(1, "what color?"), (5, "what color?")]
+    too_long = [skip.key for skip in skips if "longer" in skip.reason]
+    assert too_long == [2, 3, 4] and len(skips) == 4
+    with pytest.raises(UserError, match="not one of 3 records can be used: longer"):
+        data.encode(model, records[1:4], [])
+
+
+def test_reasons_are_reported_by_how_often_they_occur(capsys):
+    data.report_skips([Skip("rare\x1b[2J")] + [Skip("often", i) for i in range(1200)])
+    assert capsys.readouterr().out == "  skipped 1,200: often\n  skipped 1: rare[2J\n"
+    data.report_skips([Skip(f"reason {i}") for i in range(12)])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 11 and out[-1] == "  skipped 2: other reasons"
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "3", "[]", '[{"image": "../a.jpg"}]', "\x00"])
@@ -114,6 +177,80 @@ def test_gray_of_16_bits_keeps_its_shades(tmp_path):
     assert abs(np.asarray(data.load_image(tmp_path / "a.png")).mean() - 127.5) < 1
 
 
+def shades(path):
+    return np.asarray(data.load_image(path))[:, :, 0].flatten()
+
+
+def test_gray_of_more_than_8_bits_is_neither_white_nor_black(tmp_path):
+    """Against the values by hand; Pillow's own conversion cuts all of these off at 0 or 255."""
+    ramp = np.linspace(0, 1, 256).reshape(16, 16)
+    (tmp_path / "a.pgm").write_bytes(b"P5 16 16 65535\n" + (ramp * 65535).astype(">u2").tobytes())
+    for kind, scale in (("int32", 1e9), ("int32", 40_000), ("int32", 255), ("float32", 1), ("float32", 255),
+                        ("float32", 1e6)):
+        Image.fromarray((ramp * scale).astype(kind)).save(tmp_path / f"{kind}{scale}.tif")
+    Image.fromarray((ramp - 0.5).astype("float32")).save(tmp_path / "signed.tif")
+    for path in tmp_path.iterdir():
+        expected = ramp.flatten() * (40_000 / 256 if "40000" in path.name else 255)
+        assert np.abs(shades(path).astype(int) - expected).max() <= 2, path
+    odd = ramp.astype("float32")
+    odd[0] = (np.nan, np.inf, -np.inf) * 5 + (0.5,)
+    Image.fromarray(odd).save(tmp_path / "odd.tif")
+    assert shades(tmp_path / "odd.tif")[:3].tolist() == [0, 0, 0] and shades(tmp_path / "odd.tif")[-1] == 255
+    Image.new("F", (8, 8), 300.0).save(tmp_path / "flat.tif")
+    assert len(set(shades(tmp_path / "flat.tif"))) == 1
+
+
+@pytest.mark.parametrize("mode", ("RGBA", "LA", "P"))
+def test_what_is_transparent_becomes_white(tmp_path, mode):
+    picture = Image.new("RGBA", (8, 4), (0, 0, 0, 255))
+    picture.paste((9, 9, 9, 0), (4, 0, 8, 4))
+    if mode == "P":
+        picture = Image.new("P", (8, 4), 0)
+        picture.putpalette([0, 0, 0, 9, 9, 9])
+        picture.paste(1, (4, 0, 8, 4))
+        picture.save(tmp_path / "a.png", transparency=1)
+    else:
+        picture.convert(mode).save(tmp_path / "a.png")
+    assert sorted(data.load_image(tmp_path / "a.png").getcolors()) == [(16, (0, 0, 0)), (16, (255, 255, 255))]
+
+
+def test_odd_exif_costs_no_picture(tmp_path):
+    """Pillow raises at tags of the wrong type when it writes EXIF back, and at broken EXIF when it reads it."""
+    whole = Image.Exif()
+    whole[0x0112], whole[0x010E] = 6, "a picture"
+    blob = whole.tobytes()
+    save_picture(tmp_path / "plain.jpg")
+    sizes = set()
+    for at in range(6, len(blob)):
+        for value in (0, 1, 7, 255):
+            odd = blob[:at] + bytes([value]) + blob[at + 1:]
+            Image.new("RGB", (40, 30), "red").save(tmp_path / "a.jpg", exif=odd)
+            sizes.add(data.load_image(tmp_path / "a.jpg").size)
+    assert sizes == {(30, 40), (40, 30)}
+
+
+def test_every_orientation_is_undone_as_pillow_does(tmp_path):
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        source.save(tmp_path / "a.png", exif=exif)
+        with Image.open(tmp_path / "a.png") as image:
+            expected = ImageOps.exif_transpose(image).convert("RGB")
+        assert np.array_equal(np.asarray(data.load_image(tmp_path / "a.png")), np.asarray(expected))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_place_of_a_picture_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="no file"):
+        data.load_image(tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "b.txt")
+    save_picture(tmp_path / "b.jpg")
+    with pytest.raises(UserError, match="b.txt"):
+        read_records([tmp_path], None, 1)
+
+
 def broken_pictures(folder):
     save_picture(folder / "whole.jpg", size=(300, 300))
     (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:700])
@@ -125,11 +262,12 @@ def broken_pictures(folder):
 def test_broken_pictures_are_left_out_and_counted(tmp_path):
     """Not replaced by others, not passed over in silence."""
     names = ["whole.jpg", *broken_pictures(tmp_path), "whole.jpg"]
-    skipped = Counter()
-    some = data.encode(tiny_model(), [Record(str(tmp_path / n), (), str(i)) for i, n in enumerate(names)], skipped)
+    skips = []
+    some = data.encode(tiny_model(), [Record(str(tmp_path / n), (), str(i), key=i) for i, n in enumerate(names)], skips)
     assert [r.answer for r in some.records] == ["0", "5"]
     assert len(some.features) == 5 and some.picture.tolist() == [0, 0]  # each picture is encoded once
-    assert sum(skipped.values()) == 4 and skipped[f"{tmp_path / 'missing.jpg'}: no such picture"] == 1
+    assert [skip.key for skip in skips] == [1, 2, 3, 4]
+    assert skips[3].reason == f"{tmp_path / 'missing.jpg'}: no such picture"
     for name in names[1:-1]:
         with pytest.raises(UserError, match=name):
             data.load_image(tmp_path / name)
@@ -139,10 +277,57 @@ def test_features_belong_to_their_records(tmp_path):
     model = tiny_model()
     for i, color in enumerate(("red", "green", "blue")):
         save_picture(tmp_path / f"{i}.jpg", color)
-    some = data.encode(model, [Record(str(tmp_path / f"{i}.jpg"), (), "a") for i in (0, 1, 2, 1)], Counter())
+    some = data.encode(model, [Record(str(tmp_path / f"{i}.jpg"), (), "a") for i in (0, 1, 2, 1)], [])
     for i, record in enumerate(some.records):
         alone = model.encode_image(model.preprocess(data.load_image(record.image))[None])
         assert torch.allclose(some.f([i]), alone, rtol=2e-3, atol=2e-3)  # features are kept in half precision
+
+
+def test_features_kept_in_a_file_are_those_of_this_clip_its_preprocessing_and_these_pictures(tmp_path):
+    model, paths = tiny_model(), []
+    for i, color in enumerate(("red", "green", "blue")):
+        save_picture(tmp_path / f"{i}.jpg", color)
+        paths.append(str(tmp_path / f"{i}.jpg"))
+    key = data.features_key(model, paths)
+    assert data.features_key(model, paths) == key == data.features_key(tiny_model(), paths)
+    assert data.features_key(model, paths[::-1]) != key
+    for change in ("weight", "buffer", "preprocess", "activation"):
+        other = tiny_model()
+        visual = other.clip.visual
+        if change == "weight":  # any of them
+            visual.transformer.resblocks[-1].mlp.c_fc.bias.data += 1
+        elif change == "buffer":
+            visual.register_buffer("running_mean", torch.ones(3))
+        elif change == "preprocess":
+            other.preprocess.transforms[-1].mean = (0.5, 0.5, 0.5)
+        else:
+            visual.transformer.resblocks[0].mlp.gelu = torch.nn.ReLU()
+        assert data.features_key(other, paths) != key, change
+    save_picture(tmp_path / "0.jpg", "white", (41, 30))
+    assert data.features_key(model, paths) != key
+
+
+def test_a_fingerprint_tells_datasets_of_one_shape_apart(tmp_path):
+    model = tiny_model()
+    for i, color in enumerate(("red", "green", "blue")):
+        save_picture(tmp_path / f"{i}.jpg", color)
+
+    def fingerprint(pictures=(0, 1, 2), answer="red", question="what color?"):
+        records = [Record(str(tmp_path / f"{i}.jpg"), (question,), answer) for i in pictures]
+        return data.encode(model, records, []).fingerprint()
+
+    first = fingerprint()
+    assert first == fingerprint() and len({first, fingerprint(answer="blue"), fingerprint(question="what size?"),
+                                           fingerprint((0, 2, 1)), fingerprint((0, 1, 1)), fingerprint((0, 1, 0))}) == 6
+    save_picture(tmp_path / "0.jpg", "yellow")
+    assert fingerprint() != first
+
+
+def test_shuffled_records_have_some_other_picture_and_records_of_one_picture_the_same():
+    some = plain_dataset([(1, 1)] * 300, pictures=60)
+    other = data.shuffled(some)
+    assert (other.picture != some.picture).all() and set(other.picture) == set(some.picture)
+    assert len(set(zip(some.picture, other.picture))) == 60 and other.records == some.records
 
 
 def plain_dataset(lengths, pictures=100):
@@ -161,7 +346,18 @@ def test_held_out_pictures_are_not_trained_on():
         assert all(int(p) == int(r.image[:-4]) for r, p in zip(some.records, some.picture))
     assert data.split(plain_dataset([(1, 1)] * 300, pictures=49))[1] is None
     few = data.split(plain_dataset([(1, 1)] * 300, pictures=50))[1]
-    assert (train.shuffled(few).picture != few.picture).all()  # two at least: one can't be shuffled
+    assert (data.shuffled(few).picture != few.picture).all()  # two at least: one can't be shuffled
+
+
+def test_a_batch_holds_the_records_of_its_rows():
+    tokens = [(np.array([5, 6]), np.array([7, 8, 9])), (np.array([], int), np.array([1])),
+              (np.arange(4), np.array([3, 4]))]
+    some = plain_dataset([(2, 3), (0, 1), (4, 2)])._replace(tokens=tokens)
+    f, tokens = some.batch([0, 2])
+    assert torch.equal(f, torch.tensor(some.features[[0, 2]]).float())
+    assert tokens.question.tolist() == [[0, 0, 5, 6], [0, 1, 2, 3]] and tokens.answer.tolist() == [[7, 8, 9], [3, 4, 0]]
+    assert tokens.question_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]] and tokens.answer_mask.tolist()[1] == [1, 1, 0]
+    assert not f.requires_grad and f.device.type == tokens.answer.device.type == "cpu"
 
 
 @pytest.mark.parametrize("size, tokens", [(16, None), (64, None), (64, 4096), (1000, 4096)])
@@ -181,57 +377,3 @@ def test_the_order_of_batches_depends_on_seed_and_epoch_alone():
     first, again, other = ([next(plan).tolist() for _ in range(20)] for plan in (first, again, other))
     assert first == again != other and first[:10] != first[10:]
     assert sorted(sum(first[:10], [])) == sorted(sum(first[10:], [])) == list(range(100))
-
-
-# ---- The miniature's world
-
-
-def test_held_out_scenes_never_occur_in_training():
-    for stage in (1, 2):
-        seen = {r.image.tobytes() for r in data.miniature(stage, pictures=300)}
-        held = data.miniature(stage, held_out_scenes=True)
-        assert seen.isdisjoint(r.image.tobytes() for r in held)
-    scenes = data.HELD_OUT
-    assert len(data.SCENES) == 6000 and 500 < len(scenes) < 700
-    assert Counter(r.kind for r in held) == {kind: len(scenes) for kind in data.KINDS}
-    for name, values in data.VALUES.items():  # every value of every attribute occurs on both sides
-        assert {getattr(s, name) for s in scenes} == set(values)
-
-
-def test_questions_have_the_scenes_own_answers():
-    rng = random.Random(0)
-    scene = data.Scene("two", "small", "red", "circle", "left", "blue")
-    assert data.describe(scene) == "two small red circles at the left on a blue background"
-    for kind in data.KINDS[:-1]:
-        assert data.ask(scene, kind, rng)[1] == getattr(scene, kind)
-    said = {data.ask(scene, "yes/no", rng) for _ in range(500)}
-    assert ("are there two?", "yes") in said and ("are there three?", "no") in said
-    assert ("is the background red?", "no") in said and ("is the background blue?", "yes") in said
-    assert len({question for question, _ in said}) == len(said)  # no question has both answers
-
-
-def test_a_drawing_shows_its_scene():
-    for scene in random.Random(0).sample(data.SCENES, 300):
-        picture = data.draw(scene, random.Random(1))
-        colors = {color: n for n, color in picture.getcolors()}
-        assert set(colors) == {data.COLORS[scene.color], data.COLORS[scene.background]}
-        mask = picture.convert("RGB").point(lambda v: v)
-        pixels = [(x, y) for x in range(data.SIDE) for y in range(data.SIDE)
-                  if mask.getpixel((x, y)) == data.COLORS[scene.color]]
-        center = [sum(p[axis] for p in pixels) / len(pixels) for axis in (0, 1)]
-        for axis, side in enumerate(data.PLACES[scene.place]):
-            offset = center[axis] - data.SIDE / 2
-            assert abs(offset) < 9 if side == 0 else offset * side > 3, scene
-        assert min(min(p) for p in pixels) >= 0
-
-
-def test_the_tokenizer_knows_every_word_and_frames_as_clips_and_opts_do():
-    clip, llm = data.build_tokenizer(ends=True), data.build_tokenizer(ends=False)
-    for records in (data.miniature(1, True), data.miniature(2, True)):
-        for r in records:
-            text = r.question + " " + r.answer
-            assert llm.unk_token_id not in llm(text).input_ids
-    ids = clip("two red things").input_ids
-    assert ids[0] == clip.bos_token_id and ids[-1] == clip.eos_token_id == max(clip.get_vocab().values())
-    assert llm("two").input_ids[0] == llm.bos_token_id and len(llm("two").input_ids) == 2
-    assert llm.decode(llm("Two red things?", add_special_tokens=False).input_ids) == "two red things"

@@ -1,4 +1,4 @@
-"""Published data fetches itself, from a server on this machine here: asks first, goes on where it broke off."""
+"""Published data is fetched from a hub on this machine here: asks first, goes on where a connection broke off."""
 
 import http.server
 import io
@@ -7,26 +7,32 @@ import threading
 import zipfile
 from collections import namedtuple
 
+import huggingface_hub
 import pytest
 from conftest import fails_in_one_line, run, save_clip, save_llm
 from test_formats import jpeg
 
 import data
+from lmeye import UserError
 
-Server = namedtuple("Server", "url files requests options")
+Server = namedtuple("Server", "files requests options")
+COMMIT = "0123456789" * 4
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server of published data with `files`, which notes the `requests` (method, path, Range) and obeys `options`:
-    cut (bytes after which it hangs up), ranges (whether it knows them)."""
+    """As much of the hub as its client asks for, with `files`, which notes the `requests` (method, path, Range) and
+    obeys `options`: cut (bytes after which it hangs up), ranges (whether it knows them)."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as z:
         for i, color in enumerate(("red", "green", "blue", "white")):
             z.writestr(f"{i}.jpg", jpeg(color))
     chat = [{"image": f"{i}.jpg", "conversations": [{"from": "human", "value": "<image>\nwhat color is it?"},
                                                     {"from": "gpt", "value": "red"}]} for i in range(4)]
-    files = {"/records.json": json.dumps(chat).encode(), "/images.zip": archive.getvalue()}
+    records = json.dumps(chat).encode()
+    one, two = (f"/datasets/{data.PUBLISHED[stage][1]}/resolve/main/" for stage in (1, 2))
+    files = {one + "chat.json": records, one + "images.zip": archive.getvalue(),
+             two + "llava_instruct_150k.json": records}
     requests, options = [], {"cut": None, "ranges": True}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -38,10 +44,15 @@ def server(monkeypatch):
 
         def answer(self, body):
             requests.append((self.command, self.path, self.headers.get("Range")))
+            if self.path not in files:
+                self.send_error(404)
+                return
             content = files[self.path]
             start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if options["ranges"] else 0
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("ETag", f'"{abs(hash(self.path)):x}"')
+            self.send_header("X-Repo-Commit", COMMIT)
             self.end_headers()
             if body:
                 self.wfile.write(content[start:][:options["cut"]])
@@ -51,11 +62,18 @@ def server(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{httpd.server_port}"
-        names = {name[1:]: url + name for name in files}
-        monkeypatch.setattr(data, "PUBLISHED", {1: ("pretrain", names), 2: ("instruct", names)})
-        yield Server(url, files, requests, options)
+        point_hub_at(monkeypatch, f"http://127.0.0.1:{httpd.server_port}")
+        yield Server(files, requests, options)
         httpd.shutdown()
+
+
+def point_hub_at(monkeypatch, url):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # whole chunks are kept where a connection breaks
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)  # between its tries
 
 
 @pytest.fixture
@@ -66,42 +84,73 @@ def flags(tmp_path):
 def test_nothing_is_downloaded_without_a_word(server, flags, tmp_path):
     result = run("train.py", "--stage", 1, *flags, cwd=tmp_path)
     assert fails_in_one_line(result) and "--download" in result.stderr and "--data" in result.stderr
-    assert "GB" in result.stdout and "out/data/pretrain" in result.stdout  # size and place
-    assert not any(method == "GET" for method, *_ in server.requests)
+    assert "GB" in result.stdout and "out/data/llava-cc3m-595k" in result.stdout  # size and place
+    assert not any(method == "GET" and path in server.files for method, path, _ in server.requests)
     assert not list(tmp_path.glob("out/data/*/*"))
 
 
-def test_with_download_both_stages_fetch_and_train_and_the_second_time_nothing_is_fetched(server, flags, tmp_path):
+def test_with_agreement_the_files_are_fetched_and_the_second_time_nothing_is_asked_of_the_hub(server, tmp_path, capsys):
+    records, pictures = data.published(1, tmp_path, True)
+    folder = tmp_path / "data" / "llava-cc3m-595k"
+    assert (records, pictures) == ([str(folder / "chat.json")], [str(folder / "images.zip")])
+    for path, content in server.files.items():
+        if "CC3M" in path:
+            assert (folder / path.split("/")[-1]).read_bytes() == content
+    assert len(data.read_records(records, pictures, 1)[0]) == 4
+    size = sum(len(content) for path, content in server.files.items() if "CC3M" in path)
+    assert f"{size / 1e9:.2f} GB" in capsys.readouterr().out
+    before = len(server.requests)
+    assert data.published(1, tmp_path, False) == (records, pictures) and len(server.requests) == before
+
+
+def test_stage_2_says_how_to_fetch_cocos_pictures_which_are_not_on_the_hub(server, tmp_path):
+    with pytest.raises(UserError) as told:
+        data.published(2, tmp_path, True)
+    pictures = tmp_path / "data" / "llava-instruct-150k" / "train2017.zip"
+    assert f"curl -L -C - --create-dirs -o {pictures} {data.COCO_PICTURES}" in str(told.value)
+    assert len(list(pictures.parent.glob("*.json"))) == 1  # the records are there
+    with zipfile.ZipFile(pictures, "w") as archive:
+        archive.writestr("train2017/0.jpg", jpeg())
+    before = len(server.requests)
+    assert data.published(2, tmp_path, False)[1] == [str(pictures)] and len(server.requests) == before
+
+
+def test_train_takes_what_was_downloaded(server, flags, tmp_path):
+    pictures = next(content for path, content in server.files.items() if path.endswith(".zip"))
+    (tmp_path / "out/data/llava-instruct-150k").mkdir(parents=True)
+    (tmp_path / "out/data/llava-instruct-150k/train2017.zip").write_bytes(pictures)
     for stage in (1, 2):
         result = run("train.py", "--stage", stage, *flags, "--download", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out/data/instruct/images.zip").read_bytes() == server.files["/images.zip"]
     before = len(server.requests)
     assert run("train.py", "--stage", 1, *flags, cwd=tmp_path).returncode == 0
     assert len(server.requests) == before
 
 
 @pytest.mark.parametrize("ranges", (True, False))
-def test_a_broken_download_goes_on_where_it_ended(server, flags, tmp_path, ranges):
-    server.options.update(cut=100, ranges=ranges)
-    result = run("train.py", "--stage", 1, *flags, "--download", cwd=tmp_path)
-    assert fails_in_one_line(result) and "goes on" in result.stderr
-    assert (tmp_path / "out/data/pretrain/records.json.part").stat().st_size == 100
-    server.options.update(cut=None)
-    assert run("train.py", "--stage", 1, *flags, "--download", cwd=tmp_path).returncode == 0
-    assert ("GET", "/records.json", "bytes=100-") in server.requests
-    for name in ("/records.json", "/images.zip"):
-        assert (tmp_path / f"out/data/pretrain{name}").read_bytes() == server.files[name]
+def test_a_broken_download_goes_on_where_it_ended(server, tmp_path, ranges):
+    server.options.update(cut=200, ranges=ranges)
+    if not ranges:  # each try begins anew and is cut off again
+        with pytest.raises(UserError, match="try again"):
+            data.published(1, tmp_path, True)
+        assert not list((tmp_path / "data" / "llava-cc3m-595k").glob("*.json"))  # nothing that is half a file
+        server.options.update(cut=None)
+    records, pictures = data.published(1, tmp_path, True)
+    for path, content in server.files.items():
+        if "CC3M" in path:
+            assert (tmp_path / "data" / "llava-cc3m-595k" / path.split("/")[-1]).read_bytes() == content
+    if ranges:
+        assert "bytes=200-" in [asked for method, path, asked in server.requests if path.endswith("chat.json")]
 
 
-def test_a_full_disk_is_told_before_anything_is_fetched(server, flags, tmp_path, monkeypatch):
+def test_a_full_disk_is_told_before_anything_is_fetched(server, tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10, 9, 1))
-    result = run("train.py", "--stage", 1, *flags, "--download", cwd=tmp_path)
-    assert fails_in_one_line(result) and "free" in result.stderr
-    assert not any(method == "GET" for method, *_ in server.requests)
+    with pytest.raises(UserError, match="no room"):
+        data.published(1, tmp_path, True)
+    assert not any(method == "GET" and path in server.files for method, path, _ in server.requests)
 
 
-def test_a_server_that_is_not_there_is_told_in_one_line(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PUBLISHED", {1: ("pretrain", {"a.json": "http://127.0.0.1:9/a.json"})})
+def test_a_hub_that_is_not_there_is_told_in_one_line(flags, tmp_path, monkeypatch):
+    point_hub_at(monkeypatch, "http://127.0.0.1:9")
     result = run("train.py", "--stage", 1, *flags, "--download", cwd=tmp_path)
-    assert fails_in_one_line(result) and "can't be reached" in result.stderr
+    assert fails_in_one_line(result) and "can't be fetched" in result.stderr and "--data" in result.stderr

@@ -1,12 +1,33 @@
-"""What the experiments rest on: their readers, their intervals, and the world of boards."""
+"""What the experiments rest on: their models, their probes, their intervals, and the world of boards."""
 
+import copy
+import inspect
+import json
 import random
+from types import SimpleNamespace
 
 import board
+import conftest
 import evidence
+import miniature
 import numpy as np
 import pytest
 import torch
+from conftest import fails_in_one_line, run, tiny_model
+
+import data
+from lmeye import LMEye
+
+QUESTIONS, ANSWERS = ["what color is it?", "is the background red?"], ["red", "yes it is"]
+
+
+def built(kind, base):
+    """A model of a class of evidence.py's, from the parts of a tiny one."""
+    torch.manual_seed(1)
+    return kind(base.settings, base.llm, base.tokenizer, base.clip, base.preprocess, base.clip_tokenizer)
+
+
+# ---- Tables --------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_students():
@@ -15,42 +36,249 @@ def test_the_interval_is_students():
 
 
 def test_a_column_that_a_row_lacks_is_left_open():
-    assert evidence.markdown({"a": [{"x": 1.0}], "b": [{"y": 0.5}]}).splitlines()[2:] == ["| a | 100.0 | – |", "| b | – | 50.0 |"]
+    table = evidence.markdown({"a": [{"x": 1.0}], "b": [{"y": 0.5}]}).splitlines()
+    assert table == ["| | x | y |", "|---|---|---|", "| a | 100.0 | – |", "| b | – | 50.0 |"]
 
 
-def test_readers_find_what_is_there_and_nothing_where_labels_are_shuffled():
+def test_without_a_word_the_experiments_are_listed_with_their_minutes(tmp_path):
+    result = run("evidence.py", cwd=tmp_path)
+    assert result.returncode == 0 and not list(tmp_path.iterdir())
+    lines = result.stdout.splitlines()[1:]
+    assert [line.split()[2] for line in lines] == list(evidence.EXPERIMENTS)
+    assert all(int(line.split()[0]) > 0 and len(line) > 50 for line in lines)
+
+
+def test_without_phase_1_an_experiment_says_which_command_is_missing(tmp_path):
+    evidence.prepare.cache_clear()
+    result = run("evidence.py", "ablation", cwd=tmp_path)
+    assert fails_in_one_line(result) and "train.py --stage 1 --preset mini" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Probes --------------------------------------------------------------------------------------------------
+
+
+def test_probes_find_what_is_there_and_nothing_where_labels_are_shuffled():
     torch.manual_seed(0)
     x, picture = torch.randn(2000, 20), torch.arange(2000)
     plain = (x[:, :4] @ torch.randn(4, 4)).argmax(1).numpy()  # a linear function of four of the twenty numbers
     mixed, chance = np.random.default_rng(0).permutation(plain), np.bincount(plain).max() / len(plain)
     assert evidence.linear(x, plain, picture) > 0.85 and evidence.linear(x, mixed, picture) < chance + 0.05
+    many, coin = torch.randn(600, 250), np.random.default_rng(1).integers(2, size=600)
+    assert evidence.linear(many, coin, torch.arange(600)) < 0.6  # of its own pictures it could learn these by heart
     assert evidence.nearest(x, (x[:, 0] > 0).numpy(), picture) > 0.6
     assert evidence.nearest(x[:1000].repeat_interleave(2, 0), np.arange(2000) // 2, picture) == 1
 
 
+def test_requests_and_v_are_those_that_the_method_computes():
+    model = tiny_model()
+    features = np.random.default_rng(0).normal(size=(300, 24)).astype(np.float16)
+    records = [data.Record(f"{i}.jpg", (QUESTIONS[i % 2],), "red") for i in range(300)]
+    tokens = list(zip(*model.token_ids([record.question for record in records], ["red"] * 300)))
+    dataset = data.Dataset(records, tokens, features, np.arange(300))
+    request, v = evidence.requests_and_v(model, dataset)
+    assert request.shape == (300, 36) and v.shape == (300, 24)
+    for i in (0, 1, 299):  # each alone, up to <img-d>, in one pass without a cache
+        f = torch.from_numpy(features[i:i + 1]).float()
+        words = torch.tensor([tokens[i][0]])
+        x = [model.embed(model.image_ids)[None], model.see(f), model.embed(words), model.img_d[None, None]]
+        h = model.llm.base_model(inputs_embeds=torch.cat(x, 1)).last_hidden_state[:, -1]
+        torch.testing.assert_close(request[i:i + 1], model.request(h), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(v[i:i + 1], model.interact(f, model.request(h)), rtol=1e-4, atol=1e-4)
+
+
+# ---- Models --------------------------------------------------------------------------------------------------
+
+
+def test_one_picture_token_of_several_is_static_itself():
+    base = tiny_model(interaction="static")
+    one = built(evidence.picture_tokens(1), base)
+    one.load_state_dict(base.state_dict())
+    f = torch.randn(2, 24)
+    assert one.loss(f, QUESTIONS, ANSWERS).item() == base.loss(f, QUESTIONS, ANSWERS).item()
+
+
+def test_two_picture_tokens_stand_side_by_side_and_both_are_read():
+    base = tiny_model(interaction="static")
+    two, f = built(evidence.picture_tokens(2), base), torch.randn(2, 24)
+    assert two.see(f).shape == (2, 2, 64) and two.max_text_tokens == base.max_text_tokens - 1
+    D, before = 64, two.loss(f, QUESTIONS, ANSWERS).item()
+    for half in (slice(0, D), slice(D, 2 * D)):
+        other = copy.deepcopy(two)
+        with torch.no_grad():
+            other.align.weight[half] += torch.randn(D, 24)
+        assert other.loss(f, QUESTIONS, ANSWERS).item() != before
+    trained = two.set_trained(2)
+    assert set(trained) == {"align.weight", "align.bias", "img"}
+
+
+@pytest.mark.parametrize("name", evidence.VARIANTS)
+def test_each_model_of_the_lab_trains_what_it_uses_and_says_the_same_with_and_without_gradients(name, monkeypatch):
+    monkeypatch.setitem(conftest.CLIP_CONFIG, "embed_dim", 36)  # as wide as CLIP's text transformer
+    variant = evidence.VARIANTS[name]
+    base = tiny_model(interaction=variant.interaction, n_features=min(variant.n_features, 10), n_slots=variant.n_slots)
+    model, f = built(variant.kind, base).train(), torch.randn(2, 36)
+    assert not model.llm.training
+    parameters = model.set_trained(2)
+    loss = model.loss(f, QUESTIONS, ANSWERS)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
+    with torch.no_grad():
+        assert model.loss(f, QUESTIONS, ANSWERS).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert len(model.eval().generate(f, QUESTIONS, max_tokens=3)) == 2
+    assert model.loss(f, None, ANSWERS).isfinite()  # captions, of phase 1
+
+
+def test_the_second_round_asks_from_what_came_back():
+    """Against two rounds in whole passes, without a cache, for one record."""
+    base = tiny_model()
+    model, f = built(evidence.TwoRounds, base), torch.randn(1, 24)
+    words = torch.tensor([model.ids("\nQuestion: " + QUESTIONS[0])])
+    before = torch.cat([model.embed(model.image_ids)[None], model.see(f), model.embed(words)], 1)
+    slot = model.img_d[None, None]
+    for _ in range(2):
+        h = model.llm.base_model(inputs_embeds=torch.cat([before, slot], 1)).last_hidden_state[:, -1]
+        slot = model.tell(model.interact(f, model.ask(h)))
+    x = torch.cat([before, slot, model.embed(model.answer_ids)[None]], 1)
+    expected = model.llm(inputs_embeds=x).logits[0, -1].log_softmax(-1)
+    token = model.ids(" red")[0]
+    assert model.score(f, QUESTIONS[:1], [["red"]]).item() == pytest.approx(expected[token].item(), abs=1e-4)
+    once = built(LMEye, base)
+    assert once.score(f, QUESTIONS[:1], [["red"]]).item() != pytest.approx(expected[token].item(), abs=1e-4)
+
+
+def test_the_earlier_request_is_read_after_the_first_layer():
+    model, f = built(evidence.EarlierRequest, tiny_model()), torch.randn(1, 24)
+    asked = []
+    model.request.register_forward_pre_hook(lambda layer, inputs: asked.append(inputs[0]))
+    with torch.no_grad():
+        model.generate(f, QUESTIONS[:1], max_tokens=2)
+        words = torch.tensor([model.ids("\nQuestion: " + QUESTIONS[0])])
+        x = [model.embed(model.image_ids)[None], model.see(f), model.embed(words), model.img_d[None, None]]
+        states = model.llm(inputs_embeds=torch.cat(x, 1), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(asked[0], states[1][:, -1], rtol=1e-4, atol=1e-4)
+
+
+# ---- Data ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_there_when_it_is_complete_and_is_made_once(tmp_path):
+    def broken(part):
+        (part / "half").write_text("half")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        evidence.make_folder(tmp_path / "a", broken)
+    assert not (tmp_path / "a").exists()
+    evidence.make_folder(tmp_path / "a", lambda part: (part / "whole").write_text("whole"))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["whole"]
+    evidence.make_folder(tmp_path / "a", broken)  # is there: nothing is called
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_run_is_complete_only_when_its_state_is_gone(tmp_path):
+    assert not evidence.is_complete(tmp_path)
+    (tmp_path / "adapter.safetensors").write_bytes(b"")
+    assert evidence.is_complete(tmp_path)
+    (tmp_path / "state.pt").write_bytes(b"")  # its adapter is that of the last validation
+    assert not evidence.is_complete(tmp_path)
+
+
+def test_a_caption_of_the_miniature_gives_its_scene_back():
+    assert all(evidence.scene_of(miniature.describe(scene)) == scene for scene in miniature.SCENES)
+
+
+def test_the_language_models_of_scaling_are_trained_as_long_as_the_miniatures_own():
+    assert evidence.LLM_STEPS == inspect.signature(miniature.make).parameters["llm_steps"].default
+
+
+@pytest.mark.parametrize("how", ("random", "popular", "adversarial", "background's"))
+def test_what_is_absent_is_chosen_as_it_says(how, monkeypatch):
+    scenes = random.Random(0).choices(miniature.TRAINING, k=300)
+    scenes += [s for s in miniature.TRAINING if s.color == "green" and s.shape == "ring"] * 20
+    captions = [SimpleNamespace(answer=miniature.describe(scene)) for scene in scenes]
+    monkeypatch.setattr(evidence, "datasets", lambda world, stage: (SimpleNamespace(records=captions), None))
+    records, pairs = evidence.absent_records(how), []
+    per_scene = 2 if how == "background's" else 4
+    assert len(records) == per_scene * len(miniature.HELD_OUT)
+    for i, scene in enumerate(miniature.HELD_OUT):
+        for record in records[per_scene * i:per_scene * (i + 1)]:
+            assert record.image.name == f"val/{i:06d}.png"
+            value = record.question.rstrip("?").split()[-1]
+            is_there = value in (scene.color, scene.noun)
+            assert is_there == (record.answer == "yes"), (record.question, scene)
+            if not is_there:
+                pairs.append((scene, value))
+    if how == "background's":
+        assert all(value == scene.background for scene, value in pairs)
+    if how == "popular":
+        assert all(value == "green" for scene, value in pairs if scene.color != "green" and value in miniature.COLORS)
+    if how == "random":
+        assert len({value for _, value in pairs if value in miniature.COLORS}) == len(miniature.COLORS)
+
+
+# ---- Boards --------------------------------------------------------------------------------------------------
+
+
 def test_boards_that_are_held_out_never_occur_in_training():
     assert not set(board.TRAINING) & set(board.HELD_OUT)
-    assert {len(board.attributes(s)) // 2 for s in board.HELD_OUT} == set(board.NUMBERS)
+    assert {board.number_of_objects(s) for s in board.HELD_OUT} == set(board.NUMBERS)
 
 
 @pytest.mark.parametrize("number", board.NUMBERS)
 def test_a_board_shows_its_scene_and_answers_about_it(number):
     rng = random.Random(number)
-    scene = board.some_scene(rng, number)
+    scene = board.random_scene(rng, number)
     picture = board.draw(scene, rng)
     for i, cell in enumerate(board.CELLS):
         color = getattr(scene, f"{cell}_color")
         x, y = 21 * (i % 3) + 5, 21 * (i // 3) + 5
         spot = picture.crop((x, y, x + 11, y + 11))
-        seen = {c for _, c in spot.getcolors()} - {board.data.COLORS["black"]}
-        assert seen == ({board.data.COLORS[color]} if color else set())
+        seen = {name for name, value in miniature.COLORS.items() if value in [c for _, c in spot.getcolors()]}
+        assert seen - {"black"} == ({color} if color else set())
     caption = board.describe(scene).split()
     for name in board.attributes(scene):
         question, answer = board.ask(scene, name, rng)
-        place = caption.index(board.place(name.rpartition("_")[0]))
+        place = caption.index(board.word_for(name.rpartition("_")[0]))
         assert question.split()[4] == caption[place] and answer in caption[place + 1:place + 3]
     for _ in range(50):
         question, answer = board.ask(scene, "yes/no", rng)
         place, value = caption.index(question.split()[2]), question.rstrip("?").split()[-1]
         assert (value in caption[place + 1:place + 3]) == (answer == "yes")
     assert set(board.build_tokenizer(False)(board.describe(scene)).input_ids).isdisjoint({1})  # no word is unknown
+
+
+def test_a_caption_of_a_board_names_what_it_is_told_to():
+    scene = board.random_scene(random.Random(0), 9)
+    scene = scene._replace(left_color="red", left_shape="ring", top_right_shape="cross")
+    assert board.describe(scene, ["left_color"]) == "left red thing"
+    assert board.describe(scene, ["top_right_shape", "left_color", "left_shape"]) == "top-right cross left red ring"
+
+
+def test_the_boards_files_are_read_as_any_others(tmp_path):
+    board.write_data(tmp_path, pictures=20)
+    archive = tmp_path / "pictures.zip"
+    for prefix, pictures, per_picture in (("", 20, 6), ("val_", len(board.HELD_OUT), 3)):
+        captions, skips = data.read_records([tmp_path / f"{prefix}captions.json"], [archive], 1)
+        questions, more_skips = data.read_records([tmp_path / f"{prefix}questions.json"], [archive], 2)
+        assert len(captions) == pictures and len(questions) == pictures * per_picture and not skips + more_skips
+        described = {record.image: record.answer.split() for record in captions}
+        assert data.load_image(captions[0].image).size == (board.SIDE, board.SIDE)
+        for record in questions:
+            number, _, kind = record.category.partition(" ")
+            words = described[record.image]
+            assert len(words) == 3 * int(number)
+            if kind != "yes/no":
+                cell = words.index(record.question.split()[4])
+                assert record.answer == words[cell + (1 if kind == "color" else 2)]
+    held_out = [record.answer for record in captions]
+    assert held_out == [board.describe(scene) for scene in board.HELD_OUT]
+    assert json.loads((tmp_path / "val_questions.json").read_text())[0]["category"] == "1 color"
+
+
+def test_the_boards_are_a_world_that_the_miniatures_models_can_be_trained_on(tmp_path, capsys):
+    miniature.train_clip(tmp_path / "clip", 0, board.WORLD, steps=1, batch_size=4, captions=8, width=4)
+    miniature.train_llm(tmp_path / "llm", 0, board.WORLD, steps=1, batch_size=4, width=64, layers=1)
+    longest = max(len(board.describe(scene).split()) for scene in board.HELD_OUT)
+    assert longest + 2 <= board.WORLD.caption_tokens
+    assert (tmp_path / "clip" / "open_clip_config.json").is_file() and (tmp_path / "llm" / "config.json").is_file()

@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from conftest import fails_in_one_line, run, save_clip, save_opt, tiny_model
 from PIL import Image
 
 import data
-from data import Member, Record, read_records
+from data import Member, Record, Skip, read_records
 from lmeye import UserError
+
+
+def reasons(skips):
+    return dict(Counter(skip.reason for skip in skips))
 
 
 def jpeg(color="red"):
@@ -48,9 +53,9 @@ def test_coco_captions_are_joined_with_their_pictures(tmp_path):
         "info": {}, "licenses": [], "images": [{"id": 9, "file_name": "000000000009.jpg", "height": 3}],
         "annotations": [{"image_id": 9, "id": 1, "caption": "A cat.\n"}, {"image_id": 9, "id": 2, "caption": "A pet."},
                         {"image_id": 7, "id": 3, "caption": "Lost."}]})
-    records, skipped = read_records([path], [tmp_path], 1)
+    records, skips = read_records([path], [tmp_path], 1)
     assert records == [Record(f"{tmp_path}/000000000009.jpg", (), text, key=9) for text in ("A cat.", "A pet.")]
-    assert dict(skipped) == {"a caption without its picture": 1}
+    assert reasons(skips) == {"a caption without its picture": 1}
 
 
 VQA_QUESTIONS = {"data_subtype": "train2014", "questions": [
@@ -64,12 +69,37 @@ VQA_ANNOTATIONS = {"data_subtype": "train2014", "annotations": [{
 def test_vqa_questions_and_annotations_are_joined_in_either_order(tmp_path):
     files = [write(tmp_path / "q.json", VQA_QUESTIONS), write(tmp_path / "a.json", VQA_ANNOTATIONS)]
     for paths in (files, files[::-1]):
-        records, skipped = read_records(paths, [tmp_path], 2)
+        records, skips = read_records(paths, [tmp_path], 2)
         assert records == [Record(f"{tmp_path}/COCO_train2014_000000000042.jpg", ("What is it?",), "cat", "other", 42000,
                                   ("cat",) * 10)]
-        assert dict(skipped) == {"a question without an answer": 1}
+        assert reasons(skips) == {"a question without an answer": 1}
     with pytest.raises(UserError, match="without an answer"):  # as in the test split
         read_records(files[:1], [tmp_path], 2)
+
+
+def test_vqas_test_split_has_questions_without_answers_to_evaluate(tmp_path):
+    questions = {"data_subtype": "test-dev2015", "questions": VQA_QUESTIONS["questions"] + [
+        {"image_id": 44, "question": " ", "question_id": 44000},
+        {"image_id": "x", "question": "Who?", "question_id": 45000}]}
+    records, skips = read_records([write(tmp_path / "q.json", questions)], [tmp_path], 2, answered=False)
+    assert records == [Record(f"{tmp_path}/COCO_test2015_000000000042.jpg", ("What is it?",), "", key=42000),
+                       Record(f"{tmp_path}/COCO_test2015_000000000043.jpg", ("Why?",), "", key=43000)]
+    assert {skip.key for skip in skips} == {44000, 45000}  # a results file has to hold these, too
+
+
+def test_an_answer_is_never_joined_to_a_question_whose_id_is_given_twice(tmp_path):
+    twice = [{"image_id": i, "question": f"{i}?", "question_id": 42000} for i in (42, 7)]
+    for rows in (twice, twice[::-1]):
+        questions = {"data_subtype": "train2014", "questions": rows + VQA_QUESTIONS["questions"][1:]}
+        files = [write(tmp_path / "q.json", questions), write(tmp_path / "a.json", VQA_ANNOTATIONS)]
+        records, skips = read_records(files, [tmp_path], 2, answered=False)
+        assert [record.key for record in records] == [43000]
+        assert reasons(skips) == {"question_id is given twice": 1, "an answer without its question": 1}
+        assert Skip("question_id is given twice", 42000) in skips
+    other = {**VQA_ANNOTATIONS, "annotations": [{**VQA_ANNOTATIONS["annotations"][0], "image_id": 43}]}
+    files = [write(tmp_path / "q.json", VQA_QUESTIONS), write(tmp_path / "a.json", other)]
+    with pytest.raises(UserError, match="different pictures"):
+        read_records(files, [tmp_path], 2)
 
 
 def vcr(**changes):
@@ -83,13 +113,26 @@ def vcr(**changes):
 def test_vcr_counts_objects_from_zero_and_asks_for_answer_and_rationale(tmp_path):
     lines = [vcr(), {k: v for k, v in vcr().items() if "label" not in k}, vcr(question=["Who", "is", [7], "?"])]
     path = write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, lines)) + "\nnot json\n")
-    records, skipped = read_records([path], [tmp_path], 2)
+    records, skips = read_records([path], [tmp_path], 2)
     question, answer = "Why is person 1 pointing at person 2 and chair 3?", "person 1 is telling person 2 that it's late."
     answers, whys = ("No.", answer, "A", "B"), ("C", "D", "person 2 does n't know.", "E")
     assert records == [
         Record(f"{tmp_path}/lsmdc/a.jpg", (question,), answer, key="val-0", choices=answers),
         Record(f"{tmp_path}/lsmdc/a.jpg", (question, answer, "Why?"), whys[2], key="val-0", choices=whys)]
-    assert skipped == {"no label": 1, "a record that lacks a field, or has one of another type": 1, "a line is not JSON": 1}
+    assert reasons(skips) == {"no label": 1, "a text that names an object which is not in the picture": 1,
+                              "a line is not JSON": 1}
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"answer_label": -1}, "a label"), ({"rationale_label": 4}, "a label"), ({"answer_label": "1"}, "a label"),
+    ({"question": ["Who", "is", [-1], "?"]}, "names an object"), ({"question": "Why?"}, "not a list of words"),
+    ({"answer_choices": [["A"], "telling", ["B"], ["C"]]}, "not a list of words"),
+    ({"question": [["x"]]}, "names an object"), ({"img_fn": None}, "no picture"), ({"img_fn": 1.5}, "name that is no text"),
+    ({"img_fn": ["a.jpg"]}, "list in place")])
+def test_vcr_takes_no_label_object_or_text_for_another(tmp_path, change, reason):
+    lines = "\n".join(json.dumps(item) for item in (vcr(**change), vcr()))
+    records, skips = read_records([write(tmp_path / "val.jsonl", lines)], [tmp_path], 2)
+    assert len(records) == 2 and len(skips) == 1 and reason in skips[0].reason
 
 
 def test_one_line_of_vcr_is_read_as_one_record(tmp_path):
@@ -103,22 +146,47 @@ def test_lmeyes_own_release(tmp_path):
         {"image_id": 7, "caption": "A dog.", "questions": ["Question: What?", "Answer: A dog."]},
         {"image_id": "b.jpg", "caption": "", "questions": ["Question: What?", "Question: Where?"]},
         {"image_id": "c.jpg", "caption": "", "questions": ["What?", "That"]}, {"image_id": "d.jpg", "questions": []}])
-    records, skipped = read_records([path], [tmp_path], 2)
+    records, skips = read_records([path], [tmp_path], 2)
     assert [(r.image, r.turns, r.answer) for r in records] == [
         (f"{tmp_path}/a.jpg", ("What is it?",), "A cat."),
         (f"{tmp_path}/a.jpg", ("What is it?", "A cat.", "Where?"), "Here."),
         (f"{tmp_path}/000000000007.jpg", ("What?",), "A dog.")]
-    assert sum(skipped.values()) == 3
+    assert len(skips) == 3
     assert [r.answer for r in read_records([path], [tmp_path], 1)[0]] == ["A cat.", "A dog."]
+
+
+def test_lmeyes_own_release_as_its_authors_published_it(tmp_path):
+    """Pictures are named without their endings, questions are numbered in two ways, some lists begin in mid-caption."""
+    path = write(tmp_path / "release.json", [
+        {"image_id": "2", "caption": "A cat.", "questions": ["Question 1: What?", "Answer 1: A cat.",
+                                                             "1. Question: Where?", "1. Answer: Here: there."]},
+        {"image_id": "sub/3", "questions": ["sits on a mat.", "Question: Who?", "Answer: A cat", "Question: Why?"]},
+        {"image_id": "4", "questions": ["Question: Lost?", "Question: Found?", "Answer: Yes", "Answer: No"]},
+        {"image_id": "5", "questions": ["Question: What?", "Answer: That"]}])
+    names = ("2.jpg", "sub/3.png", "4.jpeg")
+    for name in names:
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).write_bytes(jpeg())
+    archive = write_zip(tmp_path / "pictures.zip", [f"pictures/{name}" for name in names])
+    for place in (tmp_path / "pictures", archive):
+        records, skips = read_records([path], [place], 2)
+        two, three, four = (str(tmp_path / "pictures" / name) for name in names)
+        if place == archive:
+            two, three, four = (Member(str(archive), f"pictures/{name}") for name in names)
+        assert [(r.image, r.turns[-1], r.answer) for r in records] == [
+            (two, "What?", "A cat."), (two, "Where?", "Here: there."), (three, "Who?", "A cat"),
+            (four, "Found?", "Yes")]
+        assert reasons(skips) == {"a text that is not a question with its answer": 4,
+                                  "picture is not inside --images": 1}
 
 
 def test_llava_mixture_with_prefixes_and_rows_without_pictures(tmp_path):
     chat = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cat."}]
     path = write(tmp_path / "mix.json", [{"id": 1, "image": "coco/train2017/1.jpg", "conversations": chat},
                                          {"id": 2, "conversations": chat}])
-    records, skipped = read_records([path], [tmp_path], 2)
+    records, skips = read_records([path], [tmp_path], 2)
     assert records == [Record(f"{tmp_path}/coco/train2017/1.jpg", ("What?",), "A cat.")]
-    assert dict(skipped) == {"no picture": 1}
+    assert reasons(skips) == {"no picture": 1}
 
 
 def test_webdataset_shards(tmp_path):
@@ -129,8 +197,8 @@ def test_webdataset_shards(tmp_path):
     write_tar(folder / "00001.tar", {"x/0001.png": jpeg("blue"), "x/0001.json": json.dumps({"caption": "blue"}).encode(),
                                      "y/0001.jpg": jpeg("green"),
                                      "y/0001.json": json.dumps({"conversations": chat}).encode()})
-    records, skipped = read_records([folder], None, 1)
-    assert [r.answer for r in records] == ["red", "blue", "A dog."] and sum(skipped.values()) == 2
+    records, skips = read_records([folder], None, 1)
+    assert [r.answer for r in records] == ["red", "blue", "A dog."] and len(skips) == 2
     for record, color in zip(records, ((254, 0, 0), (0, 0, 254), (0, 128, 0))):
         seen = data.load_image(record.image).getpixel((0, 0))
         assert max(abs(a - b) for a, b in zip(seen, color)) < 4
@@ -144,11 +212,176 @@ def test_a_compressed_shard_is_refused_for_its_pictures_are_read_in_place(tmp_pa
         read_records([tmp_path / "a.tar"], None, 1)
 
 
+def test_keys_of_a_shard_keep_their_case_whatever_the_order(tmp_path):
+    files = {"a.jpg": jpeg("red"), "A.JPG": jpeg("blue"), "A.txt": b"blue", "a.TXT": b"red"}
+    for i, names in enumerate((list(files), list(files)[::-1])):
+        shard = write_tar(tmp_path / f"{i}.tar", {name: files[name] for name in names})
+        records, skips = read_records([shard], None, 1)
+        assert len(records) == 2 and not skips
+        for record in records:
+            assert (data.load_image(record.image).getpixel((0, 0))[0] > 200) == (record.answer == "red")
+
+
+def test_a_name_that_is_twice_in_a_shard_is_counted_and_others_are_kept(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("1.jpg", jpeg()), ("1.txt", b"one"), ("2.jpg", jpeg()), ("1.txt", b"two"),
+                              ("2.txt", b"x"), ("3.cls", b"7"), ("sub/1.jpg", jpeg()), ("sub/1.txt", b"y")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    records, skips = read_records([tmp_path / "a.tar"], None, 1)
+    assert [r.answer for r in records] == ["x", "y"] and sorted(n for n in reasons(skips).values()) == [1, 1]
+    assert "a name that is twice in a tar shard" in reasons(skips)
+
+
+def test_joined_shards_are_read_to_their_end_each_with_its_own_keys(tmp_path):
+    one = write_tar(tmp_path / "one.tar", {"1.jpg": jpeg("red"), "1.txt": b"red"})
+    two = write_tar(tmp_path / "two.tar", {"1.jpg": jpeg("blue"), "1.txt": b"blue"})
+    (tmp_path / "both.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    records, skips = read_records([tmp_path / "both.tar"], None, 1)
+    assert [r.answer for r in records] == ["red", "blue"] and not skips
+    assert [data.load_image(r.image).getpixel((0, 0))[0] > 200 for r in records] == [True, False]
+
+
+def test_a_broken_or_cut_shard_says_where_and_loses_nothing_unsaid(tmp_path):
+    """Each damage once ended the reading without a word, before the last pair."""
+    files = {"1.jpg": jpeg(), "1.txt": b"one", "2.jpg": jpeg(), "2.txt": b"two"}
+    whole = write_tar(tmp_path / "a.tar", files).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        headers = [info.offset for info in tar]
+    for at in headers:
+        for place in (at, at + 124, at + 150):  # name, size, checksum
+            broken = bytearray(whole)
+            broken[place] ^= 1
+            (tmp_path / "b.tar").write_bytes(broken)
+            with pytest.raises(UserError, match=f"byte {at:,}" if at else "byte 0"):
+                read_records([tmp_path / "b.tar"], None, 1)
+    for cut in (*headers[1:], headers[1] + 100, headers[3] + 512, headers[3] + 514, headers[3] + 1024, 0):
+        (tmp_path / "b.tar").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="b.tar"):
+            read_records([tmp_path / "b.tar"], None, 1)
+    (tmp_path / "b.tar").write_bytes(whole + b"more" * 128)
+    with pytest.raises(UserError, match="broken or cut off"):
+        read_records([tmp_path / "b.tar"], None, 1)
+    (tmp_path / "b.tar").write_bytes(whole[:headers[3] + 1024 + 512])  # all is there; GNU tar calls this complete, too
+    assert len(read_records([tmp_path / "b.tar"], None, 1)[0]) == 2
+
+
+def test_a_shard_written_by_git_archive_with_a_header_for_all_files_is_whole(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "c" * 40}) as tar:
+        for name, content in (("é" * 80 + ".jpg", jpeg()), ("é" * 80 + ".txt", b"one")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    records, skips = read_records([tmp_path / "a.tar"], None, 1)
+    assert [r.answer for r in records] == ["one"] and not skips and data.load_image(records[0].image)
+
+
+def test_nothing_in_a_folder_is_passed_over(tmp_path):
+    folder, away = tmp_path / "data", tmp_path / "away"
+    for place in (folder / "deeper", away):
+        place.mkdir(parents=True)
+    for name in ("a.avif", "b.jfif", "deeper/c.jpeg", "lone.jpg", "../away/d.jpg", "photo.2020.tif"):
+        Image.new("RGB", (40, 30)).save(folder / name, {".jfif": "JPEG"}.get(name[-5:]))
+    for name in ("a.txt", "b.TXT", "deeper/c.txt", "alone.txt", "../away/d.txt", "photo.2020.txt"):
+        write(folder / name, name)
+    write(folder / "chat.json", [])
+    write_tar(folder / "0.tar", {"1.jpg": jpeg(), "1.txt": b"first shard"})
+    write_tar(folder / "deeper" / "1.tar", {"1.jpg": jpeg(), "1.txt": b"deeper shard"})
+    (folder / "linked").symlink_to(away)
+    (folder / "linked too").symlink_to(away)
+    (folder / "deeper" / "loop").symlink_to(folder)
+    records, skips = read_records([folder], None, 1)
+    assert sorted(r.answer for r in records) == sorted(["first shard", "deeper shard", "a.txt", "b.TXT", "deeper/c.txt",
+                                                        "../away/d.txt", "photo.2020.txt"])
+    assert sorted(reasons(skips).values()) == [1, 1, 1] and any(".json" in reason for reason in reasons(skips))
+    for record in records:
+        data.load_image(record.image)
+
+
+def test_karpathys_split_file_is_refused_with_its_reason(tmp_path):
+    image = {"filepath": "val2014", "filename": "1.jpg", "split": "test", "cocoid": 1, "sentences": [{"raw": "A cat."}]}
+    path = write(tmp_path / "dataset_coco.json", {"dataset": "coco", "images": [image]})
+    with pytest.raises(UserError, match="Karpathy"):
+        read_records([path], [tmp_path], 1)
+
+
+@pytest.mark.parametrize("name, reason", [
+    (None, "no picture"), ("", "no picture"), (1.5, "no text"), (7, "no text"), (["1.jpg"], "list"), ([], "list"),
+    ({}, "no text"), (True, "no text"), ("\ud800.jpg", "no text")])
+def test_a_picture_name_of_another_kind_has_its_reason(tmp_path, name, reason):
+    good = {"image": "1.jpg", "conversations": CHAT}
+    llava = write(tmp_path / "llava.json", [good, {"image": name, "conversations": CHAT}])
+    release = write(tmp_path / "release.json", [good, {"image_id": name, "questions": ["Question: a?", "Answer: b"]}])
+    coco = write(tmp_path / "coco.json", {
+        "images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": name}],
+        "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "y"}]})
+    for path in [llava, coco] + [release] * (name not in (7, True)):  # a number is COCO's picture there
+        records, skips = read_records([path], [tmp_path], 1 if path == coco else 2)
+        assert len(records) == 1 and len(skips) == 1 and reason in skips[0].reason, path
+
+
+def test_text_that_is_not_utf_8_is_read_by_its_mark_or_told(tmp_path):
+    for name in ("1", "2", "3", "4", "5", "6"):
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg())
+    contents = {"1": "für".encode("utf-16"), "2": "für".encode("utf-8-sig"), "3": "für".encode("latin-1"),
+                "4": "fur".encode("utf-16-le"), "5": "für".encode("utf-32"), "6": "für".encode("utf-16")[:-1]}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    records, skips = read_records([tmp_path], None, 1)
+    assert [r.answer for r in records] == ["für"] * 2 and len(skips) == 4
+    for skip, name in zip(skips, "3456"):
+        assert f"{name}.txt" in skip.reason and "UTF-8" in skip.reason
+    assert "byte 1" in skips[0].reason
+    chat = json.dumps([{"image": "1.jpg", "caption": "für"}], ensure_ascii=False)
+    for encoding in ("utf-16", "utf-8-sig"):
+        (tmp_path / "chat.json").write_bytes(chat.encode(encoding))
+        assert read_records([tmp_path / "chat.json"], [tmp_path], 1)[0][0].answer == "für"
+    (tmp_path / "chat.json").write_bytes(chat.encode("latin-1"))
+    with pytest.raises(UserError, match="chat.json: is not UTF-8"):
+        read_records([tmp_path / "chat.json"], [tmp_path], 1)
+    shard = write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(), "1.txt": contents["3"], "2.jpg": jpeg(),
+                                           "2.txt": contents["1"]})
+    records, skips = read_records([shard], None, 1)
+    assert [r.answer for r in records] == ["für"] and "1.jpg" in skips[0].reason
+    assert data.read_text(tmp_path / "1.txt") == "für"
+    with pytest.raises(UserError, match="no such file"):
+        data.read_text(tmp_path / "none.txt")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def test_a_git_lfs_pointer_in_place_of_data_is_called_so(tmp_path):
+    for name in ("a.json", "a.tar", "a.zip", "a.jpg", "b.txt"):
+        (tmp_path / name).write_bytes(POINTER)
+    (tmp_path / "b.jpg").write_bytes(jpeg())
+    good = write(tmp_path / "good.json", [{"image": "1.jpg", "conversations": CHAT}])
+    for paths, images in ((["a.json"], None), (["a.tar"], None), ([good], [tmp_path / "a.zip"])):
+        with pytest.raises(UserError, match="git-lfs pointer"):
+            read_records([tmp_path / path for path in paths], images, 1)
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        data.load_image(tmp_path / "a.jpg")
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(UserError, match="git-lfs pointer"):  # the caption
+        read_records([tmp_path], None, 1)
+
+
+def test_category_is_kept_from_any_record_of_json(tmp_path):
+    items = [{"image": "1.jpg", "caption": "x", "conversations": CHAT, "category": "color"},
+             {"image": "1.jpg", "caption": "y", "category": "place"},
+             {"image": "1.jpg", "caption": "z", "category": None},
+             {"image_id": "1.jpg", "caption": "r", "questions": ["Question: a?", "Answer: b"], "category": "size"}]
+    path = write(tmp_path / "a.json", items)
+    assert [r.category for r in read_records([path], [tmp_path], 1)[0]] == ["color", "place", "all", "size"]
+    assert [r.category for r in read_records([path], [tmp_path], 2)[0]] == ["color", "size"]
+
+
 def test_one_line_of_json_lines_is_a_record_and_odd_items_share_one_reason(tmp_path):
     line = write(tmp_path / "line.jsonl", json.dumps({"image": "1.jpg", "conversations": CHAT}) + "\n")
     assert len(read_records([line], [tmp_path], 2)[0]) == 1
     odd = write(tmp_path / "odd.json", ["a.jpg", "b.jpg", 3, {"image": "1.jpg", "conversations": CHAT}])
-    assert list(read_records([odd], [tmp_path], 2)[1].values()) == [3]
+    assert list(reasons(read_records([odd], [tmp_path], 2)[1]).values()) == [3]
 
 
 def test_each_file_has_its_own_pictures_beside_it(tmp_path):
@@ -163,8 +396,15 @@ def test_each_file_has_its_own_pictures_beside_it(tmp_path):
 def test_ids_of_two_coco_files_are_told_apart(tmp_path):
     files = [write(tmp_path / f"{name}.json", {"images": [{"id": 1, "file_name": f"{name}.jpg"}],
                                                "annotations": [{"image_id": 1, "caption": f"of {name}"}]}) for name in "ab"]
-    records, skipped = read_records(files, [tmp_path], 1)
+    records, skips = read_records(files, [tmp_path], 1)
     assert [(r.image, r.answer) for r in records] == [(f"{tmp_path}/{name}.jpg", f"of {name}") for name in "ab"]
+    split = [write(tmp_path / f"{name}.json", {**json.loads(files[i].read_text()), "data_subtype": "train2014"})
+             for i, name in enumerate("ab")]
+    assert read_records(split, [tmp_path], 1)[0] == records and not skips
+    twice = write(tmp_path / "c.json", {"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}],
+                                        "annotations": [{"image_id": 1, "caption": "of which?"}]})
+    with pytest.raises(UserError, match="given twice"):
+        read_records([twice], [tmp_path], 1)
 
 
 def test_a_record_with_a_caption_and_a_conversation_serves_both_stages(tmp_path):
@@ -180,8 +420,8 @@ def test_names_with_dots_marks_of_byte_order_and_odd_separators(tmp_path):
     assert [r.answer for r in read_records([folder], None, 1)[0]] == ["a cat", "a dog"]
     lines = [{"image": "12:30.jpg", "caption": f"a cat\u2028number {i}"} for i in range(2)]
     path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-    records, skipped = read_records([path], [tmp_path], 1)
-    assert [r.answer for r in records] == ["a cat number 0", "a cat number 1"] and not skipped
+    records, skips = read_records([path], [tmp_path], 1)
+    assert [r.answer for r in records] == ["a cat number 0", "a cat number 1"] and not skips
 
 
 def test_data_that_is_not_there_is_named_itself(tmp_path):
@@ -210,8 +450,8 @@ def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):
     for name in ("1.jpg", "train2017/1.jpg"):
         archive = write_zip(tmp_path / "images.zip", [name, "__MACOSX/._1.jpg"])
         data.open_zip.cache_clear()
-        records, skipped = read_records([path], [archive], 1)
-        assert [r.image for r in records] == [Member(str(archive), name)] and skipped == {"picture is not inside --images": 1}
+        records, skips = read_records([path], [archive], 1)
+        assert [r.image for r in records] == [Member(str(archive), name)] and reasons(skips) == {"picture is not inside --images": 1}
         assert data.load_image(records[0].image).size == (40, 30)
 
 
@@ -221,8 +461,8 @@ def test_several_files_and_picture_places_are_mixed(tmp_path):
     archive = write_zip(tmp_path / "images.zip", ["2.jpg"])
     one = write(tmp_path / "one.json", [{"image": "1.jpg", "conversations": CHAT}])
     two = write(tmp_path / "two.json", [{"image": "2.jpg", "conversations": CHAT}])
-    records, skipped = read_records([one, two], [tmp_path / "folder", archive], 2)
-    assert [r.image for r in records] == [f"{tmp_path}/folder/1.jpg", Member(str(archive), "2.jpg")] and not skipped
+    records, skips = read_records([one, two], [tmp_path / "folder", archive], 2)
+    assert [r.image for r in records] == [f"{tmp_path}/folder/1.jpg", Member(str(archive), "2.jpg")] and not skips
 
 
 @pytest.mark.parametrize("name", ["../1.jpg", "a/../../1.jpg", "/1.jpg", "..\\1.jpg", "\\\\host\\1.jpg", "a\0.jpg"])
@@ -308,7 +548,7 @@ def test_a_feature_file_is_taken_up_where_it_ended_and_equals_an_unbroken_one(tm
         (tmp_path / f"{i}.jpg").write_bytes(jpeg((12 * i, 0, 0)) if i != 13 else b"broken")
     whole = np.array(data.encode_images(model, images, tmp_path / "whole", batch_size=2))
     assert np.isnan(whole[13]).all() and np.isfinite(np.delete(whole, 13, 0)).all()
-    file = next((tmp_path / "whole").iterdir())
+    file = next((tmp_path / "whole").glob("*.f16"))
     for stop in range(1, 10):  # the power fails after some batches, in the middle of a write
         folder = tmp_path / f"broken{stop}"
         with monkeypatch.context() as patch:
@@ -317,10 +557,10 @@ def test_a_feature_file_is_taken_up_where_it_ended_and_equals_an_unbroken_one(tm
             patch.setattr(model, "encode_image", lambda pixels: (next(encoded), real(pixels))[1])
             with pytest.raises((RuntimeError, StopIteration)):
                 data.encode_images(model, images, folder, batch_size=2)
-        part = next(folder.iterdir())
+        part = next(folder.glob("*.f16"))
         assert part.name == file.name and part.stat().st_size == stop * 2 * 24 * 2  # every whole batch is there
         with open(part, "ab") as half:
-            half.write(b"half a row")
+            half.write(b"half a batch" * 5)  # a row and a piece
         calls = []
         with monkeypatch.context() as patch:
             patch.setattr(model, "encode_image", lambda pixels: (calls.append(1), real(pixels))[1])

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from conftest import run, save_clip, save_llm, tiny_model
 from PIL import Image
 from test_formats import CHAT, VQA_ANNOTATIONS, VQA_QUESTIONS, jpeg, vcr
 
 import data
-import lmeye
 from lmeye import UserError
 
 CASES = int(os.environ.get("LMEYE_FUZZ", 1000))
@@ -32,9 +32,12 @@ JUNK = (None, True, -1, 0, 1e308, 10 ** 30, "", "\0", "\u202e", "../../etc/passw
 DOCUMENTS = {
     "llava": [{"id": "1", "image": "1.jpg", "conversations": CHAT}, {"id": "2", "image": "2.jpg", "conversations": CHAT * 2}],
     "coco": {"images": [{"id": 9, "file_name": "1.jpg"}], "annotations": [{"image_id": 9, "id": 1, "caption": "A cat."}]},
-    "vqa": {**VQA_QUESTIONS, **VQA_ANNOTATIONS},
+    "vqa": {**VQA_QUESTIONS, **VQA_ANNOTATIONS, "data_subtype": "val2014"},
     "vcr": [vcr(), vcr()],
-    "release": [{"image_id": "1.jpg", "caption": "A cat.", "questions": ["Question: What?", "Answer: A cat."]}],
+    "release": [{"image_id": "1.jpg", "caption": "A cat.", "questions": ["Question: What?", "Answer: A cat."]},
+                {"image_id": "2", "questions": ["a mat.", "Question 1: What?", "Answer 1: A cat.",
+                                                     "2. Question: Who?"]}],
+    "caption": [{"image": "1.jpg", "caption": "A cat.", "category": "cat"}, {"image": "2", "caption": "A dog."}],
 }
 
 
@@ -108,21 +111,24 @@ def snapshot(folder):
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def read_all(paths, images, stage):
-    """Read records and open their pictures → what became of it."""
+def read_all(paths, images, stage, answered=True, model=tiny_model()):
+    """Read records and encode them → what became of it."""
     try:
-        records, skipped = data.read_records(paths, images, stage)
+        records, skips = data.read_records(paths, images, stage, answered)
+        assert records and all(isinstance(r.answer, str) and (r.answer or not answered) for r in records)
+        assert all(isinstance(t, str) and t for r in records for t in r.turns)
+        dataset = data.encode(model, records, skips)
+        assert 0 < len(dataset.records) <= len(records)
+        f, tokens = dataset.batch(range(len(dataset.records)))
+        assert torch.isfinite(f).all() and len(f) == len(tokens.answer) and tokens.answer_mask.any(1).all()
+        assert len(dataset.fingerprint()) == 16
+        data.report_skips(skips)
     except UserError as error:
         assert str(error).strip()
         return "one line"
-    assert records and all(isinstance(r.answer, str) and r.answer for r in records)
-    assert all(isinstance(t, str) and t for r in records for t in r.turns)
-    for record in records:
-        try:
-            assert data.load_image(record.image).mode == "RGB"
-        except UserError:
-            skipped["picture"] += 1
-    return "skipped and counted" if sum(skipped.values()) else "read"
+    assert all(isinstance(skip, data.Skip) and skip.reason for skip in skips)
+    json.dumps([skip.key for skip in skips] + [record.key for record in records])  # as the results files hold them
+    return "skipped and counted" if skips else "read"
 
 
 def fuzz_documents(folder, rng):
@@ -131,7 +137,7 @@ def fuzz_documents(folder, rng):
     text = "\n".join(map(json.dumps, document)) if lines else json.dumps(document)
     content = text.encode("utf-8", "surrogatepass")
     (folder / "case.json").write_bytes(damage(content, rng) if rng.random() < 0.3 else content)
-    return read_all([folder / "case.json"], [folder / "pictures"], rng.choice((1, 2)))
+    return read_all([folder / "case.json"], [folder / "pictures"], rng.choice((1, 2)), rng.random() < 0.7)
 
 
 def fuzz_archives(folder, rng):
@@ -160,7 +166,7 @@ def fuzz_checkpoints(folder, rng, model=tiny_model()):
     model.save(folder / "case.safetensors", 2)
     content = (folder / "case.safetensors").read_bytes()
     if rng.random() < 0.5:
-        header = {"stage": 2, "settings": {"llm": "x"}, "fingerprint": model.fingerprint().tolist()}
+        header = {"stage": 2, "settings": {"llm": "x"}, "fingerprint": model.fingerprint.tolist()}
         tensors = {name: p.detach() for name, p in model.adapter(2).items()}
         content = safetensors.torch.save(tensors, {"lmeye": json.dumps(mutate(header, rng))})
     else:
@@ -177,8 +183,9 @@ def fuzz_checkpoints(folder, rng, model=tiny_model()):
                                          (fuzz_checkpoints, 0.1)])
 def test_any_input_is_read_or_skipped_and_counted_or_told_in_one_line(tmp_path, capsys, fuzz, share):
     (tmp_path / "pictures").mkdir()
-    for i in (1, 2):
-        (tmp_path / f"pictures/{i}.jpg").write_bytes(jpeg())
+    for name in ("1", "2", "COCO_val2014_000000000042", "lsmdc/a"):
+        (tmp_path / f"pictures/{name}.jpg").parent.mkdir(exist_ok=True)
+        (tmp_path / f"pictures/{name}.jpg").write_bytes(jpeg())
     before, seen = snapshot(tmp_path), collections.Counter()
     for seed in range(int(CASES * share)):
         try:
@@ -201,10 +208,11 @@ def test_any_command_line_ends_in_an_answer_or_one_line(tmp_path, capsys):
     shared = ["--precision", "--llm", "--clip"]
     programs = {
         "train.py": (["--stage", "1", *good, "--data", ".", "--steps", "1", "--out", "new"], shared + [
-            "--steps", "--epochs", "--batch-size", "--tokens", "--accumulate", "--lr", "--seed", "--n-slots", "--dropout",
-            "--interaction", "--n-features", "--data", "--images", "--preset", "--resume", "--save-every"]),
+            "--steps", "--epochs", "--batch-size", "--max-batch-tokens", "--accumulate", "--lr", "--seed", "--n-slots",
+            "--dropout", "--interaction", "--n-features", "--data", "--images", "--preset", "--resume", "--save-every"]),
         "sample.py": (["1.jpg", "what color is it?", *good, "--max-tokens", "2"], shared + [
-            "--max-tokens", "--top-p", "--top-k", "--temperature", "--checkpoint", "--questions", "--seed", "--out"]),
+            "--max-tokens", "--top-p", "--top-k", "--temperature", "--checkpoint", "--questions", "--seed",
+            "--out", "--data", "--images"]),
     }
     values = ["-1", "0", "1", "2", "0.5", "1e999", "nan", "x", "", "\u202e", "../..", "/dev/null", "1.jpg", "/", "7",
               "fp32", "bf16", "llm", "a:b:c", "."]

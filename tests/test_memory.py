@@ -1,0 +1,162 @@
+"""Memory is bounded by tokens: the loss is taken in chunks, evaluations in batches, and a step needs what is computed.
+
+What a step needs at full size is computed on meta tensors (lab/account.py). Here that is checked against what PyTorch's
+own allocator hands out for a small model.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import account
+import measure
+import on_gpu
+import sample
+import train
+from lmeye import LMEye, TokenLosses
+
+# ---- The loss in chunks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ("opt", "opt-350m", "bloom", "llama"))
+@pytest.mark.parametrize("n", (1, 256, 300, 600))
+def test_the_loss_in_chunks_is_the_loss(family, n):
+    """A chunk has 256 tokens. Losses and gradients, whatever the weights, equal those of all logits at once."""
+    model = tiny_model(family)
+    torch.manual_seed(1)
+    width = model.llm.get_output_embeddings().weight.shape[1]
+    h, weight = torch.randn(n, width, requires_grad=True), torch.rand(n)
+    targets = torch.randint(0, len(model.llm.get_output_embeddings().weight), (n,))
+    mine = TokenLosses.apply(h, targets, model.logits)
+    right = F.cross_entropy(model.logits(h), targets, reduction="none")
+    assert torch.allclose(mine, right, rtol=1e-6, atol=1e-6)
+    gradient, = torch.autograd.grad((mine * weight).sum(), h)
+    right_gradient, = torch.autograd.grad((right * weight).sum(), h)
+    assert (gradient - right_gradient).norm() <= 1e-6 * right_gradient.norm()
+    with torch.no_grad():
+        assert torch.allclose(TokenLosses.apply(h, targets, model.logits), right, rtol=1e-6, atol=1e-6)
+    frozen = TokenLosses.apply(h.detach(), targets, model.logits)  # nothing asks for a gradient
+    assert torch.equal(frozen, mine.detach()) and not frozen.requires_grad
+
+
+@pytest.mark.parametrize("stage_", (1, 2))
+def test_a_step_s_gradients_are_those_of_all_logits_at_once(stage_, monkeypatch):
+    """40 answers of 9 tokens, two chunks; training, and evaluation without gradients."""
+    model, results = tiny_model(), []
+    model.set_trained(stage_)
+    f, tokens = measure.random_batch(model, 40, 6 if stage_ == 2 else 0, 9)
+    tokens.answer_mask[3, 4:] = 0
+
+    def all_at_once(h, targets, logits):
+        return F.cross_entropy(logits(h), targets, reduction="none")
+
+    for losses in (TokenLosses.apply, all_at_once):
+        monkeypatch.setattr(TokenLosses, "apply", losses)
+        model.zero_grad()
+        loss = model.loss_sum(f, tokens)
+        loss.backward()
+        with torch.no_grad():
+            evaluated = model.eval().loss_sum(f, tokens)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.item(), evaluated.item(), gradients))
+    (loss, evaluated, gradients), (right_loss, right_evaluated, right_gradients) = results
+    assert loss == pytest.approx(right_loss, rel=1e-6) and evaluated == pytest.approx(right_evaluated, rel=1e-6)
+    assert gradients.keys() == right_gradients.keys() and len(gradients) >= 2
+    for name, right in right_gradients.items():
+        assert (gradients[name] - right).norm() <= 2e-6 * right.norm(), name
+
+
+# ---- The account --------------------------------------------------------------------------------------------
+
+
+def allocated(function):
+    """The most bytes that PyTorch's own allocator had handed out at once for what a function made."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("size", ("small", "small-bloom"))
+@pytest.mark.parametrize("stage_, question, answer", account.STAGES)
+def test_the_account_agrees_with_what_the_allocator_hands_out(size, stage_, question, answer, monkeypatch):
+    """To 2% beside the weights. With attention written out, for CUDA's kernels are not those of a CPU."""
+    kind = "bloom" if size.endswith("bloom") else "opt"
+    monkeypatch.setitem(measure.SIZES, size, measure.Size(256, 4, 4, 1024, vocabulary=5000, kind=kind))
+    random_clip = measure.random_clip
+    monkeypatch.setattr(measure, "random_clip", lambda size, *where: random_clip("tiny", *where))
+    with account.accounting() as counted:
+        model = measure.random_model(size, torch.float32, account.META)
+        model.llm.set_attn_implementation("eager")
+        weights = counted.live
+        need = account.train_step(counted, model, weights, stage_, 16, question, answer)
+        assert counted.live == weights  # all that a step made is gone
+    real = measure.random_model(size, torch.float32, "cpu")
+    real.llm.set_attn_implementation("eager")
+    real.train()
+    trained = real.set_trained(stage_)
+    f, tokens = measure.random_batch(real, 16, question, answer)
+
+    def forward_and_backward():
+        (real.loss_sum(f, tokens) / tokens.answer_mask.sum()).backward()
+
+    assert weights == pytest.approx(sum(t.nbytes for t in [*real.parameters(), *real.buffers()]), rel=0.02)
+    state = sum(2 * p.nbytes for p in trained.values())
+    assert need.peak - weights - state == pytest.approx(allocated(forward_and_backward), rel=0.02)
+    assert need.operations == pytest.approx(measure.operations(forward_and_backward), rel=1e-3)
+
+
+def test_operations_are_counted_as_pytorch_counts_them():
+    """Its own counter, on what it can follow: a language model, forward and backward."""
+    model = tiny_model("opt")
+    x = torch.randn(2, 9, 64, requires_grad=True)
+
+    def forward_and_backward():
+        model.llm(inputs_embeds=x).logits.sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        forward_and_backward()
+    assert measure.operations(forward_and_backward) == counter.get_total_flops() > 1e5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, most", [("opt-1.3b", {1: 7.6e9, 2: 6.5e9}), ("bloomz-7b1", {1: 27e9, 2: 27e9})])
+def test_what_a_step_of_4096_tokens_needs_at_full_size(size, most):
+    """And no evaluation needs more than a training step."""
+    evaluate = size == "opt-1.3b"  # the other one takes long
+    for stage_, _, need, evaluation in account.steps_of(size, budgets=(4096,), evaluate=evaluate):
+        assert need.weights < need.peak <= most[stage_]
+        assert evaluation <= need.peak and (evaluation > need.weights or not evaluate)
+
+
+def test_memory_is_bounded_by_tokens_in_evaluations(monkeypatch):
+    """No batch of `mean_loss` or of an evaluation has more tokens than were allowed, with padding."""
+    model, sizes = tiny_model(), []
+    val = on_gpu.random_dataset(model, 2, 30, 24, 20)
+    loss_sum = LMEye.loss_sum
+
+    def noting(self, f, tokens):
+        sizes.append(len(f) * (tokens.question.shape[1] + tokens.answer.shape[1]))
+        return loss_sum(self, f, tokens)
+
+    monkeypatch.setattr(LMEye, "loss_sum", noting)
+    train.mean_loss(model, val, 100)
+    assert len(sizes) > 5 and max(sizes) <= 100
+    monkeypatch.setattr(sample, "MAX_TOKENS", 10)
+    batches = sample.batches_by_length(model, val, 100)
+    assert sorted(i for rows in batches for i in rows) == list(range(30))
+    for rows in batches:
+        longest = max(len(val.tokens[i][0]) for i in rows)
+        assert len(rows) * (longest + 10) <= 100 and (len(rows) > 1 or longest > 20)
+
+
+def test_flags_for_a_card():
+    peaks = {2048: 5.0e9, 8192: 11.0e9}  # about 1 GB a thousand tokens, and 3 GB whatever there is
+    assert account.flags_for(8, peaks) == "--max-batch-tokens 3584 --accumulate 2"
+    assert account.flags_for(80, peaks) == "--max-batch-tokens 8192" and account.flags_for(4, peaks) == "does not fit"

@@ -1,0 +1,159 @@
+"""The miniature: its world, its tokenizers, and the files that its script leaves."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
+
+import miniature
+import open_clip
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+SCRIPT = Path(__file__).resolve().parent / "lab" / "miniature.py"
+TINY = dict(clip_steps=2, llm_steps=2, pictures=40)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    miniature.make(out, **TINY)
+    return out / "mini"
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text("utf-8"))
+
+
+# ---- The world
+
+
+def test_one_scene_in_ten_is_held_out_and_has_every_value():
+    assert len(miniature.SCENES) == 6000 and 500 < len(miniature.HELD_OUT) < 700
+    assert set(miniature.TRAINING).isdisjoint(miniature.HELD_OUT)
+    assert set(miniature.TRAINING) | set(miniature.HELD_OUT) == set(miniature.SCENES)
+    for name, values in miniature.VALUES.items():
+        for scenes in (miniature.TRAINING, miniature.HELD_OUT):
+            assert {getattr(scene, name) for scene in scenes} == set(values)
+
+
+def test_questions_have_the_scenes_own_answers():
+    rng = random.Random(0)
+    scene = miniature.Scene("two", "small", "red", "circle", "left", "blue")
+    assert miniature.describe(scene) == "two small red circles at the left on a blue background"
+    for kind in miniature.KINDS[:-1]:
+        assert miniature.ask(scene, kind, rng)[1] == getattr(scene, kind)
+    asked = {miniature.ask(scene, "yes/no", rng) for _ in range(500)}
+    assert ("are there two?", "yes") in asked and ("are there three?", "no") in asked
+    assert ("is the background red?", "no") in asked and ("is the background blue?", "yes") in asked
+    assert len({question for question, _ in asked}) == len(asked)  # no question has both answers
+
+
+def test_a_drawing_shows_its_scene():
+    for scene in random.Random(0).sample(miniature.SCENES, 300):
+        picture = miniature.draw(scene, random.Random(1))
+        color, ground = miniature.COLORS[scene.color], miniature.COLORS[scene.background]
+        assert {c for _, c in picture.getcolors()} == {color, ground, miniature.OUTLINE}
+        places = [(x, y) for x in range(miniature.SIDE) for y in range(miniature.SIDE)
+                  if picture.getpixel((x, y)) != ground]
+        for axis, side in enumerate(miniature.PLACES[scene.place]):
+            offset = sum(place[axis] for place in places) / len(places) - miniature.SIDE / 2
+            assert abs(offset) < 9 if side == 0 else offset * side > 3, scene
+
+
+def test_the_tokenizer_knows_every_word_and_frames_as_clips_and_opts_do():
+    clip, llm = miniature.build_tokenizer(ends=True), miniature.build_tokenizer(ends=False)
+    rng = random.Random(1)
+    texts = [miniature.describe(scene) for scene in miniature.SCENES[::7]]
+    for scene in miniature.SCENES[::7]:
+        for kind in miniature.KINDS:
+            texts.append(" ".join(miniature.ask(scene, kind, rng)))
+    for ids in llm(texts).input_ids:
+        assert llm.unk_token_id not in ids
+    ids = clip("two red things").input_ids
+    assert ids[0] == clip.bos_token_id and ids[-1] == clip.eos_token_id == max(clip.get_vocab().values())
+    assert llm("two").input_ids == [llm.bos_token_id, llm.get_vocab()["two"]]
+    assert llm.decode(llm("Two red things?", add_special_tokens=False).input_ids) == "two red things"
+
+
+def test_only_captions_and_answers_are_learned_and_hints_can_be_left_out():
+    scene, rng = miniature.HELD_OUT[0], random.Random(0)
+    for share in (0.0, 1.0):
+        pieces = miniature.write_example(miniature.WORLD, scene, 3, share, rng)
+        assert [weight > 0 for _, weight in pieces] == [False, True] * 4
+        for text, _ in pieces[2::2]:
+            assert text.startswith(miniature.QUESTION) and text.endswith(miniature.ANSWER)
+            hint = text.removesuffix(miniature.ANSWER).rpartition("?")[2]
+            assert bool(hint) == (share == 1.0)
+
+
+# ---- The files
+
+
+def test_every_file_is_there_and_every_picture_in_the_archive(made):
+    assert {p.name for p in made.iterdir()} == set(miniature.FILES)
+    with zipfile.ZipFile(made / "pictures.zip") as archive:
+        names = archive.namelist()
+        assert Image.open(io.BytesIO(archive.read(names[0]))).size == (miniature.SIDE, miniature.SIDE)
+    for part, prefix, pictures in (("train", "", 40), ("val", "val_", len(miniature.HELD_OUT))):
+        captions, questions = read(made, f"{prefix}captions.json"), read(made, f"{prefix}questions.json")
+        assert len(captions) == pictures
+        for record in captions + questions:
+            assert record["image"] in names and record["image"].startswith(part)
+            turns = record["conversations"]
+            assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+            assert sum("<image>" in turn["value"] for turn in turns) == 1
+    assert len(list((made / "examples").glob("*.png"))) == 6
+
+
+def test_six_questions_about_a_picture_one_in_four_behind_another(made):
+    turns = Counter()
+    for record in read(made, "questions.json"):
+        turns[len(record["conversations"]) // 2] += 1
+    assert turns[1] + 2 * turns[2] == 6 * 40 and set(turns) == {1, 2}
+    assert 0.16 < turns[2] / (6 * 40) < 0.34
+    categories = Counter(record["category"] for record in read(made, "val_questions.json"))
+    assert categories == {kind: len(miniature.HELD_OUT) for kind in miniature.KINDS}
+
+
+def test_held_out_scenes_never_occur_in_training(made):
+    held_out = {miniature.describe(scene) for scene in miniature.HELD_OUT}
+    trained = {record["conversations"][1]["value"] for record in read(made, "captions.json")}
+    shown = {record["conversations"][1]["value"] for record in read(made, "val_captions.json")}
+    assert shown == held_out and trained.isdisjoint(held_out)
+
+
+def test_the_models_are_ordinary_folders(made):
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{made / 'clip'}")
+    picture = Image.open(made / "examples" / "1.png").convert("RGB")
+    mine, theirs = miniature.pixels([picture])[0], preprocess(picture)
+    assert torch.allclose(mine, theirs, atol=1e-5) and clip.encode_image(theirs[None]).isfinite().all()
+    llm = transformers.AutoModelForCausalLM.from_pretrained(made / "llm")
+    assert len(transformers.AutoTokenizer.from_pretrained(made / "llm")) == llm.config.vocab_size
+
+
+def test_a_second_run_refuses(made):
+    before = (made / "llm" / "model.safetensors").read_bytes()
+    result = subprocess.run([sys.executable, SCRIPT, "--out", made.parent], capture_output=True, text=True)
+    assert result.returncode == 2 and "--out" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (made / "llm" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_is_stopped_leaves_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, SCRIPT, "--out", tmp_path], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("mini/part-*")) and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert list((tmp_path / "mini").iterdir()) == []

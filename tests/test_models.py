@@ -1,0 +1,439 @@
+"""Which language models and CLIPs the method works with: each family, tiny and at random, beside two whole passes.
+
+`find_fault` and `check_clip` of train.py look at a model once, when it is loaded. A family that they let through must
+give the numbers of the reference in test_two_passes.py, which knows no cache, no mask and no padding; a family whose
+numbers would be others has to be refused, in one line.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+from conftest import CLIP_CONFIG, save_clip, save_llm, tiny_model
+from test_two_passes import ANSWERS, QUESTIONS, features, gradients, plain_logits, plain_loss
+
+import miniature
+import train
+from lmeye import LMEye, Settings, UserError
+
+# ---- Language models -----------------------------------------------------------------------------------------
+
+SIZE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=128)
+GPT = dict(n_embd=64, n_layer=2, n_head=4, n_positions=128)
+FALCON = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=96)
+BERT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128)
+BART = dict(d_model=64, decoder_layers=2, decoder_ffn_dim=96, decoder_attention_heads=4, encoder_layers=2,
+            encoder_ffn_dim=96, encoder_attention_heads=4, max_position_embeddings=128)
+LATENT = dict(q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+              n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=48,
+              first_k_dense_replace=1)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1)
+LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+              layer_types=["linear_attention", "full_attention"])
+WINDOW = dict(sliding_window=4)  # shorter than any prompt, and than what is looked at when a model is loaded
+LOCAL = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+
+# name → sizes; the name's first word is the family, as transformers names it
+RIGHT = {
+    "opt": dict(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=128),
+    "bloom": dict(hidden_size=64, n_layer=2, n_head=4),
+    "llama": SIZE,
+    "llama, rope scaled": {**SIZE, "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                                                       "original_max_position_embeddings": 32}},
+    "gpt2": GPT,
+    "gpt_neox": SIZE,
+    "gptj": {**GPT, "rotary_dim": 8},
+    "codegen": {**GPT, "rotary_dim": 8},
+    "gpt_bigcode": GPT,
+    "falcon": FALCON,
+    "falcon, new": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, alibi": {**FALCON, "alibi": True, "parallel_attn": False},
+    "mpt": dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=128),
+    "gpt_neo": dict(hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+                    window_size=4, max_position_embeddings=128),
+    "mistral": SIZE,
+    "mistral, window": {**SIZE, **WINDOW},
+    "mistral, longer window": {**SIZE, "sliding_window": 12},  # longer than what is looked at when a model is loaded
+    "mixtral, window": {**SIZE, **WINDOW, "num_local_experts": 4},
+    "qwen2": SIZE,
+    "qwen3": SIZE,
+    "qwen3, window": {**SIZE, **WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3_moe": {**SIZE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "phi": SIZE,
+    "phi3, window": {**SIZE, **WINDOW},
+    "gemma": SIZE,
+    "gemma3_text, window": {**SIZE, **LOCAL},
+    "gpt_oss, window": {**SIZE, **LOCAL, "num_local_experts": 4},
+    "gpt_oss, longer window": {**SIZE, **LOCAL, "num_local_experts": 4, "sliding_window": 12},
+    "deepseek_v3": {**SIZE, **LATENT, "num_key_value_heads": 4, "head_dim": 8},
+    "stablelm": SIZE,
+    "olmo": SIZE,
+    "olmo2": SIZE,
+    "olmo3, window": {**SIZE, **LOCAL},
+    "glm": SIZE,
+    "smollm3": {**SIZE, "no_rope_layers": [0, 1]},
+    "xglm": dict(d_model=64, num_layers=2, attention_heads=4, ffn_dim=96, max_position_embeddings=128),
+    "granite": SIZE,  # as long as nothing scales its logits
+}
+
+HEAD, PADDING, CAUSAL = "its head alone", "padding changes", "later tokens change"  # what is said of them
+FAILS = "can't be run on vectors with a cache"
+WRONG = {
+    "gemma2": (SIZE, HEAD),
+    "cohere": (SIZE, HEAD),
+    "cohere2": ({**SIZE, **LOCAL}, HEAD),
+    "granite": ({**SIZE, "logits_scaling": 8.0}, HEAD),
+    "nanochat": (SIZE, HEAD),
+    "gemma3n_text": ({**SIZE, **LOCAL, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+                      "vocab_size_per_layer_input": 57, "intermediate_size": [96, 96],
+                      "activation_sparsity_pattern": [0.0, 0.0]}, HEAD),
+    "bert": ({**BERT, "is_decoder": True}, HEAD),
+    "roberta": ({**BERT, "is_decoder": True}, HEAD),
+    "modernbert-decoder": (BERT, HEAD),
+    "bert, plain": (BERT, CAUSAL),
+    "rwkv": (dict(hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, context_length=128), PADDING),
+    "ctrl": (dict(n_embd=64, n_layer=2, n_head=4, dff=96, n_positions=128), PADDING),
+    "doge": ({**SIZE, "keep_window_size": 4}, PADDING),
+    "gemma4_text": (dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=57,
+                         num_kv_shared_layers=0, **LOCAL), FAILS),  # looks its words up in the embeddings
+    "bart": (BART, PADDING),
+    "openai-gpt": (GPT, FAILS),
+    "llama4_text": ({**SIZE, "intermediate_size_mlp": 96, "num_local_experts": 4}, FAILS),
+    "recurrent_gemma": ({**SIZE, "lru_width": 64, "block_types": ("recurrent", "attention")}, FAILS),
+    "mamba": (dict(hidden_size=64, num_hidden_layers=2, state_size=8), FAILS),
+    "falcon_h1": ({**SIZE, **MAMBA, "mamba_d_ssm": 128}, FAILS),
+    "bamba": ({**SIZE, **MAMBA, "attn_layer_indices": [1]}, FAILS),
+    "jamba": ({**SIZE, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1}, FAILS),
+    "nemotron_h": ({**SIZE, "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 16,
+                    "ssm_state_size": 16, "n_groups": 1}, FAILS),
+    "qwen3_5_text": ({**SIZE, **LINEAR}, FAILS),
+    "qwen3_next": ({**SIZE, **LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+                    "shared_expert_intermediate_size": 48}, FAILS),
+    "lfm2": ({**SIZE, "layer_types": ["conv", "full_attention"]}, FAILS),
+    "minimax": ({**SIZE, "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]}, FAILS),
+}
+
+
+def random_llm(name, sizes, seed=0, std=0.2):
+    """A random causal LM of a family (the first word of `name`) for the miniature's tokenizer."""
+    tokenizer = miniature.build_tokenizer(ends=False)
+    words = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
+                 eos_token_id=tokenizer.eos_token_id)
+    if "text_config" in sizes:  # a model that has other parts, too
+        sizes = {**sizes, "text_config": {**sizes["text_config"], **words}}
+    else:
+        sizes = {**sizes, **words}
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(name.split(",")[0], **sizes)
+    llm = transformers.AutoModelForCausalLM.from_config(config)
+    for p in llm.parameters():  # the published initialisations are so small that mistakes would hide in rounding
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=std)
+    return llm
+
+
+def model_with(llm, **settings):
+    base = tiny_model()
+    return LMEye(Settings(llm="a/b", dropout=0.0, **settings), llm, base.tokenizer, base.clip, base.preprocess,
+                 base.clip_tokenizer)
+
+
+def assert_equals_two_whole_passes(model):
+    """Loss, gradients and greedy answers, of a batch that is padded on all sides."""
+    questions = [QUESTIONS[0], " ".join(QUESTIONS), QUESTIONS[2]]
+    model.set_trained(2, train_align=True)
+    f = features(model)
+    loss, plain = model.loss(f, questions, ANSWERS), plain_loss(model, f, questions, ANSWERS)
+    assert abs(loss - plain) < 1e-5 * plain
+    mine, theirs = gradients(model, loss), gradients(model, plain)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert (mine[name] - theirs[name]).norm() < 1e-3 * theirs[name].norm(), name
+    model.set_trained(1)
+    caption, plain = model.loss(f, None, ANSWERS), plain_loss(model, f, [None] * 3, ANSWERS)
+    assert abs(caption - plain) < 1e-5 * plain
+    with torch.no_grad():
+        expected = []
+        for i, question in enumerate(questions):
+            ids = []
+            while len(ids) < 4 and model.tokenizer.eos_token_id not in ids:
+                ids.append(plain_logits(model, f[i:i + 1], question, ids)[-1].argmax().item())
+            expected.append(model.decode(ids))
+    assert model.generate(f, questions, max_tokens=4) == expected
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_family_that_can_be_used_gives_the_numbers_of_two_whole_passes(name):
+    model = model_with(random_llm(name, RIGHT[name]))
+    train.check_llm(model)
+    assert_equals_two_whole_passes(model)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_family_that_cannot_be_used_is_refused_in_one_line(name):
+    sizes, reason = WRONG[name]
+    model = model_with(random_llm(name, sizes))
+    with pytest.raises(UserError, match=reason) as error:
+        train.check_llm(model)
+    assert str(error.value).startswith("--llm a/b: this kind of language model can't be used: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_the_text_part_of_a_multimodal_model_is_used_with_its_own_context():
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)
+    llm = random_llm("gemma3", dict(text_config={**SIZE, **LOCAL}, vision_config=vision, mm_tokens_per_image=4))
+    model = model_with(llm)
+    assert type(llm).__name__ == "Gemma3ForConditionalGeneration" and model.context == 128
+    train.check_llm(model)
+    assert_equals_two_whole_passes(model)
+
+
+@pytest.mark.parametrize("name", ("llama", "opt"))
+def test_rounding_is_not_taken_for_a_fault(name):
+    """A GPU rounds differently for each shape of a batch: here each part of a model does so at random, by bf16's unit."""
+    def round_at_random(module, inputs, output):
+        return output * (1 + 2 ** -9 * torch.randn_like(output))
+
+    for seed in range(2):
+        llm = random_llm(name, {**RIGHT[name], "num_hidden_layers": 24}, seed, std=0.1)
+        for module in llm.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(round_at_random)
+        train.check_llm(model_with(llm.to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name", ("gemma2", "granite", "bert", "bert, plain", "doge"))
+def test_a_fault_is_not_taken_for_rounding(name):
+    model = model_with(random_llm(name, WRONG[name][0]).to(torch.bfloat16))
+    with pytest.raises(UserError, match=WRONG[name][1]):
+        train.check_llm(model)
+
+
+def test_states_that_overflow_are_named_as_such():
+    llm = random_llm("llama", SIZE)
+    llm.model.layers[0].mlp.down_proj.weight.data.fill_(30_000)
+    with pytest.raises(UserError, match="fp16 ends: use --precision fp32"):
+        train.check_llm(model_with(llm.to(torch.float16)))
+
+
+def test_a_gpu_without_memory_is_not_taken_for_a_kind_of_model(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    model = tiny_model()
+    monkeypatch.setattr(model, "run_llm", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.check_llm(model)
+
+
+# ---- CLIPs ---------------------------------------------------------------------------------------------------
+
+SMALL = ("PE-Core-T-16-384", "ViTamin-S", "convnext_tiny")
+OTHERS = ("ViT-S-32-alt", "vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224", "PE-Core-S-16-384",
+          "PE-Core-B-16", "convnext_small", "convnext_base", "convnext_base_w", "convnext_base_w_320", "ViTamin-B",
+          "ViTamin-S-LTT", "ViTamin-B-LTT", "swin_base_patch4_window7_224", "EVA02-B-16", "EVA02-L-14", "MobileCLIP-B",
+          "MobileCLIP2-B", "RN50", "ViT-B-32")
+NOT_CAUSAL = ("MobileCLIP-S1", "MobileCLIP2-S0")
+
+
+def model_with_clip(clip, tokenizer):
+    base = tiny_model()
+    return LMEye(Settings(clip="some:clip"), base.llm, base.tokenizer, clip, None, tokenizer)
+
+
+def assert_clip_works(name):
+    torch.manual_seed(0)
+    clip = open_clip.create_model(name).eval()
+    model = model_with_clip(clip, open_clip.get_tokenizer(name))
+    train.check_clip(model)
+    side = clip.visual.image_size[0] if isinstance(clip.visual.image_size, tuple) else clip.visual.image_size
+    f = model.encode_image(torch.randn(1, 3, side, side))
+    assert f.shape == (1, model.align.in_features) == (1, open_clip.get_model_config(name)["embed_dim"])
+    ids = model.clip_tokenizer(["two small red circles"])
+    words = model.text.token_embedding(ids[:, :ids.argmax() + 1])
+    with torch.no_grad():
+        assert torch.allclose(model.encode_words(words), clip.encode_text(ids), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_clip_whose_picture_tower_is_of_timm_can_be_used(name):
+    assert_clip_works(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_of_open_clip_can_be_used(name):
+    assert_clip_works(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_architectures_whose_text_tower_is_not_causal_are_refused(name):
+    with pytest.raises(UserError, match="not causal"):
+        model_with_clip(open_clip.create_model(name), open_clip.get_tokenizer(name))
+
+
+@pytest.mark.parametrize("text", (dict(proj_type="none", width=24), dict(proj_bias=True)))
+def test_a_text_tower_without_a_projection_or_with_a_biased_one_can_be_used(text):
+    base = tiny_model()
+    config = {**CLIP_CONFIG, "text_cfg": {**CLIP_CONFIG["text_cfg"], "vocab_size": 60, **text}}
+    clip = open_clip.CustomTextCLIP(**config).eval()
+    if clip.text.text_projection is not None:
+        torch.nn.init.normal_(clip.text.text_projection.bias)  # made as zeros, which would hide that it is left out
+    model = model_with_clip(clip, base.clip_tokenizer)
+    train.check_clip(model)
+    assert model.align.in_features == 24
+
+
+def test_what_is_no_causal_text_transformer_read_at_eos_is_refused():
+    base = tiny_model()
+    text = {**CLIP_CONFIG["text_cfg"], "vocab_size": 60}
+    bidirectional = open_clip.CustomTextCLIP(**{**CLIP_CONFIG, "text_cfg": {**text, "no_causal_mask": True}})
+    with pytest.raises(UserError, match="--clip some:clip.*not causal"):
+        model_with_clip(bidirectional, base.clip_tokenizer)
+    captioner = open_clip.CoCa(**{**CLIP_CONFIG, "text_cfg": {**text, "embed_cls": True, "output_tokens": True}},
+                               multimodal_cfg=dict(width=36, heads=4, layers=1, context_length=16, vocab_size=60))
+    with pytest.raises(UserError, match="--clip some:clip.*not read at the end"):
+        train.check_clip(model_with_clip(captioner.eval(), base.clip_tokenizer))
+
+
+def test_a_text_tower_of_another_library_is_refused(tmp_path):
+    base = tiny_model()
+    transformers.RobertaConfig(**BERT, vocab_size=60).save_pretrained(tmp_path)
+    text = dict(hf_model_name=str(tmp_path), hf_model_pretrained=False, hf_proj_type="mlp",
+                hf_pooler_type="mean_pooler")
+    clip = open_clip.CustomTextCLIP(**{**CLIP_CONFIG, "text_cfg": text})
+    with pytest.raises(UserError, match="--clip some:clip.*can't be used"):
+        model_with_clip(clip, base.clip_tokenizer)
+
+
+# ---- What is refused when it is loaded -----------------------------------------------------------------------
+
+
+def load(llm, clip):
+    return LMEye.from_settings(Settings(llm=str(llm), clip=str(clip), precision="fp32"))
+
+
+def llama_folder(folder):
+    """A folder of a random Llama whose head is its own, and the miniature's tokenizer."""
+    tokenizer = miniature.build_tokenizer(ends=False)
+    tokenizer.save_pretrained(folder)
+    random_llm("llama", SIZE).save_pretrained(folder)
+    return folder
+
+
+def change_weights(folder, change):
+    """Rewrite a folder's weights as `change({name: tensor})` gives them."""
+    path = Path(folder, "model.safetensors")
+    safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, {"format": "pt"})
+
+
+def without_head(weights):
+    return {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+
+
+def renamed(weights):
+    return {name.replace("layers.1.", "blocks.1."): tensor for name, tensor in weights.items()}
+
+
+def narrower(weights):
+    return {name: tensor[:-1].clone() if "up_proj" in name else tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("change, said", [
+    (without_head, "lm_head.weight"), (renamed, "layers.1."), (narrower, "up_proj|mismatch")])
+def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path, change, said):
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    load(llm, clip)
+    change_weights(llm, change)
+    with pytest.raises(UserError, match=said) as error:
+        load(llm, clip)
+    assert str(error.value).startswith(f"--llm {llm}: ")
+
+
+@pytest.mark.parametrize("name", ("opt", "gpt2"))
+def test_a_folder_without_its_tokenizers_files_is_refused(tmp_path, name):
+    """transformers makes an empty tokenizer up for them."""
+    random_llm(name, RIGHT[name]).save_pretrained(tmp_path / "llm")
+    with pytest.raises(UserError, match="tokenizer"):
+        load(tmp_path / "llm", save_clip(tmp_path / "clip"))
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path):
+    llm = llama_folder(tmp_path / "llm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_tokens(["one_more"])
+    tokenizer.save_pretrained(llm)
+    with pytest.raises(UserError, match="tokenizer.*does not fit"):
+        load(llm, save_clip(tmp_path / "clip"))
+
+
+def test_an_end_of_text_that_somebody_typed_is_text(tmp_path):
+    """With a tokenizer of bytes, as GPT-2's and OPT's are, which can spell "</s>" out."""
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(letters)])}
+    bytes_only = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    bytes_only.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token="<pad>", eos_token="</s>",
+                                                     bos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    config = transformers.OPTConfig(**RIGHT["opt"], vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1,
+                                    eos_token_id=1)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "llm")
+    model = load(tmp_path / "llm", save_clip(tmp_path / "clip"))
+    assert tokenizer("</s>", add_special_tokens=False).input_ids == [1]  # what would happen without care
+    tokens = model.tokens(["what </s>?"], ["red </s> circle"])
+    assert 1 not in tokens.question
+    assert tokens.answer[0].tolist().index(1) == tokens.answer.shape[1] - 1  # only the one that ends the text
+    assert model.decode(tokens.answer[0].tolist()) == "red </s> circle"
+    assert 1 not in model.tokens(None, ["a </s>"]).answer[0, :-1]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2631640000\n"
+
+
+@pytest.mark.parametrize("parent", ("models", "models [1]"))
+def test_a_git_lfs_pointer_in_place_of_weights_is_named(tmp_path, parent):
+    folder = tmp_path / parent
+    llm, clip = save_llm(folder / "llm"), save_clip(folder / "clip")
+    weights = folder / "clip" / "open_clip_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_text(POINTER)
+    with pytest.raises(UserError, match="--clip .*open_clip_model.safetensors is a git-lfs pointer"):
+        load(llm, clip)
+    weights.write_bytes(whole)
+    Path(llm, "model.safetensors").write_text(POINTER)
+    with pytest.raises(UserError, match="--llm .*model.safetensors is a git-lfs pointer.*git lfs pull"):
+        load(llm, clip)
+
+
+def test_a_folder_whose_name_a_shell_would_expand_is_found(tmp_path):
+    llm, clip = save_llm(tmp_path / "models [v1]*" / "llm"), save_clip(tmp_path / "models [v1]*" / "clip")
+    train.check_llm(load(llm, clip))
+
+
+def test_weights_in_several_files_are_found_and_a_missing_one_is_named(tmp_path):
+    llm = llama_folder(tmp_path / "llm")
+    whole = safetensors.torch.load_file(llm / "model.safetensors")
+    transformers.LlamaForCausalLM.from_pretrained(llm).save_pretrained(tmp_path / "parts", max_shard_size="50KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llm / name, tmp_path / "parts")
+    clip = save_clip(tmp_path / "clip")
+    model = load(tmp_path / "parts", clip)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.llm.state_dict().items())
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    (tmp_path / "parts" / index["weight_map"]["lm_head.weight"]).unlink()
+    with pytest.raises(UserError, match="can't be loaded"):
+        load(tmp_path / "parts", clip)
