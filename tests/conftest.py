@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lab")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on several
 
 import open_clip
 import pytest
@@ -22,7 +23,7 @@ import torch
 import transformers
 
 import lmeye
-import miniature
+import shapes
 from lmeye import LMEye, Settings
 
 
@@ -76,7 +77,7 @@ def folders(tmp_path):
 
 def save_llm(folder, seed=0):
     torch.manual_seed(seed)
-    tokenizer = miniature.build_tokenizer(ends=False)
+    tokenizer = shapes.build_tokenizer(ends=False)
     tokenizer.save_pretrained(folder)
     tiny_llm("opt", len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
              eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
@@ -108,7 +109,7 @@ def save_opt(folder):
 
 def save_clip(folder, seed=0):
     torch.manual_seed(seed)
-    tokenizer = miniature.build_tokenizer(ends=True)
+    tokenizer = shapes.build_tokenizer(ends=True)
     tokenizer.save_pretrained(folder)
     clip, config = tiny_clip(len(tokenizer))
     safetensors.torch.save_file(clip.state_dict(), Path(folder, "open_clip_model.safetensors"))
@@ -119,8 +120,8 @@ def save_clip(folder, seed=0):
 def tiny_model(family="opt", seed=0, **settings):
     """LMEye between a tiny random LM of a family and a tiny random CLIP, dropout off unless asked for."""
     torch.manual_seed(seed)
-    tokenizer = miniature.build_tokenizer(ends=False)
-    clip_tokenizer = miniature.build_tokenizer(ends=True)
+    tokenizer = shapes.build_tokenizer(ends=False)
+    clip_tokenizer = shapes.build_tokenizer(ends=True)
     llm = tiny_llm(family, len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
                    eos_token_id=tokenizer.eos_token_id)
     clip, _ = tiny_clip(len(clip_tokenizer))

@@ -9,13 +9,13 @@ import torch
 from conftest import CLIP_CONFIG, tiny_model
 
 import lmeye
-import miniature
+import shapes
 import train
 
 
 def test_text_path_fed_with_token_embeddings_equals_encode_text():
     model = tiny_model()
-    tokenizer = miniature.build_tokenizer(ends=True)
+    tokenizer = shapes.build_tokenizer(ends=True)
     for text in ("red", "two small red circles at the left on a blue background"):
         ids = tokenizer([text], return_tensors="pt").input_ids  # [start … end], not padded
         whole = tokenizer([text], padding="max_length", max_length=16, return_tensors="pt").input_ids
@@ -36,13 +36,13 @@ def test_text_path_equals_encode_text_in_a_published_architecture(name):
 
 def test_image_path_equals_encode_image():
     model = tiny_model()
-    pixels = model.preprocess(miniature.draw(miniature.SCENES[0], random.Random(0)))[None]
+    pixels = model.preprocess(shapes.draw(shapes.SCENES[0], random.Random(0)))[None]
     assert torch.equal(model.encode_image(pixels), model.clip.encode_image(pixels))
     assert model.encode_image(pixels).norm() != pytest.approx(1, abs=0.01)  # projected, but not normalised
 
 
 def test_sos_and_eos_are_those_of_clips_tokenizer():
-    tokenizer = miniature.build_tokenizer(ends=True)
+    tokenizer = shapes.build_tokenizer(ends=True)
     assert tiny_model().sos_eos.tolist() == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
@@ -72,7 +72,7 @@ def test_openai_weights_are_given_quick_gelu(tmp_path, monkeypatch):
 @pytest.mark.parametrize("other", ({"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "first"}))
 def test_a_clip_whose_text_transformer_is_not_causal_or_read_elsewhere_than_at_eos_is_refused(other):
     model = tiny_model()
-    words = len(miniature.build_tokenizer(ends=True))
+    words = len(shapes.build_tokenizer(ends=True))
     config = {**CLIP_CONFIG, "text_cfg": {**CLIP_CONFIG["text_cfg"], "vocab_size": words, **other}}
     with pytest.raises(lmeye.UserError, match="causal"):
         odd = lmeye.LMEye(model.settings, model.llm, model.tokenizer, open_clip.CLIP(**config).eval(), None,

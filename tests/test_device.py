@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_llm, tiny_model
 from test_training import dataset
 
-import miniature
+import shapes
 import sample
 import train
 from lmeye import CHECKPOINT, LMEye, Settings
@@ -62,12 +62,12 @@ def home(tmp_path_factory):
     """A folder with tiny models, pictures, captions, questions, choices → (folder, the flags that name the models)."""
     home, rng = tmp_path_factory.mktemp("home"), random.Random(0)
     captions, chats, choices = [], [], []
-    for i, scene in enumerate(rng.sample(miniature.SCENES, 52)):  # of fewer none is held out
-        miniature.draw(scene, rng).save(home / f"{i}.png")
-        captions.append({"image": f"{i}.png", "caption": miniature.describe(scene)})
+    for i, scene in enumerate(rng.sample(shapes.SCENES, 52)):  # of fewer none is held out
+        shapes.draw(scene, rng).save(home / f"{i}.png")
+        captions.append({"image": f"{i}.png", "caption": shapes.describe(scene)})
         conversation = []
         for kind in ("color", "shape"):
-            question, answer = miniature.ask(scene, kind, rng)
+            question, answer = shapes.ask(scene, kind, rng)
             conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         chats.append({"image": f"{i}.png", "conversations": conversation})
         choices.append({"img_fn": f"{i}.png", "objects": [], "question": ["what", "color"], "answer_label": 0,
@@ -181,7 +181,7 @@ def test_looking_inside_keeps_to_the_gpu(home, model_on_gpu, tmp_path):
 def test_a_language_model_near_the_limit_of_fp16_is_noticed_where_fp16_is_taken(home, tmp_path, largest, told):
     """Llama-like models have single states of tens of thousands."""
     save_llm(tmp_path / "llm")
-    llm = tiny_llm("opt", len(miniature.build_tokenizer(ends=False)), pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    llm = tiny_llm("opt", len(shapes.build_tokenizer(ends=False)), pad_token_id=0, bos_token_id=2, eos_token_id=3)
     if largest:
         llm.model.decoder.layers[0].fc2.bias.data[5] = largest
     llm.save_pretrained(tmp_path / "llm")

@@ -10,6 +10,7 @@ import board
 import conftest
 import evidence
 import miniature
+import shapes
 import numpy as np
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_a_run_is_complete_only_when_its_state_is_gone(tmp_path):
 
 
 def test_a_caption_of_the_miniature_gives_its_scene_back():
-    assert all(evidence.scene_of(miniature.describe(scene)) == scene for scene in miniature.SCENES)
+    assert all(evidence.scene_of(shapes.describe(scene)) == scene for scene in shapes.SCENES)
 
 
 def test_the_language_models_of_scaling_are_trained_as_long_as_the_miniatures_own():
@@ -194,14 +195,14 @@ def test_the_language_models_of_scaling_are_trained_as_long_as_the_miniatures_ow
 
 @pytest.mark.parametrize("how", ("random", "popular", "adversarial", "background's"))
 def test_what_is_absent_is_chosen_as_it_says(how, monkeypatch):
-    scenes = random.Random(0).choices(miniature.TRAINING, k=300)
-    scenes += [s for s in miniature.TRAINING if s.color == "green" and s.shape == "ring"] * 20
-    captions = [SimpleNamespace(answer=miniature.describe(scene)) for scene in scenes]
+    scenes = random.Random(0).choices(shapes.TRAINING, k=300)
+    scenes += [s for s in shapes.TRAINING if s.color == "green" and s.shape == "ring"] * 20
+    captions = [SimpleNamespace(answer=shapes.describe(scene)) for scene in scenes]
     monkeypatch.setattr(evidence, "datasets", lambda world, stage: (SimpleNamespace(records=captions), None))
     records, pairs = evidence.absent_records(how), []
     per_scene = 2 if how == "background's" else 4
-    assert len(records) == per_scene * len(miniature.HELD_OUT)
-    for i, scene in enumerate(miniature.HELD_OUT):
+    assert len(records) == per_scene * len(shapes.HELD_OUT)
+    for i, scene in enumerate(shapes.HELD_OUT):
         for record in records[per_scene * i:per_scene * (i + 1)]:
             assert record.image.name == f"val/{i:06d}.png"
             value = record.question.rstrip("?").split()[-1]
@@ -212,9 +213,9 @@ def test_what_is_absent_is_chosen_as_it_says(how, monkeypatch):
     if how == "background's":
         assert all(value == scene.background for scene, value in pairs)
     if how == "popular":
-        assert all(value == "green" for scene, value in pairs if scene.color != "green" and value in miniature.COLORS)
+        assert all(value == "green" for scene, value in pairs if scene.color != "green" and value in shapes.COLORS)
     if how == "random":
-        assert len({value for _, value in pairs if value in miniature.COLORS}) == len(miniature.COLORS)
+        assert len({value for _, value in pairs if value in shapes.COLORS}) == len(shapes.COLORS)
 
 
 # ---- Boards --------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_a_board_shows_its_scene_and_answers_about_it(number):
         color = getattr(scene, f"{cell}_color")
         x, y = 21 * (i % 3) + 5, 21 * (i // 3) + 5
         spot = picture.crop((x, y, x + 11, y + 11))
-        seen = {name for name, value in miniature.COLORS.items() if value in [c for _, c in spot.getcolors()]}
+        seen = {name for name, value in shapes.COLORS.items() if value in [c for _, c in spot.getcolors()]}
         assert seen - {"black"} == ({color} if color else set())
     caption = board.describe(scene).split()
     for name in board.attributes(scene):
@@ -277,7 +278,7 @@ def test_the_boards_files_are_read_as_any_others(tmp_path):
 
 
 def test_the_boards_are_a_world_that_the_miniatures_models_can_be_trained_on(tmp_path, capsys):
-    miniature.train_clip(tmp_path / "clip", 0, board.WORLD, steps=1, batch_size=4, captions=8, width=4)
+    miniature.train_clip(tmp_path / "clip", 0, board.WORLD, steps=1, batch_size=4, width=4)
     miniature.train_llm(tmp_path / "llm", 0, board.WORLD, steps=1, batch_size=4, width=64, layers=1)
     longest = max(len(board.describe(scene).split()) for scene in board.HELD_OUT)
     assert longest + 2 <= board.WORLD.caption_tokens

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
 
 import miniature
+import shapes
 import open_clip
 import pytest
 import torch
@@ -38,45 +39,45 @@ def read(folder, name):
 
 
 def test_one_scene_in_ten_is_held_out_and_has_every_value():
-    assert len(miniature.SCENES) == 6000 and 500 < len(miniature.HELD_OUT) < 700
-    assert set(miniature.TRAINING).isdisjoint(miniature.HELD_OUT)
-    assert set(miniature.TRAINING) | set(miniature.HELD_OUT) == set(miniature.SCENES)
-    for name, values in miniature.VALUES.items():
-        for scenes in (miniature.TRAINING, miniature.HELD_OUT):
+    assert len(shapes.SCENES) == 6000 and 500 < len(shapes.HELD_OUT) < 700
+    assert set(shapes.TRAINING).isdisjoint(shapes.HELD_OUT)
+    assert set(shapes.TRAINING) | set(shapes.HELD_OUT) == set(shapes.SCENES)
+    for name, values in shapes.VALUES.items():
+        for scenes in (shapes.TRAINING, shapes.HELD_OUT):
             assert {getattr(scene, name) for scene in scenes} == set(values)
 
 
 def test_questions_have_the_scenes_own_answers():
     rng = random.Random(0)
-    scene = miniature.Scene("two", "small", "red", "circle", "left", "blue")
-    assert miniature.describe(scene) == "two small red circles at the left on a blue background"
-    for kind in miniature.KINDS[:-1]:
-        assert miniature.ask(scene, kind, rng)[1] == getattr(scene, kind)
-    asked = {miniature.ask(scene, "yes/no", rng) for _ in range(500)}
+    scene = shapes.Scene("two", "small", "red", "circle", "left", "blue")
+    assert shapes.describe(scene) == "two small red circles at the left on a blue background"
+    for kind in shapes.KINDS[:-1]:
+        assert shapes.ask(scene, kind, rng)[1] == getattr(scene, kind)
+    asked = {shapes.ask(scene, "yes/no", rng) for _ in range(500)}
     assert ("are there two?", "yes") in asked and ("are there three?", "no") in asked
     assert ("is the background red?", "no") in asked and ("is the background blue?", "yes") in asked
     assert len({question for question, _ in asked}) == len(asked)  # no question has both answers
 
 
 def test_a_drawing_shows_its_scene():
-    for scene in random.Random(0).sample(miniature.SCENES, 300):
-        picture = miniature.draw(scene, random.Random(1))
-        color, ground = miniature.COLORS[scene.color], miniature.COLORS[scene.background]
-        assert {c for _, c in picture.getcolors()} == {color, ground, miniature.OUTLINE}
-        places = [(x, y) for x in range(miniature.SIDE) for y in range(miniature.SIDE)
+    for scene in random.Random(0).sample(shapes.SCENES, 300):
+        picture = shapes.draw(scene, random.Random(1))
+        color, ground = shapes.COLORS[scene.color], shapes.COLORS[scene.background]
+        assert {c for _, c in picture.getcolors()} == {color, ground, shapes.OUTLINE}
+        places = [(x, y) for x in range(shapes.SIDE) for y in range(shapes.SIDE)
                   if picture.getpixel((x, y)) != ground]
-        for axis, side in enumerate(miniature.PLACES[scene.place]):
-            offset = sum(place[axis] for place in places) / len(places) - miniature.SIDE / 2
+        for axis, side in enumerate(shapes.PLACES[scene.place]):
+            offset = sum(place[axis] for place in places) / len(places) - shapes.SIDE / 2
             assert abs(offset) < 9 if side == 0 else offset * side > 3, scene
 
 
 def test_the_tokenizer_knows_every_word_and_frames_as_clips_and_opts_do():
-    clip, llm = miniature.build_tokenizer(ends=True), miniature.build_tokenizer(ends=False)
+    clip, llm = shapes.build_tokenizer(ends=True), shapes.build_tokenizer(ends=False)
     rng = random.Random(1)
-    texts = [miniature.describe(scene) for scene in miniature.SCENES[::7]]
-    for scene in miniature.SCENES[::7]:
-        for kind in miniature.KINDS:
-            texts.append(" ".join(miniature.ask(scene, kind, rng)))
+    texts = [shapes.describe(scene) for scene in shapes.SCENES[::7]]
+    for scene in shapes.SCENES[::7]:
+        for kind in shapes.KINDS:
+            texts.append(" ".join(shapes.ask(scene, kind, rng)))
     for ids in llm(texts).input_ids:
         assert llm.unk_token_id not in ids
     ids = clip("two red things").input_ids
@@ -86,7 +87,7 @@ def test_the_tokenizer_knows_every_word_and_frames_as_clips_and_opts_do():
 
 
 def test_only_captions_and_answers_are_learned_and_hints_can_be_left_out():
-    scene, rng = miniature.HELD_OUT[0], random.Random(0)
+    scene, rng = shapes.HELD_OUT[0], random.Random(0)
     for share in (0.0, 1.0):
         pieces = miniature.write_example(miniature.WORLD, scene, 3, share, rng)
         assert [weight > 0 for _, weight in pieces] == [False, True] * 4
@@ -103,8 +104,8 @@ def test_every_file_is_there_and_every_picture_in_the_archive(made):
     assert {p.name for p in made.iterdir()} == set(miniature.FILES)
     with zipfile.ZipFile(made / "pictures.zip") as archive:
         names = archive.namelist()
-        assert Image.open(io.BytesIO(archive.read(names[0]))).size == (miniature.SIDE, miniature.SIDE)
-    for part, prefix, pictures in (("train", "", 40), ("val", "val_", len(miniature.HELD_OUT))):
+        assert Image.open(io.BytesIO(archive.read(names[0]))).size == (shapes.SIDE, shapes.SIDE)
+    for part, prefix, pictures in (("train", "", 40), ("val", "val_", len(shapes.HELD_OUT))):
         captions, questions = read(made, f"{prefix}captions.json"), read(made, f"{prefix}questions.json")
         assert len(captions) == pictures
         for record in captions + questions:
@@ -122,11 +123,11 @@ def test_six_questions_about_a_picture_one_in_four_behind_another(made):
     assert turns[1] + 2 * turns[2] == 6 * 40 and set(turns) == {1, 2}
     assert 0.16 < turns[2] / (6 * 40) < 0.34
     categories = Counter(record["category"] for record in read(made, "val_questions.json"))
-    assert categories == {kind: len(miniature.HELD_OUT) for kind in miniature.KINDS}
+    assert categories == {kind: len(shapes.HELD_OUT) for kind in shapes.KINDS}
 
 
 def test_held_out_scenes_never_occur_in_training(made):
-    held_out = {miniature.describe(scene) for scene in miniature.HELD_OUT}
+    held_out = {shapes.describe(scene) for scene in shapes.HELD_OUT}
     trained = {record["conversations"][1]["value"] for record in read(made, "captions.json")}
     shown = {record["conversations"][1]["value"] for record in read(made, "val_captions.json")}
     assert shown == held_out and trained.isdisjoint(held_out)

@@ -18,7 +18,7 @@ import transformers
 from conftest import CLIP_CONFIG, save_clip, save_llm, tiny_model
 from test_two_passes import ANSWERS, QUESTIONS, features, gradients, plain_logits, plain_loss
 
-import miniature
+import shapes
 import train
 from lmeye import LMEye, Settings, UserError
 
@@ -126,7 +126,7 @@ WRONG = {
 
 def random_llm(name, sizes, seed=0, std=0.2):
     """A random causal LM of a family (the first word of `name`) for the miniature's tokenizer."""
-    tokenizer = miniature.build_tokenizer(ends=False)
+    tokenizer = shapes.build_tokenizer(ends=False)
     words = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
                  eos_token_id=tokenizer.eos_token_id)
     if "text_config" in sizes:  # a model that has other parts, too
@@ -327,7 +327,7 @@ def load(llm, clip):
 
 def llama_folder(folder):
     """A folder of a random Llama whose head is its own, and the miniature's tokenizer."""
-    tokenizer = miniature.build_tokenizer(ends=False)
+    tokenizer = shapes.build_tokenizer(ends=False)
     tokenizer.save_pretrained(folder)
     random_llm("llama", SIZE).save_pretrained(folder)
     return folder

@@ -3,7 +3,7 @@
 import random
 import re
 
-import miniature
+import shapes
 import torch
 from conftest import ROOT, save_clip, save_llm
 
@@ -21,7 +21,7 @@ def test_the_python_of_the_readme_runs_and_its_steps_are_those_of_the_model(tmp_
     model = lmeye.LMEye.from_settings(lmeye.PRESETS["mini"])
     model.save("out/mini/stage2/adapter.safetensors", 2)
     (tmp_path / "out/mini/examples").mkdir()
-    miniature.draw(miniature.SCENES[0], random.Random(0)).save("out/mini/examples/1.png")
+    shapes.draw(shapes.SCENES[0], random.Random(0)).save("out/mini/examples/1.png")
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     names = {}
     exec(block, names)

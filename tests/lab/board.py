@@ -13,9 +13,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import miniature
+import shapes
 
 SIDE = 64  # pixels
-COLORS, SHAPES = ("red", "green", "blue", "yellow", "white"), miniature.SHAPES
+COLORS, SHAPES = ("red", "green", "blue", "yellow", "white"), shapes.SHAPES
 CELLS = ("top_left", "top_middle", "top_right", "left", "middle", "right", "bottom_left", "bottom_middle",
          "bottom_right")
 NUMBERS = (1, 2, 4, 9)  # of objects
@@ -69,7 +70,7 @@ TRAINING = [scene for scene in random_scenes("training", 20_000) if scene not in
 
 def draw(scene, rng):
     """Draw a board → RGB picture, SIDE × SIDE; `rng` (random.Random) decides on jitter."""
-    picture = Image.new("RGB", (SIDE, SIDE), miniature.COLORS["black"])
+    picture = Image.new("RGB", (SIDE, SIDE), shapes.COLORS["black"])
     canvas = ImageDraw.Draw(picture)
     for i, cell in enumerate(CELLS):
         color, shape = getattr(scene, f"{cell}_color"), getattr(scene, f"{cell}_shape")
@@ -77,8 +78,8 @@ def draw(scene, rng):
             row, column = divmod(i, 3)
             x = (column + 0.5) * SIDE / 3 + rng.uniform(-1.5, 1.5)
             y = (row + 0.5) * SIDE / 3 + rng.uniform(-1.5, 1.5)
-            thing = miniature.Scene("one", "large", color, shape, "middle", "black")
-            miniature.draw_shape(canvas, thing, x, y, r=8.5 + rng.uniform(-0.5, 0.5))
+            thing = shapes.Scene("one", "large", color, shape, "middle", "black")
+            shapes.draw_shape(canvas, thing, x, y, r=8.5 + rng.uniform(-0.5, 0.5))
     return picture
 
 
@@ -115,9 +116,9 @@ def ask(scene, kind, rng, named=None):
 
 
 def build_tokenizer(ends):
-    """The tokenizer of the boards' words: see miniature.build_tokenizer."""
+    """The tokenizer of the boards' words: see shapes.build_tokenizer."""
     cells = " ".join(word_for(cell) for cell in CELLS)
-    return miniature.build_tokenizer(ends, [f"{cells} {' '.join(COLORS + SHAPES)} what color shape is the thing a"])
+    return shapes.build_tokenizer(ends, [f"{cells} {' '.join(COLORS + SHAPES)} what color shape is the thing a"])
 
 
 WORLD = miniature.World(TRAINING, VALUES, WEIGHTS, attributes, draw, describe, ask, build_tokenizer, SIDE, 32)

@@ -38,6 +38,7 @@ import data
 import lmeye
 import look
 import miniature
+import shapes
 import sample
 import train
 from lmeye import CHECKPOINT, LMEye, UserError
@@ -206,7 +207,7 @@ def datasets(world, stage, pictures=None):
 
 
 def held_out_picture(i):
-    """The picture of miniature.HELD_OUT[i], which write_data wrote in that order."""
+    """The picture of shapes.HELD_OUT[i], which write_data wrote in that order."""
     return data.Member(str(OUT / "pictures.zip"), f"val/{i:06d}.png")
 
 
@@ -219,10 +220,10 @@ def scene_of(caption):
     words, values = caption.split(), {}
     for name, at in CAPTION_WORDS.items():
         values[name] = words[at]
-    for shape in miniature.SHAPES:
+    for shape in shapes.SHAPES:
         if values["shape"].startswith(shape):  # circle, or circles
             values["shape"] = shape
-    return miniature.Scene(**values)
+    return shapes.Scene(**values)
 
 
 # ---- Training and measuring ----------------------------------------------------------------------------------
@@ -519,7 +520,7 @@ def samples(seeds):
 
 
 SIZES = ((64, 3), (256, 3), (128, 2))  # width and layers of the language models beside the miniature's own
-LLM_STEPS = 300  # of the miniature's own language model
+LLM_STEPS = 550  # of the miniature's own language model
 
 
 def scaling(seeds):
@@ -554,7 +555,7 @@ def requests(seeds):
     model, untrained = trained("mini", "full", 0), new_model("mini", "full", 0)
     untrained.load(OUT / "stage1" / CHECKPOINT)
     records, scenes, skips = [], [], []
-    for i, scene in enumerate(miniature.HELD_OUT):
+    for i, scene in enumerate(shapes.HELD_OUT):
         for category, question in ASKED.items():
             records.append(data.Record(held_out_picture(i), (question,), "", category))
             scenes.append(scene)
@@ -565,7 +566,7 @@ def requests(seeds):
                "request, before phase 2": requests_and_v(untrained, asked)[0]}
     category = np.array([record.category for record in records])
     labels = {"kind of question": category}
-    for name in miniature.Scene._fields:
+    for name in shapes.Scene._fields:
         labels[name] = np.array([getattr(scene, name) for scene in scenes])
     picture, rows = torch.from_numpy(asked.picture), {}
     for name, x in vectors.items():
@@ -576,9 +577,9 @@ def requests(seeds):
     print(f"what a probe finds, percent right\n\n{markdown(rows)}\n")
 
     asked_for, others = {}, {}
-    for name in miniature.Scene._fields:
+    for name in shapes.Scene._fields:
         of_others = []
-        for other in miniature.Scene._fields:
+        for other in shapes.Scene._fields:
             of_kind = category == other
             found = linear(v[of_kind], labels[name][of_kind], picture[of_kind])
             if other == name:
@@ -713,7 +714,7 @@ def absent_records(how):
     def absent(scene, name):
         if how == "background's":
             return scene.background
-        values = [value for value in miniature.VALUES[name] if value != getattr(scene, name)]
+        values = [value for value in shapes.VALUES[name] if value != getattr(scene, name)]
         if how == "random":
             return rng.choice(values)
         if how == "popular":
@@ -721,7 +722,7 @@ def absent_records(how):
         others = [fact for fact in scene._asdict().items() if fact[0] != name]
         return max(values, key=lambda value: sum(together[(name, value), fact] for fact in others))
 
-    for i, scene in enumerate(miniature.HELD_OUT):
+    for i, scene in enumerate(shapes.HELD_OUT):
         one = scene.number == "one"
         for name in ("color",) if how == "background's" else ("color", "shape"):
             for value, answer in ((getattr(scene, name), "yes"), (absent(scene, name), "no")):

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 import lmeye
-import miniature
+import shapes
 from lmeye import LMEye, Settings
 
 
@@ -96,7 +96,7 @@ def random_model(size, dtype, device=None, llm=None, **settings):
     clip, preprocess = random_clip(size, dtype, device)
     settings = Settings(**{"n_slots": SLOTS.get(size, 1), "precision": PRECISIONS[dtype], **settings})
     llm = llm or random_llm(size, dtype, device)
-    return LMEye(settings, llm, miniature.build_tokenizer(ends=False), clip, preprocess, clip_tokenizer(CLIP))
+    return LMEye(settings, llm, shapes.build_tokenizer(ends=False), clip, preprocess, clip_tokenizer(CLIP))
 
 
 def random_batch(model, B, question, answer):
