@@ -6,6 +6,7 @@ numbers would be others has to be refused, in one line.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -271,13 +272,16 @@ def test_a_clip_whose_picture_tower_is_of_timm_can_be_used(name):
     assert_clip_works(name)
 
 
-@pytest.mark.slow
+LARGE = pytest.mark.skipif("LMEYE_ALL" not in os.environ, reason="large architectures, 4 minutes: set LMEYE_ALL=1")
+
+
+@LARGE
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_of_open_clip_can_be_used(name):
     assert_clip_works(name)
 
 
-@pytest.mark.slow
+@LARGE
 @pytest.mark.parametrize("name", NOT_CAUSAL)
 def test_architectures_whose_text_tower_is_not_causal_are_refused(name):
     with pytest.raises(UserError, match="not causal"):
