@@ -152,7 +152,7 @@ def test_a_second_run_refuses(made):
 def test_a_run_that_is_stopped_leaves_nothing(tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, "--out", tmp_path], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("mini/part-*")) and process.poll() is None:
+    while not list(tmp_path.glob("mini/part-*/pictures.zip")) and process.poll() is None:
         time.sleep(0.1)
     process.terminate()
     _, errors = process.communicate(timeout=60)

@@ -318,17 +318,18 @@ def make(out, seed=0, clip_steps=450, llm_steps=550, pictures=6000):
     with tempfile.TemporaryDirectory(prefix="part-", dir=place) as part:
         part = Path(part)
         context = multiprocessing.get_context("spawn")  # there is on every system
-        child = context.Process(target=train_llm_in_child, args=(part / "llm", seed, llm_steps))
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child is born without ears for Ctrl-C
-        child.start()
-        signal.signal(signal.SIGINT, handler)
+        child = context.Process(target=train_llm_in_child, args=(part / "llm", seed, llm_steps), daemon=True)
         try:
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child is born without ears for Ctrl-C
+            child.start()
+            signal.signal(signal.SIGINT, handler)
             write_data(part, seed, pictures)
             train_clip(part / "clip", seed, steps=clip_steps)
             child.join()
         finally:
-            child.terminate()
-            child.join()
+            if child.pid:
+                child.terminate()
+                child.join()
         if child.exitcode != 0:
             raise UserError(f"the language model's training ended with status {child.exitcode}; what it said is above")
         for name in FILES:
