@@ -319,8 +319,7 @@ def settings_from(given, out):
     looked for below `out`. Models other than the preset's are a preset of their own, named after them, as is its folder."""
     given = {name: value for name, value in given.items() if value is not None}
     real = "llm" in given or "clip" in given or torch.cuda.is_available()
-    preset = given.get("preset") or ("opt-1.3b" if real else "mini")
-    standard = PRESETS[preset]
+    standard = PRESETS[given.get("preset") or ("opt-1.3b" if real else "mini")]
     standard = replace(standard, llm=below(out, standard.llm), clip=below(out, standard.clip))
     settings = replace(standard, **given)
     if (settings.llm, settings.clip) != (standard.llm, standard.clip):

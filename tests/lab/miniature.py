@@ -337,8 +337,7 @@ def make(out, seed=0, clip_steps=450, llm_steps=550, pictures=6000):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 2)[0], epilog=__doc__.split("\n", 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="everything is written to the folder mini below this one")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     args = parser.parse_args()
