@@ -143,8 +143,6 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                 command = shlex.join(["python", *[word for word in sys.argv if word != "--resume"], "--resume"])
                 raise KeyboardInterrupt(f"stopped after step {done:,} of {steps:,}; to go on:  {command}")
             bar.update()
-    model.save(folder / CHECKPOINT, stage)
-    write_log(folder / "log.csv", log["lines"])
     state.unlink()
     print(f"stage {stage}: {steps:,} steps in {log['seconds']:.0f} s: {folder / CHECKPOINT}")
 

@@ -69,6 +69,17 @@ def plain_loss(model, f, questions, answers):
     return total / count
 
 
+def plain_answers(model, f, questions, longest):
+    """Greedy answers of at most `longest` tokens, each token by a whole pass."""
+    answers = []
+    for i, question in enumerate(questions):
+        ids = []
+        while len(ids) < longest and model.tokenizer.eos_token_id not in ids:
+            ids.append(plain_logits(model, f[i:i + 1], question, ids)[-1].argmax().item())
+        answers.append(model.decode(ids))
+    return answers
+
+
 def features(model, n=3):
     return torch.randn(n, model.clip.visual.output_dim, generator=torch.Generator().manual_seed(1))
 
@@ -125,12 +136,7 @@ def test_with_align_frozen_the_other_gradients_stay_the_same():
 def test_greedy_answers_equal_those_of_whole_passes(family):
     model = tiny_model(family)
     f = features(model)
-    expected = []
-    for i, question in enumerate(QUESTIONS):
-        ids = []
-        while len(ids) < 6 and model.tokenizer.eos_token_id not in ids:
-            ids.append(plain_logits(model, f[i:i + 1], question, ids)[-1].argmax().item())
-        expected.append(model.decode(ids))
+    expected = plain_answers(model, f, QUESTIONS, 6)
     assert model.generate(f, QUESTIONS, max_tokens=6) == expected
     assert [model.generate(f[i:i + 1], [q], max_tokens=6)[0] for i, q in enumerate(QUESTIONS)] == expected
 
