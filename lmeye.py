@@ -108,8 +108,7 @@ class LMEye(nn.Module):
         longest = len(self.text.positional_embedding) - 3  # beside SOS, the request and EOS
         if not (1 <= N <= longest and 1 <= Q <= 100 and 0 <= settings.dropout < 1):
             raise UserError(f"out of range: --n-features 1 to {longest} with this CLIP, --n-slots 1 to 100, --dropout below 1")
-        vocabulary = len(llm.get_input_embeddings().weight)
-        words = self.embed(torch.linspace(0, vocabulary - 1, 1000, device=self.device).long())  # some of them
+        words = self.embed(torch.linspace(0, len(tokenizer) - 1, 1000, device=self.device).long())  # some of them
         D, W = words.shape[1], self.text.positional_embedding.shape[1]
         C = self.encode_words(self.text.token_embedding(self.sos_eos)[None]).shape[1]
         self.align = nn.Linear(C, D)  # the picture, as a word of the language model
@@ -235,7 +234,7 @@ class LMEye(nn.Module):
         x_answer = torch.cat([x, self.embed(answer[:, :-1])], 1)
         h, _ = self.run_llm(x_answer, torch.cat([mask, answer_mask[:, :-1]], 1), cache)
         h = h[:, x.shape[1] - 1:].flatten(0, 1)  # (B·T', D): the state before each token of the answer
-        return TokenLosses.apply(h[labelled], answer.flatten()[labelled], self.logits).sum()
+        return TokenLosses.apply(h[labelled], answer.flatten()[labelled], self.llm.get_output_embeddings()).sum()
 
     # -- Generation and scoring
 
@@ -283,7 +282,7 @@ class LMEye(nn.Module):
         rest, _ = self.run_llm(self.embed(ids[:, :-1]), mask, cache)
         h = torch.cat([first[:, -1:].repeat_interleave(K, 0), rest], 1).flatten(0, 1)  # (B·K·T', D): before each token
         logp = torch.zeros(len(h), device=self.device)
-        logp[places] = -TokenLosses.apply(h[places], ids.flatten()[places], self.logits)
+        logp[places] = -TokenLosses.apply(h[places], ids.flatten()[places], self.llm.get_output_embeddings())
         return logp.view(B, K, -1).sum(2)
 
     # -- Text, tokens, embeddings
@@ -396,19 +395,21 @@ class LMEye(nn.Module):
 
 
 class TokenLosses(torch.autograd.Function):
-    """The cross-entropy of each token: states h (n, D), targets (n,) → losses (n,), fp32.
+    """The cross-entropy of each token: states h (n, D), targets (n,), the LM's frozen head → losses (n,), fp32.
 
     The logits of a whole batch would be the largest tensors of a step, and the head is frozen: so each chunk's gradient
     with respect to h is taken at once, and its logits are gone before the next chunk's are computed.
     """
+    LOGITS = 25_000_000  # of a chunk, at most: 500 tokens of OPT's, 100 of BLOOM's
 
     @staticmethod
-    def forward(ctx, h, targets, logits):
-        losses, gradients, needed = [], [], ctx.needs_input_grad[0]
-        for part, target in zip(h.split(256), targets.split(256)):
+    def forward(ctx, h, targets, head):
+        losses, gradients = [], []
+        needed, n = ctx.needs_input_grad[0], max(1, TokenLosses.LOGITS // len(head.weight))
+        for part, target in zip(h.split(n), targets.split(n)):
             with torch.set_grad_enabled(needed):
                 part = part.detach().requires_grad_(needed)
-                loss = F.cross_entropy(logits(part), target, reduction="none")
+                loss = F.cross_entropy(head(part).float(), target, reduction="none")
                 if needed:
                     gradients += torch.autograd.grad(loss.sum(), part)
             losses.append(loss.detach())

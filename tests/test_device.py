@@ -3,6 +3,7 @@
 The programs run on a pretended GPU (pretend.py), which refuses what a real one refuses and counts what it waits for.
 """
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -115,9 +116,14 @@ def test_the_programs_keep_to_the_gpu(home, bf16, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ("fp32", "fp16"))
 def test_a_run_on_the_gpu_ends_as_on_the_cpu_also_when_it_is_resumed(home, monkeypatch, precision):
+    """In fp16 the loss is scaled, by a factor that here doubles at each step, and that a resumed run goes on with."""
     same, cpu, gpu = ["--steps", 5, "--save-every", 2, "--precision", precision], f"cpu-{precision}", f"gpu-{precision}"
-    done(home, *stage(1, *same, "--out", cpu))
-    step, calls = torch.optim.AdamW.step, []
+    step, update, scales, calls = torch.optim.AdamW.step, torch.amp.GradScaler.update, [], []
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, growth_interval=1))
+
+    def noted(scaler):
+        update(scaler)
+        scales.append(scaler.get_scale())
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -125,11 +131,16 @@ def test_a_run_on_the_gpu_ends_as_on_the_cpu_also_when_it_is_resumed(home, monke
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
+    monkeypatch.setattr(torch.amp.GradScaler.func, "update", noted)
+    done(home, *stage(1, *same, "--out", cpu))
+    unbroken, scales[:] = list(scales), []
+    assert unbroken == ([2.0 ** n for n in range(17, 22)] if precision == "fp16" else [1.0] * 5)
     with pretend.gpu():
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", killed)
             assert run(*stage(1, *same, "--out", gpu), *home[1], cwd=home[0]).returncode == 130
         done(home, *stage(1, *same, "--out", gpu, "--resume"))
+    assert scales == unbroken[:3] + unbroken[2:]  # killed in its fourth step, a run goes on from its second
     cpu, gpu = adapter(home, cpu, "stage1"), adapter(home, gpu, "stage1")
     assert all(torch.equal(cpu[name], gpu[name]) for name in cpu)
 

@@ -22,22 +22,26 @@ from lmeye import LMEye, TokenLosses
 
 @pytest.mark.parametrize("family", ("opt", "opt-350m", "bloom", "llama"))
 @pytest.mark.parametrize("n", (1, 256, 300, 600))
-def test_the_loss_in_chunks_is_the_loss(family, n):
-    """A chunk has 256 tokens. Losses and gradients, whatever the weights, equal those of all logits at once."""
+def test_the_loss_in_chunks_is_the_loss(family, n, monkeypatch):
+    """Chunks of 256 tokens. Losses and gradients, whatever the weights, equal those of all logits at once."""
     model = tiny_model(family)
+    head = model.llm.get_output_embeddings()
+    vocabulary, width = head.weight.shape
+    monkeypatch.setattr(TokenLosses, "LOGITS", 256 * vocabulary + 7)
     torch.manual_seed(1)
-    width = model.llm.get_output_embeddings().weight.shape[1]
     h, weight = torch.randn(n, width, requires_grad=True), torch.rand(n)
-    targets = torch.randint(0, len(model.llm.get_output_embeddings().weight), (n,))
-    mine = TokenLosses.apply(h, targets, model.logits)
+    targets, largest = torch.randint(0, vocabulary, (n,)), []
+    with head.register_forward_hook(lambda module, inputs, logits: largest.append(len(logits))):
+        mine = TokenLosses.apply(h, targets, head)
+    assert max(largest) == min(n, 256) and sum(largest) == n
     right = F.cross_entropy(model.logits(h), targets, reduction="none")
     assert torch.allclose(mine, right, rtol=1e-6, atol=1e-6)
     gradient, = torch.autograd.grad((mine * weight).sum(), h)
     right_gradient, = torch.autograd.grad((right * weight).sum(), h)
     assert (gradient - right_gradient).norm() <= 1e-6 * right_gradient.norm()
     with torch.no_grad():
-        assert torch.allclose(TokenLosses.apply(h, targets, model.logits), right, rtol=1e-6, atol=1e-6)
-    frozen = TokenLosses.apply(h.detach(), targets, model.logits)  # nothing asks for a gradient
+        assert torch.allclose(TokenLosses.apply(h, targets, head), right, rtol=1e-6, atol=1e-6)
+    frozen = TokenLosses.apply(h.detach(), targets, head)  # nothing asks for a gradient
     assert torch.equal(frozen, mine.detach()) and not frozen.requires_grad
 
 
@@ -45,12 +49,13 @@ def test_the_loss_in_chunks_is_the_loss(family, n):
 def test_a_step_s_gradients_are_those_of_all_logits_at_once(stage_, monkeypatch):
     """40 answers of 9 tokens, two chunks; training, and evaluation without gradients."""
     model, results = tiny_model(), []
+    monkeypatch.setattr(TokenLosses, "LOGITS", 256 * len(model.tokenizer))
     model.set_trained(stage_)
     f, tokens = measure.random_batch(model, 40, 6 if stage_ == 2 else 0, 9)
     tokens.answer_mask[3, 4:] = 0
 
-    def all_at_once(h, targets, logits):
-        return F.cross_entropy(logits(h), targets, reduction="none")
+    def all_at_once(h, targets, head):
+        return F.cross_entropy(head(h).float(), targets, reduction="none")
 
     for losses in (TokenLosses.apply, all_at_once):
         monkeypatch.setattr(TokenLosses, "apply", losses)

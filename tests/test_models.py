@@ -239,7 +239,7 @@ SMALL = ("PE-Core-T-16-384", "ViTamin-S", "convnext_tiny")
 OTHERS = ("ViT-S-32-alt", "vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224", "PE-Core-S-16-384",
           "PE-Core-B-16", "convnext_small", "convnext_base", "convnext_base_w", "convnext_base_w_320", "ViTamin-B",
           "ViTamin-S-LTT", "ViTamin-B-LTT", "swin_base_patch4_window7_224", "EVA02-B-16", "EVA02-L-14", "MobileCLIP-B",
-          "MobileCLIP2-B", "RN50", "ViT-B-32")
+          "MobileCLIP2-B", "convnext_large", "RN50", "ViT-B-32")
 NOT_CAUSAL = ("MobileCLIP-S1", "MobileCLIP2-S0")
 
 
