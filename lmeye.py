@@ -118,9 +118,9 @@ class LMEye(nn.Module):
         # BLOOM has no limit of its own: it was trained on texts of 2,048 tokens.
         self.context = getattr(llm.config.get_text_config(), "max_position_embeddings", None) or 2048
         self.max_text_tokens = self.context - len(self.image_ids) - 1 - Q - len(self.answer_ids)  # question and answer
-        spread = words.float().std().item()  # the two vectors begin as words do
-        self.img = nn.Parameter(spread * torch.randn(D))
-        self.img_d = nn.Parameter(spread * torch.randn(D))
+        self.spread = words.float().std().item()  # of a word's numbers: the two vectors begin as words do
+        self.img = nn.Parameter(self.spread * torch.randn(D))
+        self.img_d = nn.Parameter(self.spread * torch.randn(D))
         self.dropout = nn.Dropout(settings.dropout)
         some = [p.detach().flatten()[::max(1, p.numel() // 2)][:2].float() for p in (*llm.parameters(), *clip.parameters())]
         self.fingerprint = torch.cat(some).cpu()  # two weights of each frozen tensor, to tell models of one shape apart

@@ -113,6 +113,18 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
     assert rates[50] == pytest.approx(1.0) and rates[99] == pytest.approx(0.0, abs=1e-3)
 
 
+def test_the_default_rate_follows_the_spread_of_words_and_the_size_of_features():
+    """Embeddings, or features, that are larger by a factor change nothing else: the rate follows by the same factor."""
+    model, some = tiny_model(), dataset(tiny_model(), 1)
+    rate = train.reach_to_rate(40, model, some)
+    sums = [abs(row).sum() for row in some.features[some.picture].astype(float)]
+    assert rate == pytest.approx(40 * model.spread / np.mean(sums), rel=0.05)
+    larger = some._replace(features=some.features * 4)
+    assert train.reach_to_rate(40, model, larger) == pytest.approx(rate / 4, rel=0.05)
+    model.spread *= 3
+    assert train.reach_to_rate(20, model, some) == pytest.approx(1.5 * rate, rel=0.05)
+
+
 def test_the_rates_of_a_run_are_those(tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a)))

@@ -519,13 +519,13 @@ def samples(seeds):
     save(look.draw_curves(curves, "records of phase 2", log_x=True), "samples.png")
 
 
-SIZES = ((64, 3), (256, 3), (128, 2))  # width and layers of the language models beside the miniature's own
+SIZES = ((64, 2), (256, 2), (128, 3))  # width and layers of the language models beside the miniature's own
 LLM_STEPS = 550  # of the miniature's own language model
 
 
 def scaling(seeds):
-    runs = {"width 128, 3 layers, N=5, Q=1": runs_of("mini", "full", range(seeds))}
-    models = {"width 128, 3 layers, N=5, Q=1": "llm"}
+    runs = {"width 128, 2 layers, N=5, Q=1": runs_of("mini", "full", range(seeds))}
+    models = {"width 128, 2 layers, N=5, Q=1": "llm"}
     for width, layers in SIZES:
         llm, row = f"llm-{width}x{layers}", f"width {width}, {layers} layers"
         make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(

@@ -180,7 +180,7 @@ def write_example(world, scene, turns, hint_share, rng):
     return pieces
 
 
-def train_llm(folder, seed, world=WORLD, steps=550, batch_size=48, turns=3, hint_share=0.4, width=128, layers=3):
+def train_llm(folder, seed, world=WORLD, steps=550, batch_size=48, turns=3, hint_share=0.4, width=128, layers=2):
     """Train a tiny OPT to read: a caption, then questions about it. Save it as a folder that transformers load.
 
     The caption stands where <img> will stand. In `hint_share` of the questions a hint stands before "Answer:", where
