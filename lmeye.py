@@ -132,9 +132,8 @@ class LMEye(nn.Module):
     @torch.no_grad()
     def encode_image(self, pixels):
         """Pixels (B, 3, S, S), as `preprocess` makes them → f (B, C): projected, not normalised, fp32."""
-        dtype = self.text.transformer.get_cast_dtype()  # the same in both towers of CLIP
-        pixels, = self.to_device(pixels)
-        return self.clip.encode_image(pixels.to(dtype)).float()
+        pixels = self.to_device(pixels)[0].to(self.text.transformer.get_cast_dtype())  # that of both towers of CLIP
+        return self.clip.encode_image(pixels).float()
 
     def see(self, f):
         return (self.align(f) + self.img)[:, None]  # (B, 1, D)

@@ -166,7 +166,7 @@ def reach_to_rate(reach, model, dataset):
 
 
 @torch.no_grad()
-def mean_loss(model, dataset, max_batch_tokens, most=512):
+def mean_loss(model, dataset, max_batch_tokens, most=256):
     """Loss per token of the answers of a Dataset, over at most `most` records taken evenly from it. While it is the same
     with the pictures shuffled, the model does not look."""
     model.eval()

@@ -283,3 +283,74 @@ def test_the_boards_are_a_world_that_the_miniatures_models_can_be_trained_on(tmp
     longest = max(len(board.describe(scene).split()) for scene in board.HELD_OUT)
     assert longest + 2 <= board.WORLD.caption_tokens
     assert (tmp_path / "clip" / "open_clip_config.json").is_file() and (tmp_path / "llm" / "config.json").is_file()
+
+
+# ---- Swapped requests ------------------------------------------------------------------------------------------
+
+
+def swapped_dataset(model, n=6):
+    features = np.random.default_rng(0).normal(size=(n, 24)).astype(np.float16)
+    records = [data.Record(f"{i}.jpg", (QUESTIONS[i % 2],), "red") for i in range(n)]
+    tokens = list(zip(*model.token_ids([record.question for record in records], ["red"] * n)))
+    return data.Dataset(records, tokens, features, np.arange(n))
+
+
+def test_its_own_request_and_its_own_v_change_nothing():
+    model = tiny_model()
+    dataset = swapped_dataset(model)
+    own = model.generate(dataset.f(np.arange(6)), [record.question for record in dataset.records], max_tokens=8)
+    request, v = evidence.requests_and_v(model, dataset)
+    assert evidence.answers_given(model, dataset, request=request) == own
+    assert evidence.answers_given(model, dataset, v=v) == own
+    assert model.generate(dataset.f([0]), QUESTIONS[:1], max_tokens=8) == own[:1]  # and nothing stays replaced
+
+
+def test_a_swapped_request_brings_nothing_of_the_other_question_but_the_slot(monkeypatch):
+    """All that the model reads before the slot is its own record's; the slot is what the other record's request asks
+    of this record's picture."""
+    model = tiny_model()
+    dataset, read = swapped_dataset(model), []
+    request, _ = evidence.requests_and_v(model, dataset)
+    order, prefill = np.array([1, 0, 3, 2, 5, 4]), model.prefill
+    own_x, _, own_cache = prefill(*model.to_device(dataset.f(np.arange(6)), *dataset.batch(np.arange(6))[1][:2]))
+    monkeypatch.setattr(model, "prefill", lambda *parts: read.append(prefill(*parts)) or read[-1])
+    own = evidence.answers_given(model, dataset, request=request)
+    other = evidence.answers_given(model, dataset, request=request[order])
+    assert own != other
+    x, mask, cache = read[1]
+    length = own_cache.get_seq_length()
+    for mine, theirs in zip(own_cache.layers, cache.layers):  # before anything is generated both hold the same
+        assert torch.equal(mine.keys[:, :, :length], theirs.keys[:, :, :length])
+    assert torch.equal(x[:, 1:], own_x[:, 1:]) and not torch.allclose(x[:, 0], own_x[:, 0])
+    slot = model.tell(model.interact(dataset.f(np.arange(6)), request[order]))
+    assert torch.allclose(x[:, :1], slot, atol=1e-5)
+
+
+def test_whose_truth_an_answer_tells():
+    records = [data.Record("a", ("q",), answer) for answer in ("red", "blue", "one", "ring")]
+    dataset = data.Dataset(records, [], None, np.arange(4))
+    shares = evidence.whose_truth(dataset, ["red", "red", "two", "blue"], np.array([1, 0, 0, 1]), np.full(4, True))
+    assert shares == {"its own": 0.25, "the other's": 0.5, "neither's": 0.25}
+    shares = evidence.whose_truth(dataset, ["red", "red", "two", "blue"], np.array([1, 0, 0, 1]), np.arange(4) == 0)
+    assert shares == {"its own": 1.0, "the other's": 0.0, "neither's": 0.0}
+
+
+@pytest.mark.parametrize("name, sees", [("full", True), ("norequest", False), ("static", False),
+                                        ("static, 2 tokens", False), ("a slot without a request", False)])
+def test_only_full_shows_the_question_to_its_layers(name, sees):
+    """What stands for the picture, in <img> and in the slot, with one question and with another."""
+    variant = evidence.VARIANTS[name]
+    model = built(variant.kind, tiny_model(interaction=variant.interaction))
+    f, seen = torch.randn(1, 24), []
+    for question in ("what color is it?", "where is it?"):  # of the same length
+        x, _, _ = model.prefill(f, *model.tokens([question], [""])[:2])
+        seen.append(x[:, :-len(model.answer_ids)] if variant.interaction != "static" else model.see(f))
+    assert torch.allclose(*seen) != sees
+
+
+def test_what_is_tuned_with_is_not_in_the_tables(monkeypatch):
+    dataset = swapped_dataset(tiny_model(), 40)
+    monkeypatch.setattr(evidence, "datasets", lambda world, stage: (None, dataset))
+    tuning, table = evidence.held_out("mini", True), evidence.held_out("mini")
+    assert len(tuning.records) == 10 and len(table.records) == 30
+    assert set(tuning.picture).isdisjoint(table.picture)

@@ -3,6 +3,8 @@
     python tests/lab/evidence.py                        what there is, what each shows, and how long it takes
     python tests/lab/evidence.py ablation               one of them: prints tables, and says where its pictures lie
     python tests/lab/evidence.py ablation --seeds 2     with fewer models than the lab book's
+    python tests/lab/evidence.py swap --out s0 s1 s2    on several miniatures: what differs from one set of frozen
+                                                        models to the next moves results more than phase 2's seeds do
 
 All work on the miniature below out/, whose first stage has to be there: python train.py --stage 1 --preset mini. What
 was trained is kept in out/mini/evidence and not trained again: remove the folder to start anew. As many models are
@@ -24,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, NamedTuple
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
@@ -120,6 +123,18 @@ class NoTextTransformer(LMEye):
         return words.sum(1)  # (B, W)
 
 
+class SlotWithoutRequest(LMEye):
+    """A second static token, in the place of <img-d>: no request, no text transformer. It has what `full` has but for
+    the asking: a token behind the question, where the miniature's language model was taught to read hints."""
+
+    def interact(self, f, r):
+        return f  # as `v`; both are of CLIP's joint space
+
+    def adapter(self, stage):
+        kept = super().adapter(stage)
+        return {name: p for name, p in kept.items() if not name.startswith("decompose")}
+
+
 class Variant(NamedTuple):
     """What differs from the miniature as it is."""
     interaction: str = "full"
@@ -129,6 +144,7 @@ class Variant(NamedTuple):
 
 
 FOUR = ("full", "norequest", "static", "static, 2 tokens")  # those that are compared
+FIVE = (*FOUR, "a slot without a request")
 EXERCISES = {
     "a curved decomposition": CurvedDecomposition, "two rounds of requests": TwoRounds,
     "the request read after the first layer": EarlierRequest, "no picture in <img>": NoPictureToken,
@@ -139,6 +155,7 @@ VARIANTS = {
     "static, 2 tokens": Variant("static", picture_tokens(2)), "static, 5 tokens": Variant("static", picture_tokens(5)),
     "full, N=1": Variant(n_features=1), "full, N=10": Variant(n_features=10), "full, N=20": Variant(n_features=20),
     "full, Q=2": Variant(n_slots=2), "full, Q=4": Variant(n_slots=4),
+    "a slot without a request": Variant("norequest", SlotWithoutRequest),
 }
 for name, kind in EXERCISES.items():
     VARIANTS[name] = Variant(kind=kind)
@@ -282,6 +299,7 @@ class Run(NamedTuple):
     name: str  # one of VARIANTS
     seed: int
     options: dict  # further arguments of `trained`
+    tuning: bool = False  # measured on the pictures that choices are made with, which the tables leave out
 
 
 class Measured(NamedTuple):
@@ -294,9 +312,15 @@ def runs_of(world, name, seeds, **options):
     return [Run(world, name, seed, options) for seed in seeds]
 
 
+def held_out(world, tuning=False):
+    """The validation records that tables are made of; or those of the other pictures, a quarter, to tune with."""
+    _, val = datasets(world, 2)
+    return val.take((val.picture % 4 == 0) == tuning)
+
+
 def measure_run(run):
     model = trained(run.world, run.name, run.seed, **run.options)
-    _, val = datasets(run.world, 2)
+    val = held_out(run.world, run.tuning)
     return Measured(shares(model, val), shares(model, val, blind=True))
 
 
@@ -306,7 +330,7 @@ def measure_runs(runs):
         for run in of_row:
             prepare(run.world, run.options.get("pictures"))
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quietly)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quietly, (OUT,))
     futures, found = [], {}
     try:
         for row, of_row in runs.items():
@@ -321,8 +345,10 @@ def measure_runs(runs):
     return found
 
 
-def quietly():
+def quietly(out):
     """What a process of `measure_runs` begins with: one thread, and no words of its own among those of the others."""
+    global OUT
+    OUT = out
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
@@ -394,7 +420,7 @@ def tune(seeds):
         runs, rows = {}, {}
         for name in FOUR:
             for lr in rates:
-                runs[f"{name}, lr {lr:g}"] = runs_of(world, name, [100], lr=lr)
+                runs[f"{name}, lr {lr:g}"] = [Run(world, name, 100, {"lr": lr}, tuning=True)]
         found = measure_runs(runs)
         for name in FOUR:
             rows[name] = [{f"{lr:g}": found[f"{name}, lr {lr:g}"][0].seeing["all"] for lr in rates}]
@@ -402,10 +428,73 @@ def tune(seeds):
 
 
 def ablation(seeds):
-    found = measure_runs({name: runs_of("mini", name, range(seeds)) for name in FOUR})
+    found = measure_runs({name: runs_of("mini", name, range(seeds)) for name in FIVE})
     rows = seeing(found)
     rows["blind"] = [measured.blind for measured in found["full"]]
-    print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
+    sizes = []
+    for name in FIVE:
+        trained_tensors = new_model("mini", name, 0).set_trained(2).values()
+        sizes.append(f"{name} {sum(p.numel() for p in trained_tensors):,}")
+    print(f"held-out accuracy in percent; trained in phase 2: {', '.join(sizes)} numbers")
+    return rows
+
+
+def swap(seeds):
+    """Each held-out picture is asked its six questions about one attribute each. Into the answer to one of them goes the
+    request of another, or the v that another picture gave to the same question; only those with two different true
+    answers count. Whose truth does the answer tell?"""
+    val = held_out("mini")
+    val = val.take(np.array([record.category != "yes/no" for record in val.records]))
+    rng, rows = np.random.default_rng(0), {}
+    kinds, of_kind, of_picture = np.array([record.category for record in val.records]), {}, {}
+    for i, record in enumerate(val.records):
+        of_kind.setdefault(record.category, []).append(i)
+        of_picture.setdefault(val.picture[i], []).append(i)
+    other_question, other_picture = [], []
+    for i, record in enumerate(val.records):
+        others = [j for j in of_picture[val.picture[i]] if val.records[j].answer != record.answer]
+        other_question.append(rng.choice(others))
+        others = [j for j in of_kind[record.category] if val.records[j].answer != record.answer]
+        other_picture.append(rng.choice(others))
+    both_colors = np.isin(kinds, ("color", "background")) & np.isin(kinds[other_question], ("color", "background"))
+    everywhere = np.full(len(kinds), True)
+    for seed in range(seeds):
+        model = trained("mini", "full", seed)
+        request, v = requests_and_v(model, val)
+        for name, given, of, counted in (
+            ("its own request", {"request": request}, other_question, everywhere),
+            ("another question's request", {"request": request[other_question]}, other_question, everywhere),
+            ("the same, both about colors", {"request": request[other_question]}, other_question, both_colors),
+            ("no request", {"request": torch.zeros_like(request)}, other_question, everywhere),
+            ("another question's v", {"v": v[other_question]}, other_question, everywhere),
+            ("another picture's v", {"v": v[other_picture]}, other_picture, everywhere),
+        ):
+            rows.setdefault(name, []).append(whose_truth(val, answers_given(model, val, **given), of, counted))
+    print("whose true answer the model tells, in percent of the answers")
+    return rows
+
+
+def answers_given(model, dataset, request=None, v=None):
+    """The answers of a model whose requests (R, W), or whose v (R, C), are replaced by these: nothing else that it
+    reads, neither picture nor question, changes."""
+    texts = []
+    for start in range(0, len(dataset.records), 256):
+        rows = np.arange(start, min(start + 256, len(dataset.records)))
+        replaced = {"ask": lambda h: request[rows].to(h)} if v is None else {"interact": lambda f, r: v[rows].to(f)}
+        with mock.patch.multiple(model, **replaced):
+            texts += model.generate(dataset.f(rows), [dataset.records[i].question for i in rows], max_tokens=8)
+    return texts
+
+
+def whose_truth(dataset, texts, other, counted):
+    """Shares of texts that tell the true answer to their own record, to the other one, or to neither; of those
+    `counted` (R,) alone."""
+    shares = {"its own": [], "the other's": [], "neither's": []}
+    for i in np.flatnonzero(counted):
+        own, others = texts[i] == dataset.records[i].answer, texts[i] == dataset.records[other[i]].answer
+        for name, hit in zip(shares, (own, others, not own and not others)):
+            shares[name].append(hit)
+    return {name: float(np.mean(hits)) for name, hits in shares.items()}
 
 
 def by_objects(share):
@@ -795,7 +884,8 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {
-    "ablation": Experiment(ablation, 5, 22, "full, norequest, static and blind, by kind of question"),
+    "ablation": Experiment(ablation, 2, 10, "full, norequest, static and others, by kind of question"),
+    "swap": Experiment(swap, 2, 1, "whose truth is told where another question's request is put into an answer"),
     "board": Experiment(boards, 3, 38, "the same where a picture holds one to nine objects, with two ceilings"),
     "tune": Experiment(tune, 1, 26, "the learning rate of phase 2, for each of the four alike; after board"),
     "samples": Experiment(samples, 1, 13, "accuracy over the number of phase-2 records: a table and a curve"),
@@ -813,6 +903,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, help="of phase 2, where models are trained (default: the lab book's)")
+    parser.add_argument("--out", nargs="+", default=["out"], help="the folders that hold a miniature (default: out)")
     args = parser.parse_args()
     if args.seeds is not None and not 1 <= args.seeds <= 100:
         parser.error("--seeds has to be from 1 to 100")
@@ -821,10 +912,46 @@ def main():
         for name, experiment in EXPERIMENTS.items():
             print(f"{experiment.minutes:7}{experiment.seeds:7}  {name:15}  {experiment.shows}")
         return
-    prepare("mini")
-    (OUT / "evidence").mkdir(exist_ok=True)
-    experiment = EXPERIMENTS[args.experiment]
-    experiment.run(args.seeds or experiment.seeds)
+    experiment, of_sets = EXPERIMENTS[args.experiment], {}
+    for out in args.out:
+        use(Path(out, "mini"))
+        prepare("mini")
+        (OUT / "evidence").mkdir(exist_ok=True)
+        rows = experiment.run(args.seeds or experiment.seeds)
+        if rows:
+            print(f"{OUT}; seeds of phase 2: {args.seeds or experiment.seeds}, mean ± 95% interval\n\n{markdown(rows)}\n", flush=True)
+            for name, of_seeds in rows.items():
+                of_sets.setdefault(name, []).append(mean_of(of_seeds))
+    if len(args.out) > 1 and of_sets:
+        print(f"mean over {len(args.out)} sets of frozen models ± 95% interval over them\n\n{markdown(of_sets)}\n")
+        gains = {}
+        for name in of_sets:
+            if name not in ("full", "blind") and "full" in of_sets:
+                gains[f"full − {name}"] = differences(of_sets["full"], of_sets[name])
+        if gains:
+            print(f"differences, set by set\n\n{markdown(gains)}")
+
+
+def use(out):
+    """Take the miniature in this folder from now on."""
+    global OUT
+    OUT = out
+    datasets.cache_clear()
+    prepare.cache_clear()
+
+
+def mean_of(shares_of_seeds):
+    """[{column: share}, …] → {column: their mean}."""
+    columns = shares_of_seeds[0]
+    return {column: statistics.mean(of_seed[column] for of_seed in shares_of_seeds) for column in columns}
+
+
+def differences(first, second):
+    """Two lists of {column: share} → the list of what the first has more."""
+    rows = []
+    for a, b in zip(first, second):
+        rows.append({column: a[column] - b[column] for column in a})
+    return rows
 
 
 if __name__ == "__main__":
