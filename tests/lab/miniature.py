@@ -56,7 +56,7 @@ class World(NamedTuple):
     caption_tokens: int  # of the longest caption, with its start and end
 
 
-WORLD = World(TRAINING, VALUES, {"number": 2, "size": 1, "color": 1, "shape": 4, "place": 2, "background": 0.5},
+WORLD = World(TRAINING, VALUES, {"number": 2, "size": 1, "color": 2, "shape": 4, "place": 2, "background": 0.5},
               attributes, draw, describe, ask, build_tokenizer, SIDE, 16)
 
 # ---- The frozen models ---------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def pixels(pictures):
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def train_clip(folder, seed, world=WORLD, steps=450, batch_size=64, width=8):
+def train_clip(folder, seed, world=WORLD, steps=550, batch_size=64, width=8):
     """Train a tiny CLIP on pictures of a world; save it as a folder that open_clip loads (`local-dir:`).
 
     Two losses: each picture is to find its whole caption in the batch, each caption its picture; and among captions
@@ -305,7 +305,7 @@ def train_llm_in_child(folder, seed, steps):
     train_llm(folder, seed, steps=steps)
 
 
-def make(out, seed=0, clip_steps=450, llm_steps=550, pictures=6000):
+def make(out, seed=0, clip_steps=550, llm_steps=550, pictures=6000):
     """Make the miniature below `out`/mini, or nothing: all is put in its place when it is complete, `llm` last.
 
     UserError if something of it is there already. The two models don't depend on each other: each takes one core.
