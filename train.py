@@ -369,7 +369,7 @@ def parse_args():
     add("--max-batch-tokens", type=int, default=4096, help="text tokens, with padding, that are computed at once, at most: "
         "this bounds the memory (default: 4096)")
     add("--accumulate", type=int, default=1, help="batches to an optimiser step (default: 1)")
-    add("--lr", type=float, help="peak learning rate")
+    add("--lr", type=float, help="peak learning rate (default: of mini as tuned, of other models by reach_to_rate)")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="of the frozen weights (default: auto: bf16 on a GPU "
         "that has it, else fp16; fp32 on a CPU)")
     add("--interaction", choices=INTERACTIONS, help="full: LMEye (default). static: no <img-d>, the picture token must do. "
