@@ -466,7 +466,6 @@ def swap(seeds):
             ("another question's request", {"request": request[other_question]}, other_question, everywhere),
             ("the same, both about colors", {"request": request[other_question]}, other_question, both_colors),
             ("no request", {"request": torch.zeros_like(request)}, other_question, everywhere),
-            ("another question's v", {"v": v[other_question]}, other_question, everywhere),
             ("another picture's v", {"v": v[other_picture]}, other_picture, everywhere),
         ):
             rows.setdefault(name, []).append(whose_truth(val, answers_given(model, val, **given), of, counted))
