@@ -28,6 +28,14 @@ def built(kind, base):
     return kind(base.settings, base.llm, base.tokenizer, base.clip, base.preprocess, base.clip_tokenizer)
 
 
+def asked(model, n):
+    """n pictures, each asked one of the two questions."""
+    features = np.random.default_rng(0).normal(size=(n, 24)).astype(np.float16)
+    records = [data.Record(f"{i}.jpg", (QUESTIONS[i % 2],), "red") for i in range(n)]
+    tokens = list(zip(*model.token_ids([record.question for record in records], ["red"] * n)))
+    return data.Dataset(records, tokens, features, np.arange(n))
+
+
 # ---- Tables --------------------------------------------------------------------------------------------------
 
 
@@ -73,15 +81,12 @@ def test_probes_find_what_is_there_and_nothing_where_labels_are_shuffled():
 
 def test_requests_and_v_are_those_that_the_method_computes():
     model = tiny_model()
-    features = np.random.default_rng(0).normal(size=(300, 24)).astype(np.float16)
-    records = [data.Record(f"{i}.jpg", (QUESTIONS[i % 2],), "red") for i in range(300)]
-    tokens = list(zip(*model.token_ids([record.question for record in records], ["red"] * 300)))
-    dataset = data.Dataset(records, tokens, features, np.arange(300))
+    dataset = asked(model, 300)
     request, v = evidence.requests_and_v(model, dataset)
     assert request.shape == (300, 36) and v.shape == (300, 24)
     for i in (0, 1, 299):  # each alone, up to <img-d>, in one pass without a cache
-        f = torch.from_numpy(features[i:i + 1]).float()
-        words = torch.tensor([tokens[i][0]])
+        f = dataset.f([i])
+        words = torch.tensor([dataset.tokens[i][0]])
         x = [model.embed(model.image_ids)[None], model.see(f), model.embed(words), model.img_d[None, None]]
         h = model.llm.base_model(inputs_embeds=torch.cat(x, 1)).last_hidden_state[:, -1]
         torch.testing.assert_close(request[i:i + 1], model.request(h), rtol=1e-4, atol=1e-4)
@@ -288,16 +293,9 @@ def test_the_boards_are_a_world_that_the_miniatures_models_can_be_trained_on(tmp
 # ---- Swapped requests ------------------------------------------------------------------------------------------
 
 
-def swapped_dataset(model, n=6):
-    features = np.random.default_rng(0).normal(size=(n, 24)).astype(np.float16)
-    records = [data.Record(f"{i}.jpg", (QUESTIONS[i % 2],), "red") for i in range(n)]
-    tokens = list(zip(*model.token_ids([record.question for record in records], ["red"] * n)))
-    return data.Dataset(records, tokens, features, np.arange(n))
-
-
 def test_its_own_request_and_its_own_v_change_nothing():
     model = tiny_model()
-    dataset = swapped_dataset(model)
+    dataset = asked(model, 6)
     own = model.generate(dataset.f(np.arange(6)), [record.question for record in dataset.records], max_tokens=8)
     request, v = evidence.requests_and_v(model, dataset)
     assert evidence.answers_given(model, dataset, request=request) == own
@@ -309,7 +307,7 @@ def test_a_swapped_request_brings_nothing_of_the_other_question_but_the_slot(mon
     """All that the model reads before the slot is its own record's; the slot is what the other record's request asks
     of this record's picture."""
     model = tiny_model()
-    dataset, read = swapped_dataset(model), []
+    dataset, read = asked(model, 6), []
     request, _ = evidence.requests_and_v(model, dataset)
     order, prefill = np.array([1, 0, 3, 2, 5, 4]), model.prefill
     own_x, _, own_cache = prefill(*model.to_device(dataset.f(np.arange(6)), *dataset.batch(np.arange(6))[1][:2]))
@@ -349,7 +347,7 @@ def test_only_full_shows_the_question_to_its_layers(name, sees):
 
 
 def test_what_is_tuned_with_is_not_in_the_tables(monkeypatch):
-    dataset = swapped_dataset(tiny_model(), 40)
+    dataset = asked(tiny_model(), 40)
     monkeypatch.setattr(evidence, "datasets", lambda world, stage: (None, dataset))
     tuning, table = evidence.held_out("mini", True), evidence.held_out("mini")
     assert len(tuning.records) == 10 and len(table.records) == 30

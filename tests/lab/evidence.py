@@ -347,8 +347,7 @@ def measure_runs(runs):
 
 def quietly(out):
     """What a process of `measure_runs` begins with: one thread, and no words of its own among those of the others."""
-    global OUT
-    OUT = out
+    use(out)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
@@ -456,19 +455,21 @@ def swap(seeds):
         other_question.append(rng.choice(others))
         others = [j for j in of_kind[record.category] if val.records[j].answer != record.answer]
         other_picture.append(rng.choice(others))
-    both_colors = np.isin(kinds, ("color", "background")) & np.isin(kinds[other_question], ("color", "background"))
-    everywhere = np.full(len(kinds), True)
+    of_color = np.isin(kinds, ("color", "background"))
+    both_colors, everywhere = of_color & of_color[other_question], np.full(len(kinds), True)
+    measure_runs({"full": runs_of("mini", "full", range(seeds))})  # trains what is missing
     for seed in range(seeds):
         model = trained("mini", "full", seed)
         request, v = requests_and_v(model, val)
-        for name, given, of, counted in (
-            ("its own request", {"request": request}, other_question, everywhere),
-            ("another question's request", {"request": request[other_question]}, other_question, everywhere),
-            ("the same, both about colors", {"request": request[other_question]}, other_question, both_colors),
-            ("no request", {"request": torch.zeros_like(request)}, other_question, everywhere),
-            ("another picture's v", {"v": v[other_picture]}, other_picture, everywhere),
+        swapped = answers_given(model, val, request=request[other_question])
+        for name, texts, of, counted in (
+            ("its own request", answers_given(model, val, request=request), other_question, everywhere),
+            ("another question's request", swapped, other_question, everywhere),
+            ("the same, both about colors", swapped, other_question, both_colors),
+            ("no request", answers_given(model, val, request=torch.zeros_like(request)), other_question, everywhere),
+            ("another picture's v", answers_given(model, val, v=v[other_picture]), other_picture, everywhere),
         ):
-            rows.setdefault(name, []).append(whose_truth(val, answers_given(model, val, **given), of, counted))
+            rows.setdefault(name, []).append(whose_truth(val, texts, of, counted))
     print("whose true answer the model tells, in percent of the answers")
     return rows
 
@@ -488,12 +489,11 @@ def answers_given(model, dataset, request=None, v=None):
 def whose_truth(dataset, texts, other, counted):
     """Shares of texts that tell the true answer to their own record, to the other one, or to neither; of those
     `counted` (R,) alone."""
-    shares = {"its own": [], "the other's": [], "neither's": []}
-    for i in np.flatnonzero(counted):
-        own, others = texts[i] == dataset.records[i].answer, texts[i] == dataset.records[other[i]].answer
-        for name, hit in zip(shares, (own, others, not own and not others)):
-            shares[name].append(hit)
-    return {name: float(np.mean(hits)) for name, hits in shares.items()}
+    texts, truths = np.array(texts), np.array([record.answer for record in dataset.records])
+    own, others = texts == truths, texts == truths[other]
+    neither = ~own & ~others
+    return {"its own": float(own[counted].mean()), "the other's": float(others[counted].mean()),
+            "neither's": float(neither[counted].mean())}
 
 
 def by_objects(share):
