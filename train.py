@@ -9,8 +9,9 @@ a script makes where they are missing, and LMEye between them, in minutes. With 
     python train.py --stage 1 --llm facebook/opt-125m --clip ViT-B-32:openai --data captions/
     python train.py --stage 2 --llm facebook/opt-125m --clip ViT-B-32:openai --data llava.json --images coco/
 
-A run works in OUT/MODEL/stage1 or OUT/MODEL/stage2: run.json says how it was started, log.csv how it goes, and
-adapter.safetensors, written anew at each validation, can be sampled from at any time. While state.pt is there, the run
+A run works in OUT/MODEL/stage1 or OUT/MODEL/stage2 (stage2-static, stage2-norequest for these): run.json says how it
+was started, log.csv how it goes. adapter.safetensors, written anew at each validation, can be sampled from at any time;
+best.safetensors is that of the lowest validation loss; evaluation/ comes at the end. While state.pt is there, training
 is not complete, and --resume goes on with it. An earlier run is never overwritten: its folder gets another name.
 ("Phase" is the paper's word, --stage the flag.)
 """
@@ -53,7 +54,7 @@ DEFAULTS = {
 }
 WARMUP = 0.05  # share of the steps in which the learning rate rises; it then falls along a cosine
 MAX_NORM = 1.0  # gradients are clipped to this norm
-MAX_BAD_STEPS = 20  # in a row whose loss is not finite, before the run gives up
+MAX_BAD_STEPS = 20  # in a row whose loss or gradient is not finite, before the run gives up
 STATE = "state.pt"  # all that --resume needs
 
 
@@ -75,8 +76,10 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
     run = {"steps": steps, "batch size": batch_size, "learning rate": lr, "max batch tokens": max_batch_tokens,
            "accumulate": accumulate, "seed": seed, "align trained": train_align, "frozen weights": str(model.llm.dtype),
            "interaction": model.settings.interaction, "N": model.settings.n_features, "Q": model.settings.n_slots,
-           "dropout": model.settings.dropout, "models": model.fingerprint.sum().item(), "data": train.fingerprint()}
-    log = {"lines": [], "losses": [], "norms": [], "tokens": 0, "skipped": 0, "best": math.inf, "seconds": 0.0}
+           "dropout": model.settings.dropout, "models": model.fingerprint.sum().item(), "data": train.fingerprint(),
+           "val data": val.fingerprint() if val else None}
+    log = {"lines": [], "losses": [], "norms": [], "tokens": 0, "skipped": 0, "bad steps in a row": 0, "best": math.inf,
+           "seconds": 0.0, "seconds in steps": 0.0}
     state, parts = folder / STATE, (model.adapter(stage), optimizer, scaler, log)
     if resume and state.exists():
         start = load_state(state, run, *parts)
@@ -87,10 +90,11 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
         lmeye.write_atomically(folder / "run.json", json.dumps((about or {}) | run, indent=1).encode())
         save_state(state, 0, run, *parts)
 
-    bad_steps, clock = 0, time.perf_counter()
+    clock = time.perf_counter()
     plan = itertools.islice(data.batches(train, batch_size, max_batch_tokens, seed), start * accumulate, None)
     with stop_signals() as stop, tqdm(total=steps, initial=start, desc=f"stage {stage}", disable=None) as bar:
         for step in range(start, steps):
+            began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
             torch.manual_seed(seed * 1_000_003 + step)  # dropout, too, is a function of seed and step
@@ -105,25 +109,26 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_NORM)
             loss, norm = torch.stack([loss_sum, norm]).tolist()  # the one place where a step waits for a GPU
-            finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
-            if finite:  # where only scaled gradients overflow, the scaler itself leaves the step out
+            if math.isfinite(loss) and math.isfinite(norm):
                 scaler.step(optimizer)
+                log["losses"].append(loss)
+                log["norms"].append(norm)
+                log["bad steps in a row"] = 0
+            else:  # in fp16 some are to be expected: the scaler then lowers its factor
+                log["skipped"] += 1
+                log["bad steps in a row"] += 1
             scaler.update()
             optimizer.zero_grad()
 
-            done, validated, now = step + 1, {}, time.perf_counter()
+            done, validated, stopping, now = step + 1, {}, stop.is_set(), time.perf_counter()
             log["seconds"] += now - clock
+            log["seconds in steps"] += now - began
             clock = now
-            if math.isfinite(loss) and math.isfinite(norm):
-                log["losses"].append(loss)
-                log["norms"].append(norm)
-            else:
-                log["skipped"] += 1
             log["tokens"] += sum(tokens.question_mask.sum().item() for _, tokens in batches) + answer_tokens
-            bad_steps = 0 if finite else bad_steps + 1
-            if bad_steps == min(MAX_BAD_STEPS, steps):
-                raise UserError(f"the loss was not finite in {bad_steps} steps in a row: lower --lr, or use --precision "
-                                f"fp32; the adapter of the last validation, if any, is in {folder}")
+            if log["bad steps in a row"] == min(MAX_BAD_STEPS, steps):
+                raise UserError(f"loss or gradient was not finite in {log['bad steps in a row']} steps in a row: start anew "
+                                "with a lower --lr, or with --precision fp32; the adapter of the last validation, if any, "
+                                f"is in {folder}")
             if done == steps or done % max(1, steps // 10) == 0:
                 model.save(folder / CHECKPOINT, stage)
                 if val:
@@ -137,9 +142,9 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                 write_log(folder / "log.csv", log["lines"])
             if validated:
                 tqdm.write(own_words(model, val))
-            if done % save_every == 0 or stop.is_set():
+            if done % save_every == 0 or stopping:
                 save_state(state, done, run, *parts)
-            if stop.is_set():
+            if stopping:
                 command = shlex.join(["python", *[word for word in sys.argv if word != "--resume"], "--resume"])
                 raise KeyboardInterrupt(f"stopped after step {done:,} of {steps:,}; to go on:  {command}")
             bar.update()
@@ -157,9 +162,10 @@ def learning_rate(step, steps, peak):
 def reach_to_rate(reach, model, dataset):
     """The learning rate at which one step can move a picture's token by `reach` times the spread of words.
 
-    Adam moves each weight by about the rate, and so each number of `align(f)` by the rate times the sum of |f|. Models
-    whose embeddings or features are larger or smaller by a factor are so treated alike. The two values of `reach` were
-    measured with SmolLM2-135M on the miniature's data: nothing else is known of them.
+    Adam moves each weight by about the rate, and so each number of `align(f)` by the rate times the sum of |f|; for
+    phase 2 the same measure is taken. Models whose embeddings or features are larger or smaller by a factor are so
+    treated alike. The two values of `reach` were measured with SmolLM2-135M on the miniature's data: nothing else is
+    known of them.
     """
     size = dataset.f(np.arange(min(1000, len(dataset.records)))).abs().sum(1).mean().item()
     return float(f"{reach * model.spread / size:.2g}")
@@ -181,8 +187,10 @@ def mean_loss(model, dataset, max_batch_tokens, most=256):
 
 def own_words(model, val):
     """What the model says of the first picture: a caption, or its answers to the first two questions about it."""
-    rows = [i for i in range(len(val.records)) if val.picture[i] == val.picture[0]][:2]
-    questions = [val.records[i].question for i in rows] if val.records[0].turns else None
+    rows = np.flatnonzero(val.picture == val.picture[0])[:2]
+    questions = [val.records[i].question for i in rows]
+    if not val.records[0].turns:  # captions: one will do
+        rows, questions = rows[:1], None
     lines = []
     for i, text in zip(rows, model.generate(val.f(rows), questions, max_tokens=32)):
         record = val.records[i]
@@ -193,16 +201,15 @@ def own_words(model, val):
 def add_line(log, step, steps, lr, validated):
     """Add a line to a run's log, with averages since the last one → the same as text. `skipped` counts the steps whose
     loss or gradient was not finite."""
-    before = log["lines"][-1]["seconds"] if log["lines"] else 0.0
-    left = (steps - step) * log["seconds"] / step
+    minutes, seconds = divmod(round((steps - step) * log["seconds"] / step), 60)
     line = {"step": step, "loss": round(float(np.mean(log["losses"] or [math.nan])), 4), "lr": float(f"{lr:.3g}"),
             "grad_norm": float(f"{np.mean(log['norms'] or [math.nan]):.3g}"), "skipped": log["skipped"],
-            "tokens_per_second": round(log["tokens"] / max(1e-3, log["seconds"] - before)),
+            "tokens_per_second": round(log["tokens"] / log["seconds in steps"]),
             "seconds": round(log["seconds"], 1)} | {name: round(value, 4) for name, value in validated.items()}
     log["lines"].append(line)
-    log.update(losses=[], norms=[], tokens=0)
+    log.update({"losses": [], "norms": [], "tokens": 0, "seconds in steps": 0.0})
     text = (f"step {step:,}/{steps:,}  loss {line['loss']:.3f}  lr {lr:.1e}  norm {line['grad_norm']:.2f}  "
-            f"{line['tokens_per_second']:,} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left")
+            f"{line['tokens_per_second']:,} tokens/s  {minutes}:{seconds:02} left")
     if validated:
         text += f"\n    val loss {line['val_loss']:.3f}, with the pictures shuffled {line['val_loss_shuffled']:.3f}"
     return text
@@ -263,13 +270,11 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Keep other runs out of a folder. The system drops the lock when the process ends, however it ends."""
+def lock(folder):
+    """Keep other runs out of a folder until the `with` block ends, or the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / "lock", timeout=0):
-            yield
+        return filelock.FileLock(folder / "lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another run works here; wait, or name another folder with --out") from None
 
@@ -278,7 +283,7 @@ def locked(folder):
 def check_clip(model):
     """UserError if CLIP's text path, given word vectors as LMEye gives them, is not what CLIP computes from a text."""
     ids = model.clip_tokenizer(["image: one two"]).to(model.device)  # (1, context), padded
-    length = ids[0].tolist().index(model.sos_eos[1]) + 1
+    length = (ids[0] == model.sos_eos[1]).int().argmax() + 1  # up to the first EOS
     mine = model.encode_words(model.text.token_embedding(ids[:, :length]))
     if not close(mine, model.clip.encode_text(ids), model.text.transformer.get_cast_dtype()):
         raise UserError(f"--clip {model.settings.clip}: this kind of CLIP can't be used: its text transformer is not causal, "
@@ -313,19 +318,21 @@ def find_fault(model):
     mask[1, :2] = 0  # the second row is the first behind two places of padding; the third has another end
     whole = llm(inputs_embeds=x[None].to(llm.dtype), output_hidden_states=True)
     largest = torch.stack([state.abs().max() for state in whole.hidden_states]).max().item()  # NaN if one is
-    if llm.dtype == torch.float16 and not math.isfinite(largest):
-        return "its states go beyond 65,504, where fp16 ends: use --precision fp32, or bf16 on a GPU that has it"
-    h, cache = model.run_llm(rows[:, :7], mask[:, :7])
+    if not math.isfinite(largest):
+        return "its states are not finite" + (": fp16 ends at 65,504, so use --precision fp32, or bf16 on a GPU that has it"
+                                              if llm.dtype == torch.float16 else "")
+    cut = 6  # run one place more, shorten the cache to this many, go on from there: as with <img-d>
+    h, cache = model.run_llm(rows[:, :cut + 1], mask[:, :cut + 1])
     cache.crop(-1)
-    h = torch.cat([h[:, :6], model.run_llm(rows[:, 6:], mask, cache)[0]], 1)  # (3, 10, D)
+    h = torch.cat([h[:, :cut], model.run_llm(rows[:, cut:], mask, cache)[0]], 1)  # (3, 10, D)
     size = 30 / whole.logits.float().std()  # as large as trained models' logits are: a soft cap shows there
     with llm.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0] * size,)):
-        large = llm(inputs_embeds=x[None, :6].to(llm.dtype)).logits[0]
+        large = llm(inputs_embeds=x[None, :cut].to(llm.dtype)).logits[0]
     for fault, mine, theirs in (
         ("later tokens change its earlier states", h[2, :5], h[0, :5]),
         ("padding changes its states", h[1, mask[1] == 1], h[0, :8]),
-        ("its head alone does not give its logits", model.logits(h[0, :6] * size), large),
-        ("its cache can't be shortened and gone on with", model.logits(h[0, 6:]), whole.logits[0, 6:]),
+        ("its head alone does not give its logits", model.logits(h[0, :cut] * size), large),
+        ("its cache can't be shortened and gone on with", model.logits(h[0, cut:]), whole.logits[0, cut:]),
     ):
         if not close(mine, theirs, llm.dtype):
             return fault
@@ -405,12 +412,15 @@ def main():
     variant = f"-{settings.interaction}" if args.stage == 2 and settings.interaction != "full" else ""
     folder = home / f"stage{args.stage}{variant}"
     if args.resume and (folder / CHECKPOINT).is_file() and not (folder / STATE).exists():
-        print(f"nothing to resume: {folder} is complete")
+        print(f"nothing to resume: {folder} is complete (to evaluate it again: sample.py --data)")
         return
     before = args.checkpoint or (home / "stage1" / CHECKPOINT if args.stage == 2 else None)  # the adapter to start from
     if before and not Path(before).is_file():
         raise UserError(f"{before} is missing" + ("" if args.checkpoint else ": run --stage 1 first, for the same models"))
-    with locked(home):
+    if args.stage == 2 and not args.checkpoint and Path(home, "stage1", STATE).exists():
+        raise UserError(f"{home / 'stage1'} is not complete: go on with it (--stage 1 --resume), or name its adapter as it is "
+                        "now with --checkpoint")
+    with lock(home):
         if "made_by" in defaults and not Path(settings.llm).is_dir():
             print(f"first use: {defaults['made_by']} makes the models and the data in {home}", flush=True)
             script = Path(__file__).resolve().parent / defaults["made_by"]
@@ -449,7 +459,9 @@ def run_stage(args, settings, home, folder, before, defaults):
     data.report_skips(skips + val_skips)
     batch_size = args.batch_size or defaults["batch_size"]
     lr = args.lr or defaults.get("lr") or reach_to_rate(defaults["reach"], model, train)
-    steps = args.steps or (defaults.get("steps") if not args.epochs else None)
+    steps = args.steps
+    if not steps and not args.epochs:
+        steps = defaults.get("steps")
     if not steps:
         batches = len(data.plan_epoch(train, batch_size, args.max_batch_tokens, args.seed, 0))
         steps = math.ceil((args.epochs or defaults["epochs"]) * batches / args.accumulate)

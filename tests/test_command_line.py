@@ -68,6 +68,17 @@ def test_a_new_run_beside_a_complete_one_is_what_resume_goes_on_with(trained, tm
     assert {p.name for p in (tmp_path / "out" / "llm+clip").iterdir()} >= {"stage1", "stage1.1"}
 
 
+def test_stage_2_does_not_start_from_a_stage_1_that_is_not_complete(trained, tmp_path):
+    folder, flags = trained
+    shutil.copytree(folder / "out", tmp_path / "out")
+    place = tmp_path / "out" / "llm+clip" / "stage1"
+    (place / "state.pt").write_bytes(b"")
+    command = ["--stage", 2, *flags, "--data", "chat.json", "--images", "pictures", "--steps", 1, "--out", tmp_path / "out"]
+    result = run("train.py", *command, cwd=folder)
+    assert fails_in_one_line(result) and "stage1 is not complete" in result.stderr
+    assert run("train.py", *command, "--checkpoint", place / CHECKPOINT, cwd=folder).returncode == 0
+
+
 def test_one_picture_one_question_one_answer(trained):
     folder, flags = trained
     result = run("sample.py", "pictures/red.jpg", "what color is it?", *flags, cwd=folder)

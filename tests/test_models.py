@@ -219,8 +219,15 @@ def test_a_fault_is_not_taken_for_rounding(name):
 def test_states_that_overflow_are_named_as_such():
     llm = random_llm("llama", SIZE)
     llm.model.layers[0].mlp.down_proj.weight.data.fill_(30_000)
-    with pytest.raises(UserError, match="fp16 ends: use --precision fp32"):
+    with pytest.raises(UserError, match="fp16 ends at 65,504, so use --precision fp32"):
         train.check_llm(model_with(llm.to(torch.float16)))
+
+
+def test_a_weight_that_is_not_a_number_is_named_as_such():
+    llm = random_llm("llama", SIZE)
+    llm.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="its states are not finite$"):
+        train.check_llm(model_with(llm))
 
 
 def test_a_gpu_without_memory_is_not_taken_for_a_kind_of_model(monkeypatch):

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from conftest import ROOT, fails_in_one_line, run, save_clip, save_llm, tiny_model
@@ -231,6 +232,14 @@ def test_a_run_cannot_be_resumed_on_other_data(tmp_path, monkeypatch):
         train.train_adapter(tiny_model(), 2, other, None, tmp_path / "a", 6, 4, 1e-2, save_every=2, resume=True)
 
 
+def test_a_run_cannot_be_resumed_with_other_validation_data(tmp_path, monkeypatch):
+    """What is the best adapter, and the log, would mix two measures."""
+    interrupt(tmp_path / "a", monkeypatch)
+    some = dataset(tiny_model(), 2)
+    with pytest.raises(UserError, match="other settings: val data"):
+        train.train_adapter(tiny_model(), 2, some, some, tmp_path / "a", 6, 4, 1e-2, save_every=2, resume=True)
+
+
 def test_an_interrupted_run_is_kept_when_a_new_one_begins(tmp_path, monkeypatch):
     interrupt(tmp_path / "a", monkeypatch)
     saved = (tmp_path / "a" / train.STATE).read_bytes()
@@ -272,11 +281,36 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     assert all(p.isfinite().all() for p in model.adapter(2).values())
 
 
-def test_after_many_losses_that_are_not_finite_the_run_stops_with_advice(tmp_path, monkeypatch):
+def loss_without_gradient(model):
+    """Zero, whose gradient is not finite."""
+    return (model.img_d.sum() * 0).sqrt()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("broken", (lambda model: model.img_d.sum() * float("nan"), loss_without_gradient))
+def test_after_many_steps_that_are_not_finite_the_run_stops_with_advice(tmp_path, monkeypatch, broken, dtype):
     model = tiny_model()
-    monkeypatch.setattr(model, "loss_sum", lambda f, tokens: model.img_d.sum() * float("nan"))
+    model.llm.to(dtype)
+    monkeypatch.setattr(model, "loss_sum", lambda f, tokens: broken(model))
     with pytest.raises(UserError, match="20 steps in a row.*--lr"):
         start(model, tmp_path / "a", steps=100)
+
+
+def test_steps_that_are_not_finite_are_counted_on_after_an_interruption(tmp_path, monkeypatch):
+    calls = []
+
+    def broken(f, tokens):
+        calls.append(1)
+        if len(calls) == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss_without_gradient(model)
+
+    for error in (torch.OutOfMemoryError, UserError):  # the state of step 14 is the last one saved
+        model = tiny_model()
+        monkeypatch.setattr(model, "loss_sum", broken)
+        with pytest.raises(error):
+            start(model, tmp_path / "a", steps=100, resume=True)
+    assert len(calls) == 16 + 6
 
 
 def test_a_gpu_that_is_too_small_is_told_in_one_line_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -298,12 +332,12 @@ def test_a_gpu_that_is_too_small_is_told_in_one_line_and_the_run_goes_on(tmp_pat
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    with train.locked(tmp_path / "out"):
+    with train.lock(tmp_path / "out"):
         seen = []
 
         def second():
             try:
-                with train.locked(tmp_path / "out"):
+                with train.lock(tmp_path / "out"):
                     seen.append("in")
             except UserError as error:
                 seen.append(str(error))
@@ -312,5 +346,10 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
         thread.start()
         thread.join()
         assert "another run" in seen[0]
-    with train.locked(tmp_path / "out"):
+    with train.lock(tmp_path / "out"):
         pass
+
+
+def test_what_a_run_itself_waits_for_in_vain_is_not_taken_for_another_run(tmp_path):
+    with pytest.raises(filelock.Timeout), train.lock(tmp_path / "out"):
+        raise filelock.Timeout("features")

@@ -160,9 +160,10 @@ VARIANTS = {
 for name, kind in EXERCISES.items():
     VARIANTS[name] = Variant(kind=kind)
 
-# The best learning rates of `tune`, where they are not the default. (Board's norequest was left there: 60.9, and 61.8
-# at 0.003.)
-LR = {"mini": {"static": 1.2e-2, "static, 2 tokens": 1.2e-2}, "board": {"static": 1.2e-2}}
+# The best learning rates of `tune` and `tune-board`, where they are not the default. (Board's norequest was left there:
+# 60.9, and 61.8 at 0.003.)
+LR = {"mini": {"full": 5e-3, "static, 2 tokens": 2e-2, "a slot without a request": 2e-2},
+      "board": {"static": 1.2e-2}}
 
 
 def home(world):
