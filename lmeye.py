@@ -18,8 +18,7 @@ Phase 1 (`--stage 1`) trains `align` and `img` on captions, phase 2 the others o
 
 Steps 2 and 4 are two passes of the LM over the same beginning. Attention is causal: nothing before <img-d> depends on
 what stands there. So the keys and values of that beginning serve both passes, and autograd adds up what both send back
-to them. Only those of <img-d> itself are dropped from the cache (the graph behind h keeps them), and the second pass
-runs no more than <img-d> and what follows it.
+to them. Those of <img-d> are dropped from the cache, and the second pass runs <img-d> and what follows it.
 
 Axes, in the shape comments of this file:
     B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
@@ -62,7 +61,6 @@ PRESETS = {
     "opt-1.3b": Settings("opt-1.3b"),
     "bloomz-7b1": Settings("bloomz-7b1", "bigscience/bloomz-7b1", n_slots=5),
 }
-
 INTERACTIONS = ("full", "static", "norequest")
 IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"  # the template: for training, generation and scoring
 
@@ -115,8 +113,10 @@ class LMEye(nn.Module):
         self.request = nn.Linear(D, W)  # the model's state, as a word of CLIP's
         self.decompose = nn.Linear(C, N * W)  # the picture, as N words of CLIP's
         self.transmit = nn.Linear(C, D * Q)  # what the words came to, as Q words of the language model
-        # BLOOM has no limit of its own: it was trained on texts of 2,048 tokens.
-        self.context = getattr(llm.config.get_text_config(), "max_position_embeddings", None) or 2048
+        # Phi-3 turns all states anew beyond its original limit; BLOOM, without one, was trained on texts of 2,048 tokens.
+        config = llm.config.get_text_config()
+        self.context = (getattr(config, "original_max_position_embeddings", None)
+                        or getattr(config, "max_position_embeddings", None) or 2048)
         self.max_text_tokens = self.context - len(self.image_ids) - 1 - Q - len(self.answer_ids)  # question and answer
         self.spread = words.float().std().item()  # of a word's numbers: the two vectors begin as words do
         self.img = nn.Parameter(self.spread * torch.randn(D))

@@ -175,6 +175,29 @@ def test_a_family_that_can_be_used_gives_the_numbers_of_two_whole_passes(name):
     assert_equals_two_whole_passes(model)
 
 
+def test_a_model_that_turns_its_states_anew_beyond_a_length_is_used_up_to_it():
+    """Phi-3's longrope: beyond its original limit the keys of the cache, too, would have to be other ones."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    sizes = {**SIZE, "original_max_position_embeddings": 40, "rope_parameters": rope}
+    model = model_with(random_llm("phi3", sizes))
+    train.check_llm(model)
+    assert model.context == 40 and model_with(random_llm("llama, rope scaled", RIGHT["llama, rope scaled"])).context == 128
+    model.set_trained(2)
+    f, question = features(model)[:1], " ".join(["red"] * 25)
+
+    def difference(answer):
+        plain = plain_loss(model, f, [question], [answer])
+        return abs(model.loss(f, [question], [answer]) - plain).item()
+
+    room = model.max_text_tokens - len(model.token_ids([question], [""])[0][0])
+    fits, too_long = " ".join(["red"] * (room - 1)), " ".join(["red"] * (room + 20))  # with the end of the text
+    assert difference(fits) < 1e-5
+    with pytest.raises(UserError, match="context has room for"):
+        difference(too_long)
+    model.max_text_tokens = 100
+    assert difference(too_long) > 1e-2  # why it is refused
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_family_that_cannot_be_used_is_refused_in_one_line(name):
     sizes, reason = WRONG[name]
