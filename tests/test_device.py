@@ -188,7 +188,7 @@ def test_looking_inside_keeps_to_the_gpu(home, model_on_gpu, tmp_path):
     assert page.is_file()
 
 
-@pytest.mark.parametrize("largest, told", [(None, ""), (40_000, "its states reach 40,0"), (70_000, "where fp16 ends")])
+@pytest.mark.parametrize("largest, told", [(None, ""), (40_000, "its states reach 40,0"), (70_000, "fp16 ends at 65,504, so")])
 def test_a_language_model_near_the_limit_of_fp16_is_noticed_where_fp16_is_taken(home, tmp_path, largest, told):
     """Llama-like models have single states of tens of thousands."""
     save_llm(tmp_path / "llm")
