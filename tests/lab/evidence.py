@@ -21,6 +21,7 @@ import random
 import shutil
 import statistics
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -347,7 +348,9 @@ def measure_runs(runs):
 
 
 def quietly(out):
-    """What a process of `measure_runs` begins with: one thread, and no words of its own among those of the others."""
+    """What a process of `measure_runs` begins with: one thread, no words of its own among those of the others, and an end
+    when the program ends, even if that is killed."""
+    threading.Thread(target=miniature.end_with_parent, daemon=True).start()
     use(out)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
