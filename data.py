@@ -76,7 +76,7 @@ def dialogue(turns):
 
 
 class Skip(NamedTuple):
-    """Something left out, and why; `key` is the record's published id, where it had one."""
+    """Something left out, and why; `key` is VQA's question_id, if it was one: its score counts what is left out."""
     reason: str
     key: str | int = ""
 
@@ -123,12 +123,17 @@ def read_records(paths, images, stage, answered=True):
         try:
             records += make_records(sample, places, stage)
         except UserError as reason:
-            skips.append(Skip(str(reason), sample.key))
+            skips.append(Skip(str(reason), vqa_key(sample)))
     if not records:
         reasons = Counter(skip.reason for skip in skips).most_common(5)
         why = ", ".join(f"{reason} ({n:,})" for reason, n in reasons) or "it holds none"
         raise UserError(f"--data {' '.join(map(str, paths))}: no records for stage {stage}: {why}")
     return records, skips
+
+
+def vqa_key(item):
+    """The key of a Sample or Record of VQA, "" of another."""
+    return item.key if item.turns and not item.choices else ""
 
 
 def make_records(sample, places, stage):
@@ -538,7 +543,7 @@ def find_picture(places, name):
                 return path
             if place.names is not None and candidate in place.names:
                 return Member(place.path, place.names[candidate])
-    raise UserError("picture is not inside --images")
+    raise UserError("no such picture in --images")
 
 
 def load_image(source):
@@ -663,12 +668,12 @@ def encode(model, records, skips, folder=None):
                 longest = max(len(ids) for ids in model.token_ids(None, record.choices)[1])
             while len(question) + longest > model.max_text_tokens and len(record.turns) > 1 and not record.choices:
                 record = record._replace(turns=record.turns[2:])
-                question = model.ids(QUESTION + record.question)
+                question = model.token_ids([record.question], [""])[0][0]
             reason = unreadable.get(picture[i], "")
             if not reason and len(question) + longest > model.max_text_tokens:
                 reason = "longer than the language model's context"
             if reason:
-                skips.append(Skip(reason, record.key))
+                skips.append(Skip(reason, vqa_key(record)))
             elif len(record.turns) < len(records[i].turns):
                 skips.append(Skip("the oldest turns of a long chat"))
             fitted.append(record)

@@ -29,12 +29,7 @@ import data
 import lmeye
 from lmeye import CHECKPOINT, PRESETS, LMEye, UserError
 
-MAX_TOKENS = 64  # of an answer, unless told otherwise
-
-
-def look(model, path):
-    """A picture file → its feature f (1, C). UserError if it can't be read."""
-    return model.encode_image(model.preprocess(data.load_image(path))[None])
+MAX_TOKENS = 64  # of an answer: always in an evaluation, else unless told otherwise
 
 
 def answer(model, f, question, options):
@@ -76,7 +71,8 @@ def chat(model, f, options):
 
 def fits(model, question):
     """Whether a question, with room for a token of an answer, fits the language model's context."""
-    return len(model.token_ids([question], [""])[0][0]) < model.max_text_tokens
+    question_ids, answer_ids = model.token_ids([question], [""])
+    return len(question_ids[0]) + len(answer_ids[0]) <= model.max_text_tokens
 
 
 def note_unknown_words(model, text):
@@ -92,7 +88,7 @@ def batch(model, pictures, questions, options, max_batch_tokens):
     features, asked, failed = {}, [], 0
     for path in tqdm(pictures, desc="pictures", disable=None):
         try:
-            features[path] = look(model, path)
+            features[path] = model.encode_image(model.preprocess(data.load_image(path))[None])  # (1, C)
         except UserError as error:
             print(json_line({"image": path, "error": str(error)}), flush=True)
             failed += 1
@@ -148,7 +144,7 @@ def predict_and_score(model, dataset, name="answers", blind=False, max_batch_tok
             for column, score in mark.items():
                 scores.setdefault(column, np.full(len(records), np.nan))[i] = score
     for how in ("", ", per token"):
-        if "QA→R" + how in scores:
+        if "Q→A" + how in scores and "QA→R" + how in scores:
             scores["Q→AR" + how] = both_right(records, scores["Q→A" + how], scores["QA→R" + how])
     return {column: scores[column] for column in sorted(scores, key=lambda c: (c == "all", c))}, texts
 
@@ -334,7 +330,7 @@ def below(out, name):
 
 
 def newest(args):
-    """The checkpoint below --out that was written last, of --llm and --clip if they are given. UserError if there is none."""
+    """The checkpoint below --out that was written last, of --llm and --clip if both are given. UserError if there is none."""
     model = "*"
     if args.llm and args.clip:
         model = glob.escape(settings_from({"llm": args.llm, "clip": args.clip}, args.out).preset)
@@ -353,7 +349,8 @@ def load_trained(args, path):
         raise UserError(f"{path}: belongs to models of your own: name them with  {flags}")
     given = {"preset": saved.preset if known else None, "llm": args.llm, "clip": args.clip, "precision": args.precision,
              "n_features": saved.n_features, "n_slots": saved.n_slots, "interaction": saved.interaction}
-    out = Path(path).resolve().parents[2] if args.checkpoint else args.out  # a checkpoint is OUT/MODEL/RUN/adapter…
+    above = Path(path).resolve().parents  # a checkpoint is OUT/MODEL/RUN/adapter…
+    out = above[2] if args.checkpoint and len(above) > 2 else args.out
     model = LMEye.from_settings(settings_from(given, out))
     return model, model.load(path)
 
@@ -382,6 +379,8 @@ def parse_args():
             parser.error(f"--{name.replace('_', '-')} has to be from {low} to {high}")
     if bool(args.inputs) == bool(args.data):
         parser.error("either pictures are needed, or --data with records to evaluate on")
+    if args.data and (args.temperature or args.top_k or args.top_p < 1 or args.max_tokens != MAX_TOKENS or args.questions):
+        parser.error("an evaluation takes the likeliest answers to what --data asks: no --questions, no flags of drawing")
     return args
 
 
@@ -420,10 +419,12 @@ def main():
                    generator=torch.Generator(model.device).manual_seed(args.seed))
     if not one:
         batch(model, pictures, questions, options, args.max_batch_tokens)
-    elif questions or stage == 1:
-        answer(model, look(model, pictures[0]), questions[0] if questions else None, options)
+        return
+    f = model.encode_image(model.preprocess(data.load_image(pictures[0]))[None])
+    if questions or stage == 1:
+        answer(model, f, questions[0] if questions else None, options)
     else:
-        chat(model, look(model, pictures[0]), options)
+        chat(model, f, options)
 
 
 if __name__ == "__main__":

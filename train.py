@@ -11,7 +11,7 @@ a script makes where they are missing, and LMEye between them, in minutes. With 
 
 A run works in OUT/MODEL/stage1 or OUT/MODEL/stage2 (stage2-static, stage2-norequest for these): run.json says how it
 was started, log.csv how it goes. adapter.safetensors, written anew at each validation, can be sampled from at any time;
-best.safetensors is that of the lowest validation loss; evaluation/ comes at the end. While state.pt is there, training
+best.safetensors is that of the lowest validation loss; evaluation/ comes at the end. While state.pt is there, the run
 is not complete, and --resume goes on with it. An earlier run is never overwritten: its folder gets another name.
 ("Phase" is the paper's word, --stage the flag.)
 """
@@ -65,7 +65,8 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                   train_align=False, resume=False, save_every=200, about=None):
     """Train the layers of one phase on a Dataset `train`; leave adapter, log and run.json in `folder`.
 
-    `val` is a Dataset or None, `about` a dict that run.json says of the run. A step takes `accumulate` batches; its loss
+    `val` is a Dataset or None, `about` a dict that run.json says of the run. The caller removes STATE when nothing is left
+    to do. A step takes `accumulate` batches; its loss
     is averaged over all their answers' tokens. Trained weights, their gradients and the loss are fp32, whatever the
     frozen weights are. All randomness is a function of seed and step: so the trained tensors, the optimiser's, the
     number of the step and the log are all that it takes to go on as if nothing had happened.
@@ -76,8 +77,8 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
     run = {"steps": steps, "batch size": batch_size, "learning rate": lr, "max batch tokens": max_batch_tokens,
            "accumulate": accumulate, "seed": seed, "align trained": train_align, "frozen weights": str(model.llm.dtype),
            "interaction": model.settings.interaction, "N": model.settings.n_features, "Q": model.settings.n_slots,
-           "dropout": model.settings.dropout, "models": model.fingerprint.sum().item(), "data": train.fingerprint(),
-           "val data": val.fingerprint() if val else None}
+           "dropout": model.settings.dropout, "models": model.fingerprint.sum().item(),
+           "hash of the data": train.fingerprint(), "hash of the val data": val.fingerprint() if val else None}
     log = {"lines": [], "losses": [], "norms": [], "tokens": 0, "skipped": 0, "bad steps in a row": 0, "best": math.inf,
            "seconds": 0.0, "seconds in steps": 0.0}
     state, parts = folder / STATE, (model.adapter(stage), optimizer, scaler, log)
@@ -142,13 +143,12 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                 write_log(folder / "log.csv", log["lines"])
             if validated:
                 tqdm.write(own_words(model, val))
-            if done % save_every == 0 or stopping:
+            if done == steps or done % save_every == 0 or stopping:
                 save_state(state, done, run, *parts)
             if stopping:
                 command = shlex.join(["python", *[word for word in sys.argv if word != "--resume"], "--resume"])
                 raise KeyboardInterrupt(f"stopped after step {done:,} of {steps:,}; to go on:  {command}")
             bar.update()
-    state.unlink()
     print(f"stage {stage}: {steps:,} steps in {log['seconds']:.0f} s: {folder / CHECKPOINT}")
 
 
@@ -412,7 +412,7 @@ def main():
     variant = f"-{settings.interaction}" if args.stage == 2 and settings.interaction != "full" else ""
     folder = home / f"stage{args.stage}{variant}"
     if args.resume and (folder / CHECKPOINT).is_file() and not (folder / STATE).exists():
-        print(f"nothing to resume: {folder} is complete (to evaluate it again: sample.py --data)")
+        print(f"nothing to resume: {folder} is complete")
         return
     before = args.checkpoint or (home / "stage1" / CHECKPOINT if args.stage == 2 else None)  # the adapter to start from
     if before and not Path(before).is_file():
@@ -471,12 +471,13 @@ def run_stage(args, settings, home, folder, before, defaults):
     about = {"command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "started from": str(before),
              "data": [str(path) for path in paths], "images": [str(path) for path in images or []],
              "val": [str(path) for path in val_paths or []], "records": n_train, "val records": n_val,
-             "skipped": len(skips) + len(val_skips), "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
+             "records left out": len(skips) + len(val_skips), "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
              "versions": {module.__name__: module.__version__ for module in (torch, transformers, open_clip)}}
     train_adapter(model, args.stage, train, val, folder, steps, batch_size, lr, args.max_batch_tokens, args.accumulate,
                   args.seed, args.train_align, args.resume, args.save_every, about)
     if val:
         sample.evaluate(model, val, folder / "evaluation", val_skips, args.max_batch_tokens)
+    (folder / STATE).unlink()
 
 
 if __name__ == "__main__":

@@ -184,3 +184,11 @@ def test_no_batch_of_an_evaluation_holds_more_tokens_than_told_and_each_record_c
             longest = max(len(tokens[i][0]) for i in batch)
             answer = 3 if records[batch[0]].choices else sample.MAX_TOKENS
             assert len(batch) == 1 or len(batch) * max(1, len(records[batch[0]].choices)) * (longest + answer) <= most
+
+
+def test_ids_of_captions_and_of_choices_are_not_taken_for_questions_of_vqa():
+    """What is left out of VQA counts as wrong there; a caption that was skipped beside it does not."""
+    turns, choices = ("what?", "a cat"), (("a", "b", "c", "d"),)
+    assert data.vqa_key(data.Sample("a.jpg", turns=turns, key=7)) == 7
+    assert data.vqa_key(data.Sample("a.jpg", caption="a cat", key=7)) == ""
+    assert data.vqa_key(data.Sample("a.jpg", turns=turns, choices=choices, key="val-7")) == ""

@@ -177,7 +177,7 @@ def test_lmeyes_own_release_as_its_authors_published_it(tmp_path):
             (two, "What?", "A cat."), (two, "Where?", "Here: there."), (three, "Who?", "A cat"),
             (four, "Found?", "Yes")]
         assert reasons(skips) == {"a text that is not a question with its answer": 4,
-                                  "picture is not inside --images": 1}
+                                  "no such picture in --images": 1}
 
 
 def test_llava_mixture_with_prefixes_and_rows_without_pictures(tmp_path):
@@ -451,7 +451,7 @@ def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):
         archive = write_zip(tmp_path / "images.zip", [name, "__MACOSX/._1.jpg"])
         data.open_zip.cache_clear()
         records, skips = read_records([path], [archive], 1)
-        assert [r.image for r in records] == [Member(str(archive), name)] and reasons(skips) == {"picture is not inside --images": 1}
+        assert [r.image for r in records] == [Member(str(archive), name)] and reasons(skips) == {"no such picture in --images": 1}
         assert data.load_image(records[0].image).size == (40, 30)
 
 

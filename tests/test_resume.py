@@ -21,6 +21,7 @@ from test_data import save_picture
 from test_training import dataset
 
 import lmeye
+import sample
 import train
 from lmeye import CHECKPOINT, UserError
 
@@ -35,6 +36,7 @@ KILLS = {  # where SIGKILL strikes: at the n-th call of a function
     "in a validation": "train.mean_loss",
     "between validation and save": "train.save_state",
     "while the adapter is written": "safetensors.torch.save",
+    "in the evaluation": "sample.write_answers",
     "before the state is removed": "pathlib.Path.unlink",
 }
 
@@ -46,7 +48,7 @@ def child(cwd, flags, where, n):
     os.dup2(1, 2)
     if where:
         module, _, name = where.rpartition(".")
-        owner = eval(module, {"torch": torch, "os": os, "train": train, "pathlib": __import__("pathlib"),
+        owner = eval(module, {"torch": torch, "os": os, "train": train, "sample": sample, "pathlib": __import__("pathlib"),
                               "safetensors": __import__("safetensors.torch")})
         real, calls = getattr(owner, name), []
 
@@ -95,7 +97,7 @@ def stage(home, n, *more):
 
 
 def results(folder):
-    """What a run leaves: the bytes of its adapters, and its log without the columns that a clock decides."""
+    """What a run leaves: the bytes of its adapters and of its answers, and its log without the columns that a clock decides."""
     found = {}
     for path in sorted(Path(folder, "out/llm+clip").glob("stage*/*.safetensors")):
         found[f"{path.parent.name}/{path.name}"] = path.read_bytes()
@@ -103,6 +105,8 @@ def results(folder):
         with open(path) as file:
             rows = list(csv.DictReader(file))
         found[path.parent.name] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    for path in sorted(Path(folder, "out/llm+clip").glob("stage*/evaluation/answers.jsonl")):
+        found[f"{path.parts[-3]}/evaluation"] = path.read_bytes()
     return found
 
 
@@ -119,7 +123,7 @@ def test_killed_at_many_moments_weights_and_log_are_those_of_an_unbroken_run(hom
         folder = tmp_path / str(trial)
         folder.mkdir()
         for n in (1, 2):
-            calls = 1 if name == "before the state is removed" else rng.randint(1, 5)
+            calls = 1 if name in ("in the evaluation", "before the state is removed") else rng.randint(1, 5)
             assert fork(folder, stage(home, n), KILLS[name], calls) == -signal.SIGKILL, (n, name, Path(folder, "log").read_text())
             killed.append(f"stage {n}, {name}, call {calls}")
             assert fork(folder, stage(home, n, "--resume")) == 0, (n, name, Path(folder, "log").read_text())
@@ -169,6 +173,7 @@ def test_a_run_goes_on_from_another_folder_where_its_files_have_other_names(home
 def start(model, folder, **options):
     settings = dict(steps=6, batch_size=4, lr=1e-2, save_every=2) | options
     train.train_adapter(model, 2, dataset(model, 2), None, folder, **settings)
+    (folder / train.STATE).unlink()
 
 
 def stop_at(step, monkeypatch):
@@ -196,7 +201,6 @@ def test_a_stop_ends_the_step_and_saves(tmp_path, monkeypatch, step):
     start(tiny_model(), tmp_path / "a", resume=True)
     start(tiny_model(), tmp_path / "b")
     assert (tmp_path / "a" / CHECKPOINT).read_bytes() == (tmp_path / "b" / CHECKPOINT).read_bytes()
-    assert not (tmp_path / "a" / train.STATE).exists()
 
 
 def test_a_damaged_state_is_told_in_one_line_and_never_executed(tmp_path, monkeypatch):
@@ -236,7 +240,7 @@ def test_a_run_cannot_be_resumed_with_other_validation_data(tmp_path, monkeypatc
     """What is the best adapter, and the log, would mix two measures."""
     interrupt(tmp_path / "a", monkeypatch)
     some = dataset(tiny_model(), 2)
-    with pytest.raises(UserError, match="other settings: val data"):
+    with pytest.raises(UserError, match="other settings: hash of the val data"):
         train.train_adapter(tiny_model(), 2, some, some, tmp_path / "a", 6, 4, 1e-2, save_every=2, resume=True)
 
 

@@ -31,6 +31,7 @@ def hashes(model):
 def train_briefly(model, stage, folder, steps=3, **options):
     settings = dict(steps=steps, batch_size=4, lr=1e-2) | options
     train.train_adapter(model, stage, dataset(model, stage), None, folder, **settings)
+    (folder / train.STATE).unlink()
     return {name: p.detach().clone() for name, p in model.adapter(stage).items()}
 
 

@@ -261,6 +261,7 @@ def train_phase(stage, model, world, folder, seed, lr=None, limit=None, pictures
         dataset = dataset.take(np.arange(len(dataset.records)) < limit)
     train.train_adapter(model, stage, dataset, val, folder, steps or defaults["steps"], defaults["batch_size"],
                         lr or defaults["lr"], seed=seed, resume=True)
+    (folder / train.STATE).unlink()
 
 
 def trained(world, name, seed, lr=None, llm="llm", limit=None, pictures=None, steps=None):
@@ -437,15 +438,30 @@ def tune_world(world, names, rates):
     print(f"{world}: held-out accuracy in percent by learning rate of phase 2, seed 100\n\n{markdown(rows)}\n", flush=True)
 
 
-def ablation(seeds):
-    found = measure_runs({name: runs_of("mini", name, range(seeds)) for name in FIVE})
+def five_rows(seeds, **options):
+    """The rows of a table: FIVE, and `full` shown other pictures."""
+    found = measure_runs({name: runs_of("mini", name, range(seeds), **options) for name in FIVE})
     rows = seeing(found)
     rows["blind"] = [measured.blind for measured in found["full"]]
-    sizes = []
+    return rows
+
+
+def ablation(seeds):
+    rows, sizes = five_rows(seeds), []
     for name in FIVE:
         trained_tensors = new_model("mini", name, 0).set_trained(2).values()
         sizes.append(f"{name} {sum(p.numel() for p in trained_tensors):,}")
     print(f"held-out accuracy in percent; trained in phase 2: {', '.join(sizes)} numbers")
+    return rows
+
+
+def hints(seeds):
+    """The same with a language model that never read anything in the place of <img-d>."""
+    llm = "llm-without-hints"
+    make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(part, 0, hint_share=0.0))
+    rows = five_rows(seeds, llm=llm)
+    print(f"held-out accuracy in percent; the language model reads the true caption:\n\n"
+          f"{markdown({'the true caption': [text_ceiling('mini', llm)]})}\n")
     return rows
 
 
@@ -895,6 +911,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     "ablation": Experiment(ablation, 2, 10, "full, norequest, static and others, by kind of question"),
+    "hints": Experiment(hints, 1, 8, "the same with a language model that was never taught to read in the slot"),
     "swap": Experiment(swap, 2, 1, "whose truth is told where another question's request is put into an answer"),
     "board": Experiment(boards, 3, 38, "the same where a picture holds one to nine objects, with two ceilings"),
     "tune": Experiment(tune, 1, 15, "the learning rate of phase 2, for each of the five alike"),
