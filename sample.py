@@ -71,8 +71,8 @@ def chat(model, f, options):
 
 def fits(model, question):
     """Whether a question, with room for a token of an answer, fits the language model's context."""
-    question_ids, answer_ids = model.token_ids([question], [""])
-    return len(question_ids[0]) + len(answer_ids[0]) <= model.max_text_tokens
+    question_ids, end_ids = model.token_ids([question], [""])
+    return len(question_ids[0]) + len(end_ids[0]) <= model.max_text_tokens
 
 
 def note_unknown_words(model, text):
@@ -106,8 +106,7 @@ def batch(model, pictures, questions, options, max_batch_tokens):
         f = torch.cat([features[path] for path, _ in part])
         answers = model.generate(f, [question for _, question in part] if questions else None, **options)
         for (path, question), text in zip(part, answers):
-            named = {"image": path, "question": question} if questions else {"image": path}
-            print(json_line(named | {"answer": text}), flush=True)
+            print(json_line({"image": path, "question": question, "answer": text}), flush=True)
     if failed:
         raise UserError(f"{failed} could not be answered: see \"error\" in their lines")
 
