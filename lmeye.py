@@ -17,8 +17,8 @@ Frozen: every weight of the LM and of CLIP; gradients flow through the LM and CL
 Phase 1 (`--stage 1`) trains `align` and `img` on captions, phase 2 the others on instructions: see `set_trained`.
 
 Steps 2 and 4 are two passes of the LM over the same beginning. Attention is causal: nothing before <img-d> depends on
-what stands there. So the keys and values of that beginning serve both passes, and autograd adds up what both send back
-to them. Those of <img-d> are dropped from the cache, and the second pass runs <img-d> and what follows it.
+what stands there. So the keys and values of that beginning serve both passes (where `align` trains, autograd adds up
+what both send back). Those of <img-d> are dropped from the cache; the second pass runs <img-d> and what follows it.
 
 Axes, in the shape comments of this file:
     B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
@@ -113,7 +113,7 @@ class LMEye(nn.Module):
         self.request = nn.Linear(D, W)  # the model's state, as a word of CLIP's
         self.decompose = nn.Linear(C, N * W)  # the picture, as N words of CLIP's
         self.transmit = nn.Linear(C, D * Q)  # what the words came to, as Q words of the language model
-        # Phi-3 turns all states anew beyond its original limit; BLOOM, without one, was trained on texts of 2,048 tokens.
+        # Beyond its original limit Phi-3 rotates all keys anew, and cached ones are wrong; BLOOM was trained on 2,048 tokens.
         config = llm.config.get_text_config()
         self.context = (getattr(config, "original_max_position_embeddings", None)
                         or getattr(config, "max_position_embeddings", None) or 2048)
@@ -143,7 +143,7 @@ class LMEye(nn.Module):
 
     def ask(self, h):
         r = self.request(h.float())  # (B, D) → (B, W)
-        return torch.zeros_like(r) if self.settings.interaction == "norequest" else r  # the slot is there, but empty
+        return torch.zeros_like(r) if self.settings.interaction == "norequest" else r  # its place stays, but empty
 
     # -- 3. interact: request and picture meet as words of one sentence in CLIP's text transformer
     #       f₁ … f_N = decompose f        v = CLIP_text([SOS, f₁ … f_N, r, EOS]), at EOS, projected
@@ -424,7 +424,7 @@ class TokenLosses(torch.autograd.Function):
 
 def sample_token(logits, temperature, top_k, top_p, generator):
     """Choose the next token from logits (B, V) → (B,)."""
-    if temperature < 0.01:  # 0, or so near that the likeliest token has all the probability
+    if temperature < 0.01:  # 0, or so near that it is taken for 0
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(-1, descending=True)
     p = logits.softmax(-1)

@@ -71,8 +71,7 @@ def chat(model, f, options):
 
 def fits(model, question):
     """Whether a question, with room for a token of an answer, fits the language model's context."""
-    question_ids, end_ids = model.token_ids([question], [""])
-    return len(question_ids[0]) + len(end_ids[0]) <= model.max_text_tokens
+    return sum(len(ids[0]) for ids in model.token_ids([question], [""])) <= model.max_text_tokens
 
 
 def note_unknown_words(model, text):
@@ -106,7 +105,8 @@ def batch(model, pictures, questions, options, max_batch_tokens):
         f = torch.cat([features[path] for path, _ in part])
         answers = model.generate(f, [question for _, question in part] if questions else None, **options)
         for (path, question), text in zip(part, answers):
-            print(json_line({"image": path, "question": question, "answer": text}), flush=True)
+            named = {"image": path, "question": question} if questions else {"image": path}
+            print(json_line(named | {"answer": text}), flush=True)
     if failed:
         raise UserError(f"{failed} could not be answered: see \"error\" in their lines")
 
@@ -395,7 +395,7 @@ def main():
         raise UserError("the question is empty or unreadable")
     one = len(pictures) == 1 and not args.questions
     if one:
-        data.load_image(pictures[0])  # a wrong picture is told before the models are loaded
+        picture = data.load_image(pictures[0])  # a wrong one is told before the models are loaded
 
     checkpoint = Path(args.checkpoint or newest(args))
     if args.data:
@@ -419,7 +419,7 @@ def main():
     if not one:
         batch(model, pictures, questions, options, args.max_batch_tokens)
         return
-    f = model.encode_image(model.preprocess(data.load_image(pictures[0]))[None])
+    f = model.encode_image(model.preprocess(picture)[None])
     if questions or stage == 1:
         answer(model, f, questions[0] if questions else None, options)
     else:

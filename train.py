@@ -471,7 +471,7 @@ def run_stage(args, settings, home, folder, before, defaults):
     about = {"command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "started from": str(before),
              "data": [str(path) for path in paths], "images": [str(path) for path in images or []],
              "val": [str(path) for path in val_paths or []], "records": n_train, "val records": n_val,
-             "records left out": len(skips) + len(val_skips), "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
+             "left out": len(skips) + len(val_skips), "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
              "versions": {module.__name__: module.__version__ for module in (torch, transformers, open_clip)}}
     train_adapter(model, args.stage, train, val, folder, steps, batch_size, lr, args.max_batch_tokens, args.accumulate,
                   args.seed, args.train_align, args.resume, args.save_every, about)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, fails_in_one_line, opt_tokenizer, run, save_clip, save_llm
+from conftest import ROOT, fails_in_one_line, opt_tokenizer, run, save_clip, save_llm, tiny_model
 from PIL import Image
 from test_data import broken_pictures, save_picture
 
 import sample
-from lmeye import CHECKPOINT
+from lmeye import CHECKPOINT, UserError
 
 SHARED = ROOT.parent / "shared"
 
@@ -128,6 +128,26 @@ def test_a_stage_1_checkpoint_writes_captions_and_says_so(trained):
     asked = run("sample.py", "pictures/red.jpg", "what color is it?", *flags, *checkpoint, cwd=folder)
     assert caption.returncode == asked.returncode == 0 and caption.stdout == asked.stdout
     assert caption.stderr == "" and "stage 1" in asked.stderr
+    several = run("sample.py", "pictures/red.jpg", "pictures/blue.jpg", *flags, *checkpoint, cwd=folder)
+    assert [json.loads(line).keys() for line in several.stdout.splitlines()] == [{"image", "answer"}] * 2
+
+
+@pytest.mark.parametrize("flag", (["--max-tokens", 5], ["--temperature", 1], ["--top-k", 3], ["--questions", "q.txt"]))
+def test_an_evaluation_takes_no_flags_of_drawing(tmp_path, flag):
+    assert run("sample.py", "--data", "chat.json", *flag, cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("question_tokens, fit", ((0, True), (1, False)))
+def test_a_question_fits_where_it_can_be_asked_and_no_longer(question_tokens, fit):
+    model = tiny_model()
+    room = model.max_text_tokens - sum(len(ids[0]) for ids in model.token_ids(["red"], [""]))
+    question = "red" + " red" * (room + question_tokens)
+    assert sample.fits(model, question) == fit
+    if fit:
+        model.tokens([question], [""])
+    else:
+        with pytest.raises(UserError, match="context has room for"):
+            model.tokens([question], [""])
 
 
 def test_in_a_batch_a_bad_picture_or_question_has_an_error_and_the_others_their_answers(trained, tmp_path):
