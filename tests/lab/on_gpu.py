@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in six minutes on an H100, most important first: a run may be broken off.
+"""All that only a GPU can show, in four minutes on an H200, most important first: a run may be broken off.
 
     python tests/lab/benchmark.py gpu            on a CUDA GPU
     python tests/lab/benchmark.py gpu --dry      on tiny models, on whatever there is
