@@ -110,7 +110,7 @@ def read_records(paths, images, stage, answered=True):
     paths = [Path(path) for path in paths]
     for path in paths:
         if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-            raise UserError(f"--data {path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
     given = [open_place(Path(image)) for image in images or []]
     tables = {"questions": [], "annotations": []}  # VQA's two files are joined when both have been read
     found, skips, records, all_places = [], [], [], []
@@ -127,7 +127,7 @@ def read_records(paths, images, stage, answered=True):
     if not records:
         reasons = Counter(skip.reason for skip in skips).most_common(5)
         why = ", ".join(f"{reason} ({n:,})" for reason, n in reasons) or "it holds none"
-        raise UserError(f"--data {' '.join(map(str, paths))}: no records for stage {stage}: {why}")
+        raise UserError(f"{' '.join(map(str, paths))}: no records for stage {stage}: {why}")
     return records, skips
 
 
@@ -238,7 +238,7 @@ def read_shard(path, skips):
     Archives joined by `cat` are read one after the other. UserError, with the place, if one is broken or cut off.
     """
     with open(path, "rb") as file:
-        refuse_pointer(file.read(100), f"--data {path}")
+        refuse_pointer(file.read(100), f"{path}")
         start = 0
         while start == 0 or start < os.path.getsize(path):
             groups, start = read_archive(path, file, start, skips)
@@ -272,10 +272,10 @@ def read_archive(path, file, start, skips):
                     skips.append(Skip("another file in a tar shard, where pictures, .txt and .json are read"))
             end = tar.offset
     except Exception as error:  # tarfile raises what it likes at broken bytes
-        raise UserError(f"--data {path}: no whole tar without compression from byte {start:,} on ({error})") from error
+        raise UserError(f"{path}: no whole tar without compression from byte {start:,} on ({error})") from error
     file.seek(end)
     if file.read(512) != bytes(512):  # for tarfile, too, the archive ends here, but without a word
-        raise UserError(f"--data {path}: is broken or cut off: neither a file nor the archive's end at byte {end:,}")
+        raise UserError(f"{path}: is broken or cut off: neither a file nor the archive's end at byte {end:,}")
     return groups, end
 
 
@@ -312,18 +312,22 @@ def read_json(path, tables, skips):
             except (ValueError, RecursionError):
                 skips.append(Skip("a line is not JSON"))
         if not any(isinstance(item, dict) for item in content):
-            raise UserError(f"--data {path}: is neither JSON nor JSON Lines: {error}") from error
+            raise UserError(f"{path}: is neither JSON nor JSON Lines: {error}") from error
     if not isinstance(content, list):
         content = [content]
     table = content[0] if len(content) == 1 and isinstance(content[0], dict) else {}
+    if any(name in table for name in ("image", "image_id", "conversations")):
+        table = {}  # one record
     if isinstance(table.get("images"), list):
         yield from read_coco(path, table, skips)
-    elif "image_id" not in table and ("questions" in table or "annotations" in table):
+    elif "questions" in table or "annotations" in table:
         split = str(table.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015's pictures are test2015's
         for name in tables:
             rows = table.get(name)
             if isinstance(rows, list):
                 tables[name] += [(split, row) for row in rows]
+            elif name in table:
+                skips.append(Skip(f'"{name}" that are no list'))
     else:
         for item in content:
             yield from read_item(item, skips)
@@ -353,7 +357,7 @@ def read_item(item, skips):
 
 def read_chat(item, skips):
     """LLaVA: human and gpt in turn, with an optional caption. Of a conversation the answered turns are kept up to one
-    that is empty or not the speaker's. A single answer is a caption as well; only that, if the human says <image>."""
+    that is empty or not the speaker's. A single answer is a caption as well; where the human says just <image>, only that."""
     conversation, turns = item["conversations"], []
     for turn in conversation:
         if turn["from"] != ("human", "gpt")[len(turns) % 2]:
@@ -424,7 +428,7 @@ def read_vcr(item):
 def read_coco(path, table, skips):
     """COCO's captions, joined with the pictures of the same file."""
     if not isinstance(table.get("annotations"), list):
-        raise UserError(f"--data {path}: has pictures without annotations (Karpathy's split file, in which training "
+        raise UserError(f"{path}: has pictures without annotations (Karpathy's split file, in which training "
                         "and test pictures are mixed, is not read: take COCO's captions_….json)")
     images = index([("", row) for row in table["images"]], "id", skips)
     for row in table["annotations"]:
@@ -508,12 +512,12 @@ def open_place(path):
         return Place(str(path))
     try:
         with open(path, "rb") as file:
-            refuse_pointer(file.read(100), f"--images {path}")
+            refuse_pointer(file.read(100), f"{path}")
         names = {name: name for name in open_zip(str(path)).namelist() if not name.endswith("/")}
     except UserError:
         raise
     except Exception as error:  # zipfile raises half a dozen kinds at broken archives
-        raise UserError(f"--images {path}: is neither a folder nor a whole zip archive ({error})") from error
+        raise UserError(f"{path}: is neither a folder nor a whole zip archive ({error})") from error
     tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
     if len(tops) == 1:  # everything in one folder, as in COCO's train2017.zip: its name may be left out
         for name in list(names):
@@ -662,8 +666,8 @@ def encode(model, records, skips, folder=None):
         part = [record._replace(turns=record.turns[-MOST_TURNS:]) for record in records[start:start + 1000]]
         questions = [record.question for record in part] if part[0].turns else None
         question_ids, answer_ids = model.token_ids(questions, [record.answer for record in part])
-        for record, question, answer in zip(part, question_ids, answer_ids):
-            i, longest = len(keep), len(answer)
+        for i, (record, question, answer) in enumerate(zip(part, question_ids, answer_ids), start):
+            longest = len(answer)
             if record.choices:
                 longest = max(len(ids) for ids in model.token_ids(None, record.choices)[1])
             while len(question) + longest > model.max_text_tokens and len(record.turns) > 1 and not record.choices:

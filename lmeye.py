@@ -16,9 +16,9 @@ Trained: the four linear layers `align`, `request`, `decompose`, `transmit` and 
 Frozen: every weight of the LM and of CLIP; gradients flow through the LM and CLIP's text transformer, not into them.
 Phase 1 (`--stage 1`) trains `align` and `img` on captions, phase 2 the others on instructions: see `set_trained`.
 
-Steps 2 and 4 are two passes of the LM over the same beginning. Attention is causal: nothing before <img-d> depends on
-what stands there. So the keys and values of that beginning serve both passes (where `align` trains, autograd adds up
-what both send back). Those of <img-d> are dropped from the cache; the second pass runs <img-d> and what follows it.
+Steps 2 and 4 are two passes of the LM in the paper, over one beginning. Attention is causal: nothing before <img-d>
+depends on what stands there. So the beginning is run once, and its keys and values serve both (where `align` trains,
+autograd adds up what both send back). Those of <img-d> are dropped; step 4 runs <img-d> anew, and what follows it.
 
 Axes, in the shape comments of this file:
     B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
@@ -45,10 +45,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass
 class Settings:
-    """What must be known to build a model. Each is a flag of the programs, too: `n_features` is `--n-features`."""
-    preset: str = "opt-1.3b"  # which pair of frozen models: a row of PRESETS
+    """What must be known to build a model. Each is a flag of train.py, too: `n_features` is `--n-features`."""
+    preset: str = "opt-1.3b"  # a row of PRESETS, or a name for models of your own
     llm: str = "facebook/opt-1.3b"  # causal language model: a hub name or a local folder
-    clip: str = "ViT-L-14:openai"  # as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME or local-dir:FOLDER
+    clip: str = "ViT-L-14:openai"  # as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME, local-dir:FOLDER
     interaction: str = "full"  # or static: no <img-d>, the picture token must do; norequest: the request is zero
     n_features: int = 5  # N, into how many words of CLIP's the picture is decomposed
     n_slots: int = 1  # Q, how many <img-d> slots carry the answer to the request back
@@ -79,8 +79,8 @@ class Tokens(NamedTuple):
 class LMEye(nn.Module):
     """Four linear layers and two vectors between a frozen language model and a frozen CLIP.
 
-    `f` is always the picture feature of `encode_image`, (B, C). `questions` is a list of B strings, or None for
-    captions: the answer then follows the picture at once, as in phase 1, and nothing is asked.
+    `f` is always the picture feature of `encode_image`, (B, C). `questions` is a list of B strings, or (but in
+    `score`) None for captions: the answer then follows the picture at once, as in phase 1, and nothing is asked.
     """
 
     def __init__(self, settings, llm, tokenizer, clip, preprocess, clip_tokenizer):
@@ -112,7 +112,7 @@ class LMEye(nn.Module):
         self.align = nn.Linear(C, D)  # the picture, as a word of the language model
         self.request = nn.Linear(D, W)  # the model's state, as a word of CLIP's
         self.decompose = nn.Linear(C, N * W)  # the picture, as N words of CLIP's
-        self.transmit = nn.Linear(C, D * Q)  # what the words came to, as Q words of the language model
+        self.transmit = nn.Linear(C, D * Q)  # CLIP's answer, as Q words of the language model
         # Beyond its original limit Phi-3 rotates all keys anew, and cached ones are wrong; BLOOM was trained on 2,048 tokens.
         config = llm.config.get_text_config()
         self.context = (getattr(config, "original_max_position_embeddings", None)
@@ -123,7 +123,7 @@ class LMEye(nn.Module):
         self.img_d = nn.Parameter(self.spread * torch.randn(D))
         self.dropout = nn.Dropout(settings.dropout)
         some = [p.detach().flatten()[::max(1, p.numel() // 2)][:2].float() for p in (*llm.parameters(), *clip.parameters())]
-        self.fingerprint = torch.cat(some).cpu()  # two weights of each frozen tensor, to tell models of one shape apart
+        self.fingerprint = torch.cat(some).cpu()  # first and middle weight of each tensor: tells models of one shape apart
         self.to(self.device).eval()
 
     # -- 1. see: the picture becomes one feature, the feature becomes the <img> token
@@ -154,11 +154,9 @@ class LMEye(nn.Module):
         return self.encode_words(torch.cat([sos, features, r[:, None], eos], 1))  # v (B, C)
 
     def encode_words(self, words):
-        """CLIP's text path from word vectors on, (B, T, W) → (B, C). Equals `clip.encode_text` where the words are the
-        token embeddings of a text that ends with its EOS.
-
-        CLIP's mask is cut to T. The state is read at the last place: there are no token ids to look for EOS among.
-        """
+        """CLIP's text path from word vectors on, (B, T, W) → (B, C), with its mask cut to T. The state is read at the last
+        place: there are no token ids to look for EOS among. Equals `clip.encode_text` where the words are the token
+        embeddings of a text that ends with its EOS (`check_clip` in train.py compares)."""
         text, T = self.text, words.shape[1]
         x = (words + text.positional_embedding[:T]).to(text.transformer.get_cast_dtype())
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:T, :T])[:, -1])
@@ -184,16 +182,16 @@ class LMEye(nn.Module):
         """
         B, Q = len(f), self.settings.n_slots
         x = torch.cat([self.embed(self.image_ids).expand(B, -1, -1), self.see(f), self.embed(question)], 1)
-        mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)  # padding lies behind <img>
+        mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)  # padding now lies behind <img>
         if question.shape[1] == 0:
             return x, mask, None  # a caption: the answer follows the picture at once
 
-        order = mask.argsort(dim=1, stable=True)  # padding to the left: between tokens a sliding window counts it
+        order = mask.argsort(dim=1, stable=True)  # all padding to the left: a sliding window counts it
         x, mask = x.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
         cache = None
         if self.settings.interaction != "static":
             slots, mask_with_slots = self.img_d.expand(B, Q, -1), F.pad(mask, (0, Q), value=1)
-            if torch.is_grad_enabled():  # in two runs: while align is frozen, the first one builds no graph
+            if torch.is_grad_enabled():  # in two runs: with align and img frozen, the first builds no graph
                 _, cache = self.run_llm(x, mask)
                 h, cache = self.run_llm(slots, mask_with_slots, cache)
             else:  # one is faster
@@ -227,7 +225,7 @@ class LMEye(nn.Module):
 
     def loss_sum(self, f, tokens):
         """The same, summed over tokens, from Tokens: what a training loop with accumulation needs."""
-        labelled = tokens.answer_mask.flatten().nonzero()[:, 0]  # places in B·T'; on the CPU, for a GPU would be waited for
+        labelled = tokens.answer_mask.flatten().nonzero()[:, 0]  # places in B·T', found on the CPU: a GPU would be waited for
         f, question, question_mask, answer, answer_mask, labelled = self.to_device(f, *tokens, labelled)
         x, mask, cache = self.prefill(f, question, question_mask)
         x_answer = torch.cat([x, self.embed(answer[:, :-1])], 1)
@@ -251,7 +249,7 @@ class LMEye(nn.Module):
             h, cache = self.run_llm(x, mask, cache)
             token = sample_token(self.logits(h[:, -1]), temperature, top_k, top_p, generator).masked_fill(ended, eos)
             yield token
-            ended |= (token == eos) | (mask.sum(1) >= self.context - 1)  # or at the end of what it can read
+            ended |= (token == eos) | (mask.sum(1) >= self.context - 1)  # or the context is full
             if ended.all():
                 return
             x, mask = self.embed(token)[:, None], torch.cat([mask, ~ended[:, None]], 1)
@@ -299,7 +297,7 @@ class LMEye(nn.Module):
         Each part is tokenised by itself, so that a question's tokens can't depend on its answer's.
         """
         question_ids = [[] for _ in answers]
-        if questions:
+        if questions is not None:
             question_ids = self.ids([QUESTION + question for question in questions])
         answer_ids = self.ids([" " + answer for answer in answers])
         return question_ids, [ids + [self.tokenizer.eos_token_id] for ids in answer_ids]
@@ -436,7 +434,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 def pad(rows, left=False):
     """Lists of token ids of any lengths → (ids, mask), each (B, longest)."""
-    rows, side = [torch.as_tensor(row, dtype=torch.long) for row in rows], "left" if left else "right"
+    side = "left" if left else "right"
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     ones = [torch.ones_like(row) for row in rows]
     return pad_sequence(rows, True, padding_side=side), pad_sequence(ones, True, padding_side=side)
 
@@ -477,7 +476,7 @@ def load_clip(name, device, dtype):
     """(CLIP, preprocess: PIL picture → (3, S, S) pixels, tokenizer) by open_clip. UserError if that fails.
 
     OpenAI's weights were trained with QuickGELU and give silently different features without it (open_clip issue 771):
-    the tag knows, so it decides.
+    a TAG knows, so it decides. With a FILE the name does: ViT-L-14-quickgelu:FILE for OpenAI's.
     """
     model, _, tag = (name, "", "") if name.startswith(("local-dir:", "hf-hub:")) else name.partition(":")
     quick_gelu = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
@@ -543,7 +542,8 @@ def printable(text):
 
 
 def run(main):
-    """Run a program's `main()`: exit status 2 and one line on a UserError, 130 on Ctrl-C."""
+    """Run a program's `main()`: on a UserError, a file's error or too little memory one line and exit status 2; 130 on
+    Ctrl-C."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):

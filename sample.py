@@ -7,7 +7,7 @@
     python sample.py --data questions.json --images val.zip   an evaluation: a table, the answers, result files
 
 The newest checkpoint below --out answers, unless --checkpoint names another. One that has only seen stage 1 writes
-captions. Answers and tables go to the standard output, everything else to the standard error.
+captions. Answers and tables go to the standard output, notes, progress and errors to the standard error.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def batch(model, pictures, questions, options, max_batch_tokens):
         except UserError as error:
             print(json_line({"image": path, "error": str(error)}), flush=True)
             failed += 1
-    for path in features:
+    for path in [path for path in pictures if path in features]:
         for question in questions or [""]:
             if fits(model, question):
                 asked.append((path, question))
@@ -126,7 +127,7 @@ def predict_and_score(model, dataset, name="answers", blind=False, max_batch_tok
     record. Progress is shown under `name`."""
     model.eval()
     records, shown = dataset.records, data.shuffled(dataset) if blind else dataset
-    scores, texts = {}, [""] * len(records)
+    scores, texts = defaultdict(lambda: np.full(len(records), np.nan)), [""] * len(records)
     for rows in tqdm(batches_by_length(model, dataset, max_batch_tokens), desc=name, disable=None):
         batch, f = [records[i] for i in rows], shown.f(rows)
         if batch[0].choices:
@@ -141,7 +142,7 @@ def predict_and_score(model, dataset, name="answers", blind=False, max_batch_tok
         for i, text, mark in zip(rows, said, marks):
             texts[i] = text
             for column, score in mark.items():
-                scores.setdefault(column, np.full(len(records), np.nan))[i] = score
+                scores[column][i] = score
     for how in ("", ", per token"):
         if "Q→A" + how in scores and "QA→R" + how in scores:
             scores["Q→AR" + how] = both_right(records, scores["Q→A" + how], scores["QA→R" + how])
@@ -171,7 +172,7 @@ def score_text(record, text):
     category; VQA's soft accuracy where the data has the answers of its annotators. Captions have no truth to match."""
     if not record.turns or not record.answer:
         return {}
-    right = text.lower() == record.answer.lower()
+    right = text.lower() == record.answer.strip().lower()
     scores = {record.category: right, "all": right}
     if len(record.answers) > 1:
         scores["VQA"] = scores[f"VQA, {record.category}"] = vqa_accuracy(text, record.answers)
@@ -256,9 +257,9 @@ def bootstrap_interval(scores, picture, draws=1000):
 
 def evaluate(model, dataset, folder, skips=(), max_batch_tokens=4096):
     """Measure a model with the pictures and blind, print a table with 95% intervals, leave the answers in `folder`. VQA's
-    questions among `skips` count as wrong, and stand in the results without an answer: its scorer wants all."""
+    questions among `skips` count as wrong in column VQA, and stand in vqa.json without an answer: its scorer wants all."""
     if len(set(dataset.picture)) == 1:
-        print("note: of one picture no other can be shown, so blind sees it as well")
+        print("note: of one picture no other can be shown, so blind sees it as well", file=sys.stderr)
     scores, texts = predict_and_score(model, dataset, "answers", False, max_batch_tokens)
     blind, _ = predict_and_score(model, dataset, "answers, blind", True, max_batch_tokens)
     missed = [skip.key for skip in skips if skip.key != ""]
@@ -270,7 +271,7 @@ def evaluate(model, dataset, folder, skips=(), max_batch_tokens=4096):
             values, picture = values[known], dataset.picture[known]
             if column == "VQA":
                 values = np.concatenate([values, np.zeros(len(missed))])
-                picture = np.concatenate([picture, -1 - np.arange(len(missed))])
+                picture = np.concatenate([picture, -1 - np.arange(len(missed))])  # one for each
             low, high = bootstrap_interval(values, picture)
             line += f"{100 * values.mean():.1f} ({100 * low:.1f}–{100 * high:.1f})".rjust(width)
         print(line)
@@ -330,12 +331,12 @@ def below(out, name):
 
 def newest(args):
     """The checkpoint below --out that was written last, of --llm and --clip if both are given. UserError if there is none."""
-    model = "*"
+    model, out = "*", args.out or "out"
     if args.llm and args.clip:
-        model = glob.escape(settings_from({"llm": args.llm, "clip": args.clip}, args.out).preset)
-    found = sorted(Path(args.out).glob(f"{model}/*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
+        model = glob.escape(settings_from({"llm": args.llm, "clip": args.clip}, out).preset)
+    found = sorted(Path(out).glob(f"{model}/*/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(f"no checkpoint below {args.out}/: make one with  python train.py --stage 1  and then  --stage 2")
+        raise UserError(f"no checkpoint below {out}/: make one with  python train.py --stage 1  and then  --stage 2")
     return found[-1]
 
 
@@ -349,8 +350,7 @@ def load_trained(args, path):
     given = {"preset": saved.preset if known else None, "llm": args.llm, "clip": args.clip, "precision": args.precision,
              "n_features": saved.n_features, "n_slots": saved.n_slots, "interaction": saved.interaction}
     above = Path(path).resolve().parents  # a checkpoint is OUT/MODEL/RUN/adapter…
-    out = above[2] if args.checkpoint and len(above) > 2 else args.out
-    model = LMEye.from_settings(settings_from(given, out))
+    model = LMEye.from_settings(settings_from(given, args.out or (above[2] if len(above) > 2 else "out")))
     return model, model.load(path)
 
 
@@ -361,7 +361,7 @@ def parse_args():
     parser.add_argument("--data", action="append", metavar="PATH", help="evaluate on these records: as train.py's --data")
     parser.add_argument("--images", action="append", metavar="PATH", help="their pictures: as train.py's --images")
     parser.add_argument("--checkpoint", metavar="FILE", help=f"an {CHECKPOINT} (default: the newest below --out)")
-    parser.add_argument("--out", default="out", help="where train.py wrote (default: out)")
+    parser.add_argument("--out", help="where train.py wrote (default: out, or where --checkpoint is)")
     parser.add_argument("--llm", help="as for train.py, where its models were your own")
     parser.add_argument("--clip", help="as for train.py, where its models were your own")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="as for train.py (default: auto)")
@@ -403,7 +403,7 @@ def main():
         records, skips = data.read_records(args.data, args.images, stage, answered=False)
     model, stage = load_trained(args, checkpoint)
     if args.data:
-        dataset = data.encode(model, records, skips, checkpoint.parent.parent / "features")
+        dataset = data.encode(model, records, skips, checkpoint.resolve().parents[1] / "features")
         print(f"data: {len(dataset.records):,} records to evaluate")
         data.report_skips(skips)
         evaluate(model, dataset, checkpoint.parent / "evaluation", skips, args.max_batch_tokens)

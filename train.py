@@ -55,7 +55,7 @@ DEFAULTS = {
 WARMUP = 0.05  # share of the steps in which the learning rate rises; it then falls along a cosine
 MAX_NORM = 1.0  # gradients are clipped to this norm
 MAX_BAD_STEPS = 20  # in a row whose loss or gradient is not finite, before the run gives up
-STATE = "state.pt"  # all that --resume needs
+STATE = "state.pt"  # of a run that is not complete: what --resume takes up
 
 
 # ---- The loop ------------------------------------------------------------------------------------------------
@@ -66,19 +66,20 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
     """Train the layers of one phase on a Dataset `train`; leave adapter, log and run.json in `folder`.
 
     `val` is a Dataset or None, `about` a dict that run.json says of the run. The caller removes STATE when nothing is left
-    to do. A step takes `accumulate` batches; its loss
-    is averaged over all their answers' tokens. Trained weights, their gradients and the loss are fp32, whatever the
-    frozen weights are. All randomness is a function of seed and step: so the trained tensors, the optimiser's, the
-    number of the step and the log are all that it takes to go on as if nothing had happened.
+    to do. A step takes `accumulate` batches; its loss is averaged over all their answers' tokens. Trained weights, their
+    gradients and the loss are fp32, whatever the frozen weights are. All randomness is a function of seed and step: so the
+    trained tensors, the optimiser's, the number of the step and the log are all that it takes to go on as if nothing had
+    happened. `run` holds all that must be the same for that.
     """
     folder, trained = Path(folder), model.set_trained(stage, train_align)
     optimizer = torch.optim.AdamW(trained.values(), lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.llm.dtype == torch.float16)
     run = {"steps": steps, "batch size": batch_size, "learning rate": lr, "max batch tokens": max_batch_tokens,
-           "accumulate": accumulate, "seed": seed, "align trained": train_align, "frozen weights": str(model.llm.dtype),
-           "interaction": model.settings.interaction, "N": model.settings.n_features, "Q": model.settings.n_slots,
-           "dropout": model.settings.dropout, "models": model.fingerprint.sum().item(),
-           "hash of the data": train.fingerprint(), "hash of the val data": val.fingerprint() if val else None}
+           "accumulate": accumulate, "seed": seed, "frozen weights": str(model.llm.dtype),
+           "align trained": "align.weight" in trained, "interaction": model.settings.interaction,
+           "N": model.settings.n_features, "Q": model.settings.n_slots, "dropout": model.settings.dropout,
+           "models": model.fingerprint.sum().item(), "hash of the data": train.fingerprint(),
+           "hash of the val data": val.fingerprint() if val else None}
     log = {"lines": [], "losses": [], "norms": [], "tokens": 0, "skipped": 0, "bad steps in a row": 0, "best": math.inf,
            "seconds": 0.0, "seconds in steps": 0.0}
     state, parts = folder / STATE, (model.adapter(stage), optimizer, scaler, log)
@@ -359,9 +360,10 @@ def parse_args():
     add("--stage", type=int, choices=(1, 2), required=True, help="1: captions. 2: instructions")
     add("--preset", choices=PRESETS, help="which frozen models (default: opt-1.3b with a CUDA GPU, --llm or --clip, else mini)")
     add("--llm", help="causal language model: a hub name or a local folder")
-    add("--clip", help="CLIP as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME or local-dir:FOLDER")
+    add("--clip", help="CLIP as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME or local-dir:FOLDER "
+        "(NAME ends in -quickgelu where a FILE needs it, as OpenAI's do)")
     add("--data", action="append", metavar="PATH", help="a folder of a.jpg beside a.txt, tar shards, or a file as LLaVA, "
-        "COCO, VQA, VCR or LMEye publish it; given more than once: mixed")
+        "COCO, VQA, VCR or LMEye publish it, or of image and caption; given more than once: mixed")
     add("--images", action="append", metavar="PATH", help="folder or zip archive where picture names in --data start "
         "(default: the folder of --data); may be given more than once")
     add("--val", action="append", metavar="PATH", help="records to validate on, as --data (default: those of some of its "
@@ -382,7 +384,7 @@ def parse_args():
     add("--interaction", choices=INTERACTIONS, help="full: LMEye (default). static: no <img-d>, the picture token must do. "
         "norequest: as full, but the request is zero")
     add("--n-features", type=int, help="N, into how many words of CLIP's the picture is decomposed (default: 5)")
-    add("--n-slots", type=int, help="Q, how many <img-d> slots there are (default: 1; 5 for bloomz-7b1)")
+    add("--n-slots", type=int, help="Q, how many <img-d> slots there are (default: 1; 5 with --preset bloomz-7b1)")
     add("--dropout", type=float, help="dropout on the decomposed features (default: 0.5; 0 for mini)")
     add("--train-align", action="store_true", help="stage 2: go on training align and img as well")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -459,12 +461,12 @@ def run_stage(args, settings, home, folder, before, defaults):
     data.report_skips(skips + val_skips)
     batch_size = args.batch_size or defaults["batch_size"]
     lr = args.lr or defaults.get("lr") or reach_to_rate(defaults["reach"], model, train)
-    steps = args.steps
-    if not steps and not args.epochs:
-        steps = defaults.get("steps")
+    steps, epochs = args.steps, args.epochs
+    if not steps and not epochs:
+        steps, epochs = defaults.get("steps"), defaults.get("epochs")
     if not steps:
         batches = len(data.plan_epoch(train, batch_size, args.max_batch_tokens, args.seed, 0))
-        steps = math.ceil((args.epochs or defaults["epochs"]) * batches / args.accumulate)
+        steps = math.ceil(epochs * batches / args.accumulate)
     trained = sum(p.numel() for p in model.set_trained(args.stage, args.train_align).values())
     print(f"trained: {trained / 1e6:.2f} M parameters, beside {frozen / 1e6:,.1f} M frozen ones, in {steps:,} steps at a "
           f"learning rate of {lr:g}", flush=True)

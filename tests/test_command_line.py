@@ -18,7 +18,7 @@ from PIL import Image
 from test_data import broken_pictures, save_picture
 
 import sample
-from lmeye import CHECKPOINT, UserError
+from lmeye import CHECKPOINT, LMEye, UserError
 
 SHARED = ROOT.parent / "shared"
 
@@ -94,6 +94,34 @@ def test_a_batch_gives_the_answers_that_each_gets_alone(trained):
     assert [line["image"] for line in lines] == [p for p in pictures for _ in range(2)]
     alone = run("sample.py", lines[3]["image"], lines[3]["question"], *flags, cwd=folder)
     assert alone.stdout.strip() == lines[3]["answer"].strip()
+
+
+def test_a_picture_that_is_named_twice_is_answered_twice(trained):
+    folder, flags = trained
+    lines = run("sample.py", *["pictures/red.jpg"] * 2, "what color is it?", *flags, cwd=folder).stdout.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1]
+
+
+def test_a_checkpoint_is_used_from_its_own_folder_and_features_stay_with_its_models(trained, tmp_path):
+    folder, flags = trained
+    shutil.copytree(folder / "out", tmp_path / "out")
+    here = tmp_path / "out" / "llm+clip" / "stage2"
+    shutil.rmtree(here.parent / "features")
+    result = run("sample.py", "--checkpoint", CHECKPOINT, "--data", folder / "chat.json", "--images", folder / "pictures", *flags,
+                 cwd=here)
+    assert result.returncode == 0, result.stderr
+    assert (here.parent / "features").is_dir() and not (here / "features").exists()
+
+
+def test_the_models_of_a_preset_are_looked_for_where_out_says_also_with_a_checkpoint(trained, tmp_path):
+    save_llm(tmp_path / "out" / "mini" / "llm")
+    save_clip(tmp_path / "out" / "mini" / "clip")
+    settings = sample.settings_from({"preset": "mini"}, tmp_path / "out")
+    elsewhere = tmp_path / "a" / "b" / "c" / CHECKPOINT
+    LMEye.from_settings(settings).save(elsewhere, 2)
+    ask = [trained[0] / "pictures" / "red.jpg", "what?", "--checkpoint", elsewhere]
+    assert run("sample.py", *ask, "--out", tmp_path / "out", cwd=tmp_path).returncode == 0
+    assert fails_in_one_line(run("sample.py", *ask, cwd=tmp_path))  # looked for in a/, where the checkpoint's run was
 
 
 def test_models_that_are_named_find_their_own_newest_checkpoint(trained, tmp_path):

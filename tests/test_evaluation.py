@@ -26,6 +26,10 @@ def test_exact_match_counts_by_kind_and_whole_answers_only(monkeypatch):
     np.testing.assert_array_equal(scores["b"], [np.nan, np.nan, 1, 0])
 
 
+def test_space_around_the_truth_does_not_make_an_answer_wrong():
+    assert sample.score_text(Record("a.jpg", ("how many?",), "2 ", "number"), "2") == {"number": True, "all": True}
+
+
 @pytest.mark.parametrize("said, answers, expected", [
     ("cat", ["cat"] * 10, 1.0),
     ("cat", ["dog"] * 10, 0.0),

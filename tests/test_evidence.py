@@ -198,14 +198,14 @@ def test_the_language_models_of_scaling_are_trained_as_long_as_the_miniatures_ow
     assert evidence.LLM_STEPS == inspect.signature(miniature.make).parameters["llm_steps"].default
 
 
-@pytest.mark.parametrize("how", ("random", "popular", "adversarial", "background's"))
+@pytest.mark.parametrize("how", ("random", "popular", "adversarial", "the trap"))
 def test_what_is_absent_is_chosen_as_it_says(how, monkeypatch):
     scenes = random.Random(0).choices(shapes.TRAINING, k=300)
     scenes += [s for s in shapes.TRAINING if s.color == "green" and s.shape == "ring"] * 20
     captions = [SimpleNamespace(answer=shapes.describe(scene)) for scene in scenes]
     monkeypatch.setattr(evidence, "datasets", lambda world, stage: (SimpleNamespace(records=captions), None))
     records, pairs = evidence.absent_records(how), []
-    per_scene = 2 if how == "background's" else 4
+    per_scene = 2 if how == "the trap" else 4
     assert len(records) == per_scene * len(shapes.HELD_OUT)
     for i, scene in enumerate(shapes.HELD_OUT):
         for record in records[per_scene * i:per_scene * (i + 1)]:
@@ -215,7 +215,7 @@ def test_what_is_absent_is_chosen_as_it_says(how, monkeypatch):
             assert is_there == (record.answer == "yes"), (record.question, scene)
             if not is_there:
                 pairs.append((scene, value))
-    if how == "background's":
+    if how == "the trap":
         assert all(value == scene.background for scene, value in pairs)
     if how == "popular":
         assert all(value == "green" for scene, value in pairs if scene.color != "green" and value in shapes.COLORS)

@@ -424,8 +424,25 @@ def test_names_with_dots_marks_of_byte_order_and_odd_separators(tmp_path):
     assert [r.answer for r in records] == ["a cat number 0", "a cat number 1"] and not skips
 
 
+CHAT = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a cat"}]
+
+
+@pytest.mark.parametrize("item", ({"image": "a.jpg", "annotations": [], "conversations": CHAT},
+                                  {"image": "a.jpg", "images": ["b.jpg"], "conversations": CHAT}))
+def test_one_record_alone_is_read_as_it_is_in_a_list(tmp_path, item):
+    alone, listed = write(tmp_path / "a.json", json.dumps(item)), write(tmp_path / "b.json", json.dumps([item, item]))
+    assert read_records([alone], [tmp_path], 2)[0] * 2 == read_records([listed], [tmp_path], 2)[0]
+
+
+def test_a_table_that_is_no_list_is_counted(tmp_path):
+    good = write(tmp_path / "good.json", json.dumps([{"image": "a.jpg", "conversations": CHAT}]))
+    odd = write(tmp_path / "odd.json", json.dumps({"questions": {"1": "what?"}}))
+    records, skips = read_records([good, odd], [tmp_path], 2)
+    assert len(records) == 1 and [skip.reason for skip in skips] == ['"questions" that are no list']
+
+
 def test_data_that_is_not_there_is_named_itself(tmp_path):
-    with pytest.raises(UserError, match=f"--data {tmp_path}/no/such.json"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/no/such.json"):
         read_records([tmp_path / "no" / "such.json"], None, 1)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="no such file"):  # not waited for

@@ -323,6 +323,36 @@ def test_what_is_no_log_is_told_in_one_line(tmp_path, content):
 # ---- Sheets of answers ---------------------------------------------------------------------------------------
 
 
+def test_differences_stand_where_their_numbers_say(tmp_path):
+    tables = tmp_path / "tables.md"
+    tables.write_text("| | color | all |\n|---|---|---|\n| full | 90.0 ± 1.0 | 80.0 ± 1.0 |\n\n"
+                      "| | color | all |\n|---|---|---|\n| full − static | 20.0 ± 5.0 | -10.0 ± 4.0 |\n\n"
+                      "| | the trap: right | the trap: says yes |\n|---|---|---|\n| full − static | 30.0 ± 10.0 | 1.0 ± 1.0 |\n")
+    rows = look.read_differences(tables)
+    assert rows == {"full − static": {"color": (20, 5), "all": (-10, 4), "the trap": (30, 10)}}
+    page = look.draw_differences(rows)
+    zero = next(x for x in range(120, page.width) if page.getpixel((x, page.height - 40)) == (0, 0, 0))
+    blue = [(x, y) for x in range(120, page.width) for y in range(58, page.height - 36)
+            if page.getpixel((x, y)) == (0x1F, 0x77, 0xB4)]
+    third = (page.height - 40 - 58) / 3
+    per_point = (page.width - 110 - 20) / 60  # from -20 to 40
+    for i, (low, high) in enumerate(((15, 25), (-14, -6), (20, 40))):
+        of_group = [x for x, y in blue if third * i <= y - 58 < third * (i + 1)]
+        assert abs((min(of_group) - zero) / per_point - low) < 0.3 and abs((max(of_group) - zero) / per_point - high) < 0.3
+    png = tmp_path / "out.png"
+    assert run("tests/lab/look.py", "differences", tables, png).stdout.split() == [str(png)]
+    again = run("tests/lab/look.py", "differences", tables, png)
+    assert fails_in_one_line(again) and "already" in again.stderr
+
+
+@pytest.mark.parametrize("content, told", [("| | all |\n| full | 1.0 |\n", "holds no rows"),
+                                           ("| | all |\n|---|---|\n| full − static | 1.0 |\n", "line 3: 1.0 is no mean")])
+def test_what_has_no_differences_is_told_in_one_line(tmp_path, content, told):
+    (tmp_path / "tables.md").write_text(content)
+    result = run("tests/lab/look.py", "differences", tmp_path / "tables.md", tmp_path / "x.png")
+    assert fails_in_one_line(result) and told in result.stderr
+
+
 def test_a_sheet_shows_twelve_pictures_with_their_answers(tmp_path):
     save_picture(tmp_path / "a.png", "blue")
     answers = write_answers(tmp_path / "answers.jsonl", [("a.png", "red", "red", "all")] * 15)
@@ -383,4 +413,4 @@ def test_what_is_no_file_of_answers_is_told_in_one_line(tmp_path, content):
 def test_no_command_is_told():
     result = run("look.py")
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "answer, curve, logs or sheet" in result.stderr
+    assert "answer, curve, logs, differences or sheet" in result.stderr

@@ -826,7 +826,7 @@ def hallucination(seeds):
     The last column is the miniature's own trap: the color that is in the picture, but of the background.
     """
     tests = {}
-    for how in ("random", "popular", "adversarial", "background's"):
+    for how in ("random", "popular", "adversarial", "the trap"):
         skips = []
         tests[how] = data.encode(new_model("mini", "full", 0), absent_records(how), skips, OUT / "features")
         data.report_skips(skips)
@@ -856,7 +856,7 @@ def absent_records(how):
         together.update(itertools.permutations(facts, 2))
 
     def absent(scene, name):
-        if how == "background's":
+        if how == "the trap":
             return scene.background
         values = [value for value in shapes.VALUES[name] if value != getattr(scene, name)]
         if how == "random":
@@ -868,7 +868,7 @@ def absent_records(how):
 
     for i, scene in enumerate(shapes.HELD_OUT):
         one = scene.number == "one"
-        for name in ("color",) if how == "background's" else ("color", "shape"):
+        for name in ("color",) if how == "the trap" else ("color", "shape"):
             for value, answer in ((getattr(scene, name), "yes"), (absent(scene, name), "no")):
                 if name == "shape":
                     value = ("a " if one else "") + scene._replace(shape=value).noun

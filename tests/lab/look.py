@@ -3,6 +3,7 @@
     python tests/lab/look.py answer picture.jpg "what shape is it?"     where it looks, and what the request is worth
     python tests/lab/look.py curve out/mini/stage2/log.csv              the loss of a run
     python tests/lab/look.py logs mine/log.csv reference/log.csv        the loss of a run over that of another
+    python tests/lab/look.py differences tables.md                      what evidence.py found, as a picture
     python tests/lab/look.py sheet RUN/evaluation/answers.jsonl         twelve pictures with the model's answers
     python tests/lab/look.py sheet RUN/evaluation/answers.jsonl --wrong     its failures, up to four of each category
 
@@ -322,6 +323,79 @@ def look_at_logs(args):
     save(draw_curves(curves, "step", log_y=True), args.png)
 
 
+# ---- Differences with their intervals ------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """A mean, and half the width of its 95% interval."""
+    mean: float
+    half: float
+
+
+def read_differences(path):
+    """The rows "full − …" of the tables of evidence.py in a file → {row: {column: Interval}}. Shares of answers that
+    are "yes" are left out. UserError if there are none, or if one has no interval."""
+    rows, columns = {}, []
+    for number, line in enumerate(data.read_text(path).splitlines(), 1):
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("| |"):
+            columns = cells[1:]
+        elif line.startswith("| full − "):
+            found = rows.setdefault(cells[0], {})
+            for column, cell in zip(columns, cells[1:]):
+                try:
+                    mean, half = cell.split(" ± ")
+                    interval = Interval(float(mean), float(half))
+                except ValueError:
+                    raise UserError(f"{path}, line {number}: {cell} is no mean with its interval, as 1.5 ± 0.5") from None
+                if not column.endswith("says yes"):
+                    found[column.removesuffix(": right")] = interval
+    if not rows:
+        raise UserError(f"{path}: holds no rows of differences, as evidence.py prints for several folders")
+    return rows
+
+
+def draw_differences(rows):
+    """Draw {row: {column: Interval}}: a group for each column, in it a dot with its interval for each row."""
+    columns = []
+    for found in rows.values():
+        columns += [column for column in found if column not in columns]
+    colors = dict(zip(rows, (BLUE, RED, GREEN, "#ff7f0e", "#9467bd", GRAY)))
+    width, left, right, step = 800, 110, 20, 9
+    top, group = 40 + 18 * len(rows), step * len(rows) + 12
+    page = Image.new("RGB", (width, top + group * len(columns) + 40), "white")
+    canvas, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    ends = [0.0]
+    for found in rows.values():
+        for mean, half in found.values():
+            ends += [mean - half, mean + half]
+    low, high = 10 * math.floor(min(ends) / 10), 10 * math.ceil(max(ends) / 10)
+
+    def at(value):
+        return left + (width - left - right) * position(value, low, high, False)
+
+    for value in range(low, high + 1, 10):
+        canvas.line((at(value), top, at(value), page.height - 36), "black" if value == 0 else "#dddddd")
+        canvas.text((at(value), page.height - 30), f"{value:+d}" if value else "0", "black", font, "ma")
+    canvas.text((left, 12), "points by which `full` is ahead of others (right of 0) or behind them, with 95% intervals:", "black", font)
+    for i, row in enumerate(rows):
+        canvas.text((left, 32 + 18 * i), row.removeprefix("full − "), colors[row], font)
+    for i, column in enumerate(columns):
+        canvas.text((left - 12, top + group * i + group / 2), column, "black", font, "rm")
+        for k, (row, found) in enumerate(rows.items()):
+            if column in found:
+                mean, half = found[column]
+                y = top + group * i + 10 + step * k
+                canvas.line((at(mean - half), y, at(mean + half), y), colors[row], 2)
+                canvas.ellipse((at(mean) - 3, y - 3, at(mean) + 3, y + 3), colors[row])
+    return page
+
+
+def look_at_differences(args):
+    refuse_existing(args.png)
+    save(draw_differences(read_differences(args.tables)), args.png)
+
+
 # ---- Sheets of answers ---------------------------------------------------------------------------------------
 
 
@@ -426,10 +500,10 @@ def look_at_sheet(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 2)[0], epilog=__doc__.split("\n", 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="answer, curve, logs or sheet")
+    commands = parser.add_subparsers(required=True, metavar="answer, curve, logs, differences or sheet")
 
     answer = commands.add_parser("answer", help="draw what led to an answer")
-    answer.set_defaults(look=look_into_answer, out="out")  # the folder below which checkpoints are looked for
+    answer.set_defaults(look=look_into_answer, out=None)  # the folder below which checkpoints are looked for
     answer.add_argument("picture")
     answer.add_argument("question")
     answer.add_argument("second", nargs="?", default=SECOND, help=f"another question, to compare (default: {SECOND})")
@@ -449,6 +523,11 @@ def parse_args():
     logs.add_argument("log", help="the log.csv of a run")
     logs.add_argument("reference", help="that of another one, to compare with")
     logs.add_argument("png", nargs="?", default="logs.png", help="(default: logs.png)")
+
+    differences = commands.add_parser("differences", help="draw what evidence.py found between rows, with intervals")
+    differences.set_defaults(look=look_at_differences)
+    differences.add_argument("tables", help="a file with what evidence.py printed for several folders (--out A B C)")
+    differences.add_argument("png", nargs="?", default="differences.png", help="(default: differences.png)")
 
     sheet = commands.add_parser("sheet", help="draw pictures with answers")
     sheet.set_defaults(look=look_at_sheet)

@@ -33,6 +33,8 @@ def make(folder):
     file = next(package.glob("*.gguf"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=file.name)
     rounded = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # transformers 5.17 takes the token that begins a message
+    tokenizer.clean_up_tokenization_spaces = False  # it would take the space from before a full stop
     config = transformers.LlamaConfig(**rounded.config.to_diff_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain numbers now
