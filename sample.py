@@ -409,7 +409,7 @@ def main():
         evaluate(model, dataset, checkpoint.parent / "evaluation", skips, args.max_batch_tokens)
         return
     if stage == 1 and questions:
-        print("note: this checkpoint has seen stage 1 only, captions. To get answers:  python train.py --stage 2", file=sys.stderr)
+        print("note: this checkpoint has seen stage 1 only, captions; for answers, train stage 2", file=sys.stderr)
         questions = []
     if stage == 2 and not questions and not one:
         raise UserError("several pictures: behind them a question is needed, or --questions FILE")

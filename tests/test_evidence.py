@@ -17,7 +17,7 @@ import torch
 from conftest import fails_in_one_line, run, tiny_model
 
 import data
-from lmeye import LMEye
+from lmeye import LMEye, UserError
 
 QUESTIONS, ANSWERS = ["what color is it?", "is the background red?"], ["red", "yes it is"]
 
@@ -62,6 +62,14 @@ def test_without_phase_1_an_experiment_says_which_command_is_missing(tmp_path):
     result = run("evidence.py", "ablation", cwd=tmp_path)
     assert fails_in_one_line(result) and "train.py --stage 1 --preset mini" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_without_the_published_model_its_experiment_says_which_command_makes_it(tmp_path, monkeypatch):
+    evidence.prepare.cache_clear()
+    monkeypatch.setattr(evidence, "is_complete", lambda folder: True)
+    monkeypatch.setattr(evidence, "OUT", tmp_path / "mini")
+    with pytest.raises(UserError, match=f"tests/lab/smollm2.py --out {tmp_path}$"):
+        evidence.prepare("smollm2")
 
 
 # ---- Probes --------------------------------------------------------------------------------------------------
