@@ -238,7 +238,7 @@ def read_shard(path, skips):
     Archives joined by `cat` are read one after the other. UserError, with the place, if one is broken or cut off.
     """
     with open(path, "rb") as file:
-        refuse_pointer(file.read(100), f"{path}")
+        refuse_pointer(file.read(100), path)
         start = 0
         while start == 0 or start < os.path.getsize(path):
             groups, start = read_archive(path, file, start, skips)
@@ -512,7 +512,7 @@ def open_place(path):
         return Place(str(path))
     try:
         with open(path, "rb") as file:
-            refuse_pointer(file.read(100), f"{path}")
+            refuse_pointer(file.read(100), path)
         names = {name: name for name in open_zip(str(path)).namelist() if not name.endswith("/")}
     except UserError:
         raise

@@ -403,7 +403,7 @@ def main():
         records, skips = data.read_records(args.data, args.images, stage, answered=False)
     model, stage = load_trained(args, checkpoint)
     if args.data:
-        dataset = data.encode(model, records, skips, checkpoint.resolve().parents[1] / "features")
+        dataset = data.encode(model, records, skips, checkpoint.resolve().parent.parent / "features")
         print(f"data: {len(dataset.records):,} records to evaluate")
         data.report_skips(skips)
         evaluate(model, dataset, checkpoint.parent / "evaluation", skips, args.max_batch_tokens)
