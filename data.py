@@ -168,10 +168,17 @@ def read_path(path, tables, skips):
     """Samples of one file or folder. Rows of VQA's files are added to `tables` instead."""
     if path.is_dir():
         yield from read_folder(path, skips)
-    elif path.suffix.lower() == ".tar" or tarfile.is_tarfile(path):
+    elif path.suffix.lower() == ".tar" or is_tar(path):
         yield from read_shard(path, skips)
     else:
         yield from read_json(path, tables, skips)
+
+
+def is_tar(path):
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, OSError, ValueError):  # of a file that begins as if it were compressed, and is not, or is cut off
+        return False
 
 
 def read_text(path):
@@ -346,8 +353,10 @@ def read_item(item, skips):
             sample = read_release(item, skips)
         elif "conversations" in item:
             sample = read_chat(item, skips)
-        else:
+        elif "caption" in item:
             sample = Sample(item.get("image"), caption=" ".join(item["caption"].split()))
+        else:
+            raise UserError(f"a record of no known kind, with the fields {', '.join(item.keys())[:100]}")
         yield sample._replace(category=printable(str(item.get("category") or "all")))
     except UserError as reason:
         skips.append(Skip(str(reason)))

@@ -441,6 +441,13 @@ def test_a_table_that_is_no_list_is_counted(tmp_path):
     assert len(records) == 1 and [skip.reason for skip in skips] == ['"questions" that are no list']
 
 
+@pytest.mark.parametrize("content", (b"\x1f\x8b\x08\x00", b"\x1f\x8b" + bytes(50), b"BZh9 broken", b"\xfd7zXZ\x00 broken"))
+def test_what_begins_as_if_it_were_compressed_is_told_in_one_line(tmp_path, content):
+    (tmp_path / "a.json.gz").write_bytes(content)
+    with pytest.raises(UserError, match="a.json.gz: "):
+        read_records([tmp_path / "a.json.gz"], None, 1)
+
+
 def test_data_that_is_not_there_is_named_itself(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}/no/such.json"):
         read_records([tmp_path / "no" / "such.json"], None, 1)
