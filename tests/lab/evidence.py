@@ -939,10 +939,10 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {
-    "ablation": Experiment(ablation, 2, 10, "full, norequest, static and others, by kind of question"),
+    "ablation": Experiment(ablation, 1, 7, "full, norequest, static and others, by kind of question"),
     "hints": Experiment(hints, 1, 8, "the same with a language model that was never taught to read in the slot"),
     "smollm2": Experiment(real_model, 2, 220, "the same with a published language model; after tests/lab/smollm2.py"),
-    "swap": Experiment(swap, 2, 1, "whose truth is told where another question's request is put into an answer"),
+    "swap": Experiment(swap, 1, 1, "whose truth is told where another question's request is put into an answer"),
     "board": Experiment(boards, 3, 38, "the same where a picture holds one to nine objects, with two ceilings"),
     "tune": Experiment(tune, 1, 15, "the learning rate of phase 2, for each of the five alike"),
     "tune-board": Experiment(tune_boards, 1, 26, "the same on boards; after board"),
@@ -950,7 +950,7 @@ EXPERIMENTS = {
     "samples": Experiment(samples, 1, 13, "accuracy over the number of phase-2 records: a table and a curve"),
     "scaling": Experiment(scaling, 1, 11, "accuracy over the language model's size, N and the number of slots"),
     "requests": Experiment(requests, 1, 1, "what a linear and a nearest-neighbour probe find in a request, and in v"),
-    "hallucination": Experiment(hallucination, 5, 4, "yes/no questions about what is absent, as POPE chooses them"),
+    "hallucination": Experiment(hallucination, 1, 1, "yes/no questions about what is absent, as POPE chooses them"),
     "captions": Experiment(captions, 1, 1, "what captions get right after phase 1 alone, word by word"),
     "exercises": Experiment(exercises, 1, 6, "the exercises of the README, solved"),
     "compare": Experiment(compare, 1, 1, "answers of full and static side by side, the order hidden: for human judges"),
