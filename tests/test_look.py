@@ -320,7 +320,7 @@ def test_what_is_no_log_is_told_in_one_line(tmp_path, content):
     assert not (tmp_path / "loss.png").exists()
 
 
-# ---- Sheets of answers ---------------------------------------------------------------------------------------
+# ---- Differences with their intervals ------------------------------------------------------------------------
 
 
 def test_differences_stand_where_their_numbers_say(tmp_path):
@@ -351,6 +351,14 @@ def test_what_has_no_differences_is_told_in_one_line(tmp_path, content, told):
     (tmp_path / "tables.md").write_text(content)
     result = run("tests/lab/look.py", "differences", tmp_path / "tables.md", tmp_path / "x.png")
     assert fails_in_one_line(result) and told in result.stderr
+
+
+def test_more_rows_than_colors_are_drawn():
+    rows = {f"full − {i}": {"all": look.Interval(i, 1.0)} for i in range(10)}  # as boards have
+    assert look.draw_differences(rows).height > look.draw_differences({"full − 0": rows["full − 0"]}).height
+
+
+# ---- Sheets of answers ---------------------------------------------------------------------------------------
 
 
 def test_a_sheet_shows_twelve_pictures_with_their_answers(tmp_path):

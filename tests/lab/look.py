@@ -12,6 +12,7 @@ Each draws a PNG and prints its path. A file that is there already is never writ
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -360,7 +361,7 @@ def draw_differences(rows):
     columns = []
     for found in rows.values():
         columns += [column for column in found if column not in columns]
-    colors = dict(zip(rows, (BLUE, RED, GREEN, "#ff7f0e", "#9467bd", GRAY)))
+    colors = dict(zip(rows, itertools.cycle((BLUE, RED, GREEN, "#ff7f0e", "#9467bd", GRAY))))
     width, left, right, step = 800, 110, 20, 9
     top, group = 40 + 18 * len(rows), step * len(rows) + 12
     page = Image.new("RGB", (width, top + group * len(columns) + 40), "white")
