@@ -146,6 +146,7 @@ class Variant(NamedTuple):
 
 FOUR = ("full", "norequest", "static", "static, 2 tokens")  # those that are compared
 FIVE = (*FOUR, "a slot without a request")
+COMPARED = {"mini": FIVE, "board": FOUR, "smollm2": FOUR}  # by world
 EXERCISES = {
     "a curved decomposition": CurvedDecomposition, "two rounds of requests": TwoRounds,
     "the request read after the first layer": EarlierRequest, "no picture in <img>": NoPictureToken,
@@ -166,17 +167,23 @@ for name, kind in EXERCISES.items():
 RECIPES = {
     "mini": {1: train.DEFAULTS["mini", 1], 2: train.DEFAULTS["mini", 2]},
     "board": {1: train.DEFAULTS["mini", 1], 2: train.DEFAULTS["mini", 2]},
-    "smollm2": {1: dict(steps=150, batch_size=16, lr=0.11), 2: dict(steps=600, batch_size=64, lr=0.021)},
+    "smollm2": {1: dict(steps=150, batch_size=16, lr=0.11), 2: dict(steps=3000, batch_size=32, lr=0.021)},
 }
 # The best learning rates of `tune` and `tune-board`, where they are not the default. (Board's norequest was left there:
 # 60.9, and 61.8 at 0.003.)
 LR = {"mini": {"full": 5e-3, "static, 2 tokens": 2e-2, "a slot without a request": 2e-2},
       "board": {"static": 1.2e-2}, "smollm2": {}}
+TRIED = {"mini": (5e-3, 1e-2, 2e-2), "board": (3e-3, 6e-3, 1.2e-2), "smollm2": (7e-3, 2.1e-2, 6.3e-2)}  # to tune
 
 
 def home(world):
     """The folder with what is trained for a world."""
     return OUT if world == "mini" else OUT / "evidence" / world
+
+
+def phase_1_of(world):
+    """The folder of a world's phase 1."""
+    return OUT / "stage1" if world == "mini" else home(world) / "phase-1"
 
 
 def frozen_models(world):
@@ -296,7 +303,7 @@ def trained(world, name, seed, lr=None, llm="llm", limit=None, pictures=None, st
         model.load(folder / CHECKPOINT)
         return model
 
-    phase_1 = OUT / "stage1" if world == "mini" else home(world) / "phase-1"
+    phase_1 = phase_1_of(world)
     if llm != "llm" or model.align.out_features != len(model.img):
         phase_1 = folder.with_name(f"{label}-phase-1")
         if not is_complete(phase_1):
@@ -386,8 +393,8 @@ def prepare(world, pictures=None):
         make_folder(place / "llm", lambda part: miniature.train_llm(part, 0, board.WORLD, steps=3000))
     if world == "smollm2" and not frozen_models(world)[0].is_dir():
         raise UserError(f"{frozen_models(world)[0]} is missing: run  python tests/lab/smollm2.py --out {OUT.parent}")
-    if world != "mini" and not is_complete(home(world) / "phase-1"):
-        train_phase(1, new_model(world, "full", 0), world, home(world) / "phase-1", 0)
+    if not is_complete(phase_1_of(world)):
+        train_phase(1, new_model(world, "full", 0), world, phase_1_of(world), 0)
     datasets(world, 2, pictures)  # once, here, and not by several processes at once
 
 
@@ -438,67 +445,50 @@ def save(page, name):
 # ---- Does asking help? ---------------------------------------------------------------------------------------
 
 
-def tune(seeds):
-    tune_world("mini", FIVE, (5e-3, 1e-2, 2e-2))
-
-
-def tune_boards(seeds):
-    tune_world("board", FOUR, (3e-3, 6e-3, 1.2e-2))
-
-
-def tune_world(world, names, rates):
+def tune(world, seeds):
     """Train each with each learning rate, and a seed that no table has; on held-out pictures that no table has."""
     runs, rows = {}, {}
-    for name in names:
-        for lr in rates:
+    for name in COMPARED[world]:
+        for lr in TRIED[world]:
             runs[f"{name}, lr {lr:g}"] = [Run(world, name, 100, {"lr": lr}, tuning=True)]
     found = measure_runs(runs)
-    for name in names:
-        rows[name] = [{f"{lr:g}": found[f"{name}, lr {lr:g}"][0].seeing["all"] for lr in rates}]
+    for name in COMPARED[world]:
+        rows[name] = [{f"{lr:g}": found[f"{name}, lr {lr:g}"][0].seeing["all"] for lr in TRIED[world]}]
     print(f"{world}: held-out accuracy in percent by learning rate of phase 2, seed 100\n\n{markdown(rows)}\n", flush=True)
 
 
-def with_blind(world, names, seeds, **options):
-    """The rows of a table: these of VARIANTS, and `full` shown other pictures."""
-    found = measure_runs({name: runs_of(world, name, range(seeds), **options) for name in names})
+def with_blind(world, seeds, **options):
+    """The rows of a table: those that are compared, and `full` shown other pictures."""
+    found = measure_runs({name: runs_of(world, name, range(seeds), **options) for name in COMPARED[world]})
     rows = seeing(found)
     rows["blind"] = [measured.blind for measured in found["full"]]
     return rows
 
 
-def ablation(seeds):
-    rows, sizes = with_blind("mini", FIVE, seeds), []
-    for name in FIVE:
-        trained_tensors = new_model("mini", name, 0).set_trained(2).values()
+def ablation(world, seeds):
+    rows, sizes = with_blind(world, seeds), []
+    for name in COMPARED[world]:
+        trained_tensors = new_model(world, name, 0).set_trained(2).values()
         sizes.append(f"{name} {sum(p.numel() for p in trained_tensors):,}")
     print(f"held-out accuracy in percent; trained in phase 2: {', '.join(sizes)} numbers")
     return rows
 
 
-def hints(seeds):
+def hints(world, seeds):
     """The same with a language model that never read anything in the place of <img-d>."""
     llm = "llm-without-hints"
     make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(part, 0, hint_share=0.0))
-    rows = with_blind("mini", FIVE, seeds, llm=llm)
+    rows = with_blind(world, seeds, llm=llm)
     print(f"held-out accuracy in percent; the language model reads the true caption:\n\n"
-          f"{markdown({'the true caption': [text_ceiling('mini', llm)]})}\n")
+          f"{markdown({'the true caption': [text_ceiling(world, llm)]})}\n")
     return rows
 
 
-def real_model(seeds):
-    """The same with a language model that was trained by others, on everything but this."""
-    return with_blind("smollm2", FOUR, seeds)
-
-
-def tune_real_model(seeds):
-    tune_world("smollm2", FOUR, (7e-3, 2.1e-2, 6.3e-2))
-
-
-def swap(seeds):
+def swap(world, seeds):
     """Each held-out picture is asked its six questions about one attribute each. Into the answer to one of them goes the
     request of another, or the v that another picture gave to the same question; only those with two different true
     answers count. Whose truth does the answer tell?"""
-    val = held_out("mini")
+    val = held_out(world)
     val = val.take(np.array([record.category != "yes/no" for record in val.records]))
     rng, rows = np.random.default_rng(0), {}
     kinds, of_kind, of_picture = np.array([record.category for record in val.records]), {}, {}
@@ -513,9 +503,8 @@ def swap(seeds):
         other_picture.append(rng.choice(others))
     of_color = np.isin(kinds, ("color", "background"))
     both_colors, everywhere = of_color & of_color[other_question], np.full(len(kinds), True)
-    measure_runs({"full": runs_of("mini", "full", range(seeds))})  # trains what is missing
     for seed in range(seeds):
-        model = trained("mini", "full", seed)
+        model = trained(world, "full", seed)
         request, v = requests_and_v(model, val)
         swapped = answers_given(model, val, request=request[other_question])
         for name, texts, of, counted in (
@@ -562,17 +551,17 @@ def by_objects(share):
     return table
 
 
-def boards(seeds):
-    runs = {name: runs_of("board", name, range(seeds)) for name in FOUR}
+def boards(world, seeds):
+    runs = {name: runs_of(world, name, range(seeds)) for name in FOUR}
     for name in ("full, N=1", "full, N=20", "full, Q=4", "static, 5 tokens"):
-        runs[f"{name} (one seed)"] = runs_of("board", name, [0])
+        runs[f"{name} (one seed)"] = runs_of(world, name, [0])
     for name in ("full", "static, 2 tokens"):
-        runs[f"{name}, 3 times the steps (one seed)"] = runs_of("board", name, [0], steps=7000, pictures=20_000)
+        runs[f"{name}, 3 times the steps (one seed)"] = runs_of(world, name, [0], steps=7000, pictures=20_000)
     found = measure_runs(runs)
     all_columns = {name: seeing(found)[name] for name in FOUR}
     all_columns["blind"] = [measured.blind for measured in found["full"]]
     all_columns |= seeing(found)
-    all_columns["for comparison: the language model reads the caption"] = [text_ceiling("board")]
+    all_columns["for comparison: the language model reads the caption"] = [text_ceiling(world)]
     all_columns["for comparison: a linear probe of f"] = [probe_ceiling()]
     rows = {}
     for name, of_row in all_columns.items():
@@ -642,12 +631,12 @@ def probe_ceiling():
 # ---- How much does it take? ----------------------------------------------------------------------------------
 
 
-def samples(seeds):
+def samples(world, seeds):
     sizes, names = (100, 1000, 10_000, 100_000), ("full", "static", "static, 2 tokens")
     runs, rows, curves = {}, {}, []
     for n in sizes:
         for name in names:
-            runs[f"{name}, {n:,}"] = runs_of("mini", name, range(seeds), limit=n, pictures=17_000)
+            runs[f"{name}, {n:,}"] = runs_of(world, name, range(seeds), limit=n, pictures=17_000)
     found = measure_runs(runs)
     for n in sizes:
         rows[f"{n:,}"] = []
@@ -667,22 +656,22 @@ SIZES = ((64, 2), (256, 2), (128, 3))  # width and layers of the language models
 LLM_STEPS = 550  # of the miniature's own language model
 
 
-def scaling(seeds):
-    runs = {"width 128, 2 layers, N=5, Q=1": runs_of("mini", "full", range(seeds))}
+def scaling(world, seeds):
+    runs = {"width 128, 2 layers, N=5, Q=1": runs_of(world, "full", range(seeds))}
     models = {"width 128, 2 layers, N=5, Q=1": "llm"}
     for width, layers in SIZES:
         llm, row = f"llm-{width}x{layers}", f"width {width}, {layers} layers"
         make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(
             part, 0, steps=LLM_STEPS, width=width, layers=layers))
-        runs[row], models[row] = runs_of("mini", "full", range(seeds), llm=llm), llm
+        runs[row], models[row] = runs_of(world, "full", range(seeds), llm=llm), llm
     for more in ("N=1", "N=10", "Q=2", "Q=4"):
-        runs[more] = runs_of("mini", f"full, {more}", range(seeds))
+        runs[more] = runs_of(world, f"full, {more}", range(seeds))
     rows = {}
     for row, shares_of_row in seeing(measure_runs(runs)).items():
         rows[row] = [{"LMEye": share["all"]} for share in shares_of_row]
     for row, llm in models.items():
         for of_seed in rows[row]:
-            of_seed["the language model reads the caption"] = statistics.mean(text_ceiling("mini", llm).values())
+            of_seed["the language model reads the caption"] = statistics.mean(text_ceiling(world, llm).values())
     print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
 
 
@@ -695,15 +684,15 @@ ASKED = {  # worded alike for all pictures: what a request says of the picture i
 }
 
 
-def requests(seeds):
-    model, untrained = trained("mini", "full", 0), new_model("mini", "full", 0)
-    untrained.load(OUT / "stage1" / CHECKPOINT)
+def requests(world, seeds):
+    model, untrained = trained(world, "full", 0), new_model(world, "full", 0)
+    untrained.load(phase_1_of(world) / CHECKPOINT)
     records, scenes, skips = [], [], []
     for i, scene in enumerate(shapes.HELD_OUT):
         for category, question in ASKED.items():
             records.append(data.Record(held_out_picture(i), (question,), "", category))
             scenes.append(scene)
-    asked = data.encode(model, records, skips, OUT / "features")
+    asked = data.encode(model, records, skips, home(world) / "features")
     data.report_skips(skips)
     request, v = requests_and_v(model, asked)
     vectors = {"request": request, "v": v, "f": asked.f(range(len(records))),
@@ -733,7 +722,7 @@ def requests(seeds):
         others[name] = statistics.mean(of_others)
     rows = {"where it was asked for": [asked_for], "where another kind was (mean of five)": [others]}
     print(f"an attribute read from v by a linear probe\n\n{markdown(rows)}")
-    save(draw_scatter({"requests": request, "v, after the interaction": v}, category), "requests.png")
+    save(draw_scatter({"requests": request, "v, after the interaction": v}, category), f"requests-{world}.png")
 
 
 @torch.no_grad()
@@ -819,7 +808,7 @@ def draw_scatter(panels, labels, size=420):
 # ---- What is not there, captions, side by side, exercises ----------------------------------------------------
 
 
-def hallucination(seeds):
+def hallucination(world, seeds):
     """POPE (Li et al., arXiv 2305.10355): half of the questions are about what is there, half about what is absent.
 
     That is chosen at random, as the most frequent of what is absent, or as what most often comes with what is there.
@@ -828,14 +817,13 @@ def hallucination(seeds):
     tests = {}
     for how in ("random", "popular", "adversarial", "the trap"):
         skips = []
-        tests[how] = data.encode(new_model("mini", "full", 0), absent_records(how), skips, OUT / "features")
+        tests[how] = data.encode(new_model(world, "full", 0), absent_records(how), skips, home(world) / "features")
         data.report_skips(skips)
-    measure_runs({name: runs_of("mini", name, range(seeds)) for name in FIVE})  # trains what is missing
     rows = {}
-    for name in FIVE:
+    for name in COMPARED[world]:
         rows[name] = []
         for seed in range(seeds):
-            model, of_seed = trained("mini", name, seed), {}
+            model, of_seed = trained(world, name, seed), {}
             for how, test in tests.items():
                 scores, texts = sample.predict_and_score(model, test, how)
                 of_seed[f"{how}: right"] = float(np.nanmean(scores["all"]))
@@ -877,11 +865,11 @@ def absent_records(how):
     return records
 
 
-def captions(seeds):
+def captions(world, seeds):
     """What the captions after phase 1 alone get right, word by word."""
-    model = new_model("mini", "full", 0)
-    model.load(OUT / "stage1" / CHECKPOINT)
-    _, val = datasets("mini", 1)
+    model = new_model(world, "full", 0)
+    model.load(phase_1_of(world) / CHECKPOINT)
+    _, val = datasets(world, 1)
     columns = []
     for blind in (False, True):
         scores, texts = sample.predict_and_score(model, val, "captions", blind)
@@ -900,10 +888,10 @@ def captions(seeds):
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def compare(seeds):
+def compare(world, seeds):
     """Answers of `full` and of `static`, in an order that the sheet does not tell; the key is in a file of its own."""
-    names, (_, val) = ("full", "static"), datasets("mini", 2)
-    answers = [sample.predict_and_score(trained("mini", name, 0), val, name)[1] for name in names]
+    names, (_, val) = ("full", "static"), datasets(world, 2)
+    answers = [sample.predict_and_score(trained(world, name, 0), val, name)[1] for name in names]
     differ = [i for i in range(len(val.records)) if answers[0][i] != answers[1][i]]
     print(f"the two differ on {len(differ)} of {len(val.records)} questions")
     if not differ:
@@ -923,8 +911,8 @@ def compare(seeds):
     print(f"its key: {path}")
 
 
-def exercises(seeds):
-    runs = {name: runs_of("mini", name, range(seeds)) for name in ("full", *EXERCISES)}
+def exercises(world, seeds):
+    runs = {name: runs_of(world, name, range(seeds)) for name in ("full", *EXERCISES)}
     print(f"held-out accuracy in percent, {seeds} seeds, mean ± 95% interval\n\n{markdown(seeing(measure_runs(runs)))}")
 
 
@@ -933,27 +921,38 @@ def exercises(seeds):
 
 class Experiment(NamedTuple):
     run: Callable
+    world: str
     seeds: int  # of the lab book, where models are trained
     minutes: int  # with that many seeds, on two cores of a CPU, after `ablation` where it uses the models of that
     shows: str
 
 
 EXPERIMENTS = {
-    "ablation": Experiment(ablation, 1, 7, "full, norequest, static and others, by kind of question"),
-    "hints": Experiment(hints, 1, 8, "the same with a language model that was never taught to read in the slot"),
-    "smollm2": Experiment(real_model, 2, 220, "the same with a published language model; after tests/lab/smollm2.py"),
-    "swap": Experiment(swap, 1, 1, "whose truth is told where another question's request is put into an answer"),
-    "board": Experiment(boards, 3, 38, "the same where a picture holds one to nine objects, with two ceilings"),
-    "tune": Experiment(tune, 1, 15, "the learning rate of phase 2, for each of the five alike"),
-    "tune-board": Experiment(tune_boards, 1, 26, "the same on boards; after board"),
-    "tune-smollm2": Experiment(tune_real_model, 1, 330, "the same with SmolLM2; after smollm2"),
-    "samples": Experiment(samples, 1, 13, "accuracy over the number of phase-2 records: a table and a curve"),
-    "scaling": Experiment(scaling, 1, 11, "accuracy over the language model's size, N and the number of slots"),
-    "requests": Experiment(requests, 1, 1, "what a linear and a nearest-neighbour probe find in a request, and in v"),
-    "hallucination": Experiment(hallucination, 1, 1, "yes/no questions about what is absent, as POPE chooses them"),
-    "captions": Experiment(captions, 1, 1, "what captions get right after phase 1 alone, word by word"),
-    "exercises": Experiment(exercises, 1, 6, "the exercises of the README, solved"),
-    "compare": Experiment(compare, 1, 1, "answers of full and static side by side, the order hidden: for human judges"),
+    "ablation": Experiment(ablation, "mini", 1, 7, "full, norequest, static and others, by kind of question"),
+    "hints": Experiment(hints, "mini", 1, 8,
+        "the same with a language model that was never taught to read in the slot"),
+    "swap": Experiment(swap, "mini", 1, 1,
+        "whose truth is told where another question's request is put into the answer"),
+    "hallucination": Experiment(hallucination, "mini", 1, 1,
+        "yes/no questions about what is absent, as POPE chooses them"),
+    "requests": Experiment(requests, "mini", 1, 1,
+        "what a linear and a nearest-neighbour probe find in a request, and in v"),
+    "captions": Experiment(captions, "mini", 1, 1, "what captions get right after phase 1 alone, word by word"),
+    "compare": Experiment(compare, "mini", 1, 1,
+        "answers of full and static side by side, the order hidden: for human judges"),
+    "tune": Experiment(tune, "mini", 1, 15, "the learning rate of phase 2, for each of the five alike"),
+    "samples": Experiment(samples, "mini", 1, 13, "accuracy over the number of phase-2 records: a table and a curve"),
+    "scaling": Experiment(scaling, "mini", 1, 11, "accuracy over the language model's size, N and the number of slots"),
+    "exercises": Experiment(exercises, "mini", 1, 6, "the exercises of the README, solved"),
+    "smollm2": Experiment(ablation, "smollm2", 1, 250,
+        "ablation with a published language model; after tests/lab/smollm2.py"),
+    "swap-smollm2": Experiment(swap, "smollm2", 1, 12, "the same as swap with it; these three after smollm2"),
+    "hallucination-smollm2": Experiment(hallucination, "smollm2", 1, 20, "the same as hallucination with it"),
+    "requests-smollm2": Experiment(requests, "smollm2", 1, 12, "the same as requests with it"),
+    "tune-smollm2": Experiment(tune, "smollm2", 1, 750, "the same as tune with it"),
+    "board": Experiment(boards, "board", 3, 38,
+        "the four where a picture holds one to nine objects, with two ceilings"),
+    "tune-board": Experiment(tune, "board", 1, 26, "the same as tune on boards; after board"),
 }
 
 
@@ -967,18 +966,20 @@ def main():
     if args.seeds is not None and not 1 <= args.seeds <= 100:
         parser.error("--seeds has to be from 1 to 100")
     if args.experiment is None:
-        print("minutes  seeds  experiment       (about, on two cores; what was trained is kept, and not trained again)")
+        print("minutes  seeds  experiment             (about, on two cores; what was trained is kept, and not trained again)")
         for name, experiment in EXPERIMENTS.items():
-            print(f"{experiment.minutes:7}{experiment.seeds:7}  {name:15}  {experiment.shows}")
+            print(f"{experiment.minutes:7}{experiment.seeds:7}  {name:21}  {experiment.shows}")
         return
     experiment, of_sets = EXPERIMENTS[args.experiment], {}
+    seeds = args.seeds or experiment.seeds
     for out in args.out:
         use(Path(out, "mini"))
         prepare("mini")
         (OUT / "evidence").mkdir(exist_ok=True)
-        rows = experiment.run(args.seeds or experiment.seeds)
+        prepare(experiment.world)
+        rows = experiment.run(experiment.world, seeds)
         if rows:
-            print(f"{OUT}; seeds of phase 2: {args.seeds or experiment.seeds}, mean ± 95% interval\n\n{markdown(rows)}\n", flush=True)
+            print(f"{OUT}; seeds of phase 2: {seeds}, mean ± 95% interval\n\n{markdown(rows)}\n", flush=True)
             for name, of_seeds in rows.items():
                 of_sets.setdefault(name, []).append(mean_of(of_seeds))
     if len(args.out) > 1 and of_sets:
