@@ -34,11 +34,11 @@ from lmeye import ANSWER, QUESTION, Tokens, UserError, pad, printable
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".tga",
            ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
-MOST_BYTES = 100_000_000  # of one file inside an archive, unpacked
-MOST_PIXELS = 100_000_000  # of one picture; this takes the place of Pillow's own two limits, which warn and raise
-MOST_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and the question itself
+MAX_BYTES = 100_000_000  # of one file inside an archive, unpacked
+MAX_PIXELS = 100_000_000  # of one picture; this takes the place of Pillow's own two limits, which warn and raise
+MAX_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and the question itself
 Image.MAX_IMAGE_PIXELS = None
-warnings.filterwarnings("ignore", module="PIL")  # about what it mends by itself
+warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
 
 
 class Member(NamedTuple):
@@ -153,7 +153,7 @@ def make_records(sample, places, stage):
     records = []
     for n in range(0, len(sample.turns), 2):
         answer = sample.turns[n + 1] if n + 1 < len(sample.turns) else ""
-        choices = sample.choices[n // 2] if sample.choices else ()
+        choices = sample.choices[n // 2] if sample.choices else ()  # of each question, at every second turn
         turns = sample.turns[:n + 1]
         records.append(Record(picture, turns, answer, sample.category, sample.key, sample.answers, choices))
     return records
@@ -240,10 +240,8 @@ def read_folder(folder, skips):
 
 
 def read_shard(path, skips):
-    """A WebDataset shard: `key.jpg` with `key.txt` (a caption) or `key.json` (a caption or a conversation).
-
-    Archives joined by `cat` are read one after the other. UserError, with the place, if one is broken or cut off.
-    """
+    """A WebDataset shard: `key.jpg` with `key.txt` (a caption) or `key.json` (a caption or a conversation). Archives
+    joined by `cat` are read one after the other. UserError, with the place, if one is broken or cut off."""
     with open(path, "rb") as file:
         refuse_pointer(file.read(100), path)
         start = 0
@@ -269,7 +267,7 @@ def read_archive(path, file, start, skips):
                 group = groups.setdefault((folder, key), {"picture": [], "txt": [], "json": []})
                 if info.isdir():
                     continue
-                if not info.isfile() or info.size > MOST_BYTES:
+                if not info.isfile() or info.size > MAX_BYTES:
                     skips.append(Skip("a link or an oversized file in a tar shard"))
                 elif "." + ending.lower() in ENDINGS:
                     group["picture"].append(Member(str(path), info.name, info.offset_data, info.size))
@@ -288,16 +286,17 @@ def read_archive(path, file, start, skips):
 
 def read_group(group, skips):
     """The files of one key in a shard → its sample. A .txt comes before a .json, which may describe the same."""
-    most = max(len(files) for files in group.values())
+    largest, texts = max(len(files) for files in group.values()), group["txt"] or group["json"]
     try:
-        if most > 1:
+        if largest > 1:
             raise UserError("a name that is twice in a tar shard")
-        if group["picture"] and (group["txt"] or group["json"]):
+        if group["picture"] and texts:
             picture = group["picture"][0]
-            text = decode_text((group["txt"] or group["json"])[0], f"the text of {picture}")
-            for sample in read_item({"caption": text} if group["txt"] else json.loads(text), skips):
+            text = decode_text(texts[0], f"the text of {picture}")
+            item = {"caption": text} if group["txt"] else json.loads(text)
+            for sample in read_item(item, skips):
                 yield sample._replace(picture=picture)
-        elif most == 1:
+        elif largest == 1:
             raise UserError("a picture without its text, or a text without its picture, in a tar shard")
     except UserError as reason:
         skips.append(Skip(str(reason)))
@@ -369,7 +368,7 @@ def read_chat(item, skips):
     that is empty or not the speaker's. A single answer is a caption as well; where the human says just <image>, only that."""
     conversation, turns = item["conversations"], []
     for turn in conversation:
-        if turn["from"] != ("human", "gpt")[len(turns) % 2]:
+        if turn["from"] != ("human" if len(turns) % 2 == 0 else "gpt"):
             break
         turns.append(turn["value"].replace("<image>", "").strip())
     single = len(turns) == len(conversation) == 2
@@ -512,7 +511,7 @@ class Place(NamedTuple):
     names: dict | None = None
 
 
-open_zip = functools.lru_cache(zipfile.ZipFile)
+open_zip = functools.lru_cache(zipfile.ZipFile)  # an archive is opened once
 
 
 def open_place(path):
@@ -548,7 +547,7 @@ def find_picture(places, name):
     candidates = [name]
     if not name.lower().endswith(ENDINGS):
         candidates += [name + ending for ending in ENDINGS]
-    only = len(places) * len(candidates) == 1  # then loading it will tell whether it is there
+    only = len(places) == len(candidates) == 1  # then loading it will tell whether it is there
     for place in places:
         for candidate in candidates:
             path = os.path.join(place.path, candidate)
@@ -563,13 +562,13 @@ def load_image(source):
     """A path or Member → RGB picture, on white where it is transparent, turned as its EXIF says (as it is where that is
     broken). Gray of more than 8 bits: see `to_8_bits`. UserError if it can't be read."""
     if not isinstance(source, Member) and not os.path.isfile(source):  # a pipe would be waited for
-        raise UserError(f"{source}: {'is no file' if os.path.exists(source) else 'no such picture'}")
+        raise UserError(f"{source}: " + ("is no file" if os.path.exists(source) else "no such picture"))
     try:
         with read_member(source) if isinstance(source, Member) else open(source, "rb") as file:
             refuse_pointer(file.read(100), source)
             file.seek(0)
             with Image.open(file) as image:
-                if image.width * image.height > MOST_PIXELS or max(image.size) > 100 * min(image.size):
+                if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
                     raise ValueError(f"{image.width} × {image.height} pixels are too many, or too narrow")
                 image.load()
                 try:
@@ -596,7 +595,7 @@ def read_member(member):
             file.seek(member.offset)
             return io.BytesIO(file.read(member.size))
     info = open_zip(member.archive).getinfo(member.name)
-    if info.file_size > MOST_BYTES:
+    if info.file_size > MAX_BYTES:
         raise ValueError(f"unpacks to {info.file_size:,} bytes")
     return io.BytesIO(open_zip(member.archive).read(info))
 
@@ -620,7 +619,7 @@ def to_8_bits(image):
 
 
 class Dataset(NamedTuple):
-    """Records with the CLIP features of their pictures and with their token ids."""
+    """R records, with the CLIP features of their P pictures and with their token ids."""
     records: list
     tokens: list  # (ids of the question, ids of the answer) of each record
     features: np.ndarray  # (P, C) float16, mapped from a file
@@ -654,7 +653,7 @@ class Dataset(NamedTuple):
 def encode(model, records, skips, folder=None):
     """Features and tokens of records → Dataset. With `folder`, the features are kept in a file there.
 
-    From prompts of more than MOST_TURNS turns, or beyond the language model's context, the oldest turns are left out.
+    From prompts of more than MAX_TURNS turns, or beyond the language model's context, the oldest turns are left out.
     Records are left out whose picture can't be read, or whose question and answer, or longest choice, still exceed the
     context. All that is appended to `skips`, records with their keys. UserError if no record remains.
     """
@@ -672,7 +671,7 @@ def encode(model, records, skips, folder=None):
 
     fitted, tokens, keep = [], [], []
     for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 50_000 else True):
-        part = [record._replace(turns=record.turns[-MOST_TURNS:]) for record in records[start:start + 1000]]
+        part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in records[start:start + 1000]]
         questions = [record.question for record in part] if part[0].turns else None
         question_ids, answer_ids = model.token_ids(questions, [record.answer for record in part])
         for i, (record, question, answer) in enumerate(zip(part, question_ids, answer_ids), start):
@@ -761,13 +760,13 @@ def decode(preprocess, images, batch_size, ahead=3):
             yield [future.result() for future in queue.popleft()]
 
 
-def split(dataset, share=0.02, most=500, fewest=50):
+def hold_out(dataset, share=0.02, max_pictures=500, min_pictures=50):
     """Set some pictures with their records aside, always the same → (training, validation Dataset). Of fewer than
-    `fewest` pictures none is set aside, and the second is None."""
+    `min_pictures` none is set aside, and the second is None."""
     pictures = np.unique(dataset.picture)
-    if len(pictures) < fewest:
+    if len(pictures) < min_pictures:
         return dataset, None
-    n = min(most, max(2, round(share * len(pictures))))
+    n = min(max_pictures, max(2, round(share * len(pictures))))
     aside = np.isin(dataset.picture, np.random.default_rng(0).permutation(pictures)[:n])
     return dataset.take(~aside), dataset.take(aside)
 
@@ -782,18 +781,18 @@ def shuffled(dataset):
 # ---- Batches -------------------------------------------------------------------------------------------------
 
 
-def batches(dataset, size, max_tokens=None, seed=0):
+def batches(dataset, size, max_batch_tokens=None, seed=0):
     """Yield the rows of one batch after the other, without end; each epoch is planned anew by `plan_epoch`."""
     epoch = 0
     while True:
-        yield from plan_epoch(dataset, size, max_tokens, seed, epoch)
+        yield from plan_epoch(dataset, size, max_batch_tokens, seed, epoch)
         epoch += 1
 
 
-def plan_epoch(dataset, size, max_tokens, seed, epoch, window=500):
+def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
     """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
 
-    A batch has at most `size` records, and at most `max_tokens` tokens with padding (unless one record alone has more).
+    A batch has at most `size` records, and, padding included, `max_batch_tokens` tokens (unless one record has more).
     Records of like length come together: each stretch of `window` batches of the shuffled records is halved by the
     side, question or answer, whose lengths differ most, until the parts are batches; these come in random order.
     """
@@ -801,11 +800,11 @@ def plan_epoch(dataset, size, max_tokens, seed, epoch, window=500):
     rng = np.random.default_rng((seed, epoch))
 
     def fits(rows):
-        padded = len(rows) * lengths[rows].max(0).sum()
-        return len(rows) == 1 or (len(rows) <= size and (not max_tokens or padded <= max_tokens))
+        padded = len(rows) * lengths[rows].max(0).sum()  # each as long as the longest question and the longest answer
+        return len(rows) == 1 or (len(rows) <= size and (not max_batch_tokens or padded <= max_batch_tokens))
 
     def halves(rows):
-        side = np.ptp(lengths[rows], 0).argmax()
+        side = np.ptp(lengths[rows], 0).argmax()  # 0 question, 1 answer
         rows = rows[lengths[rows, side].argsort(kind="stable")]
         middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
         if middle >= len(rows):

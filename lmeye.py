@@ -29,7 +29,7 @@ import inspect
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,8 +122,10 @@ class LMEye(nn.Module):
         self.img = nn.Parameter(self.spread * torch.randn(D))
         self.img_d = nn.Parameter(self.spread * torch.randn(D))
         self.dropout = nn.Dropout(settings.dropout)
-        some = [p.detach().flatten()[::max(1, p.numel() // 2)][:2].float() for p in (*llm.parameters(), *clip.parameters())]
-        self.fingerprint = torch.cat(some).cpu()  # first and middle weight of each tensor: tells models of one shape apart
+        weights = []
+        for p in (*llm.parameters(), *clip.parameters()):
+            weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())  # the first and the middle one
+        self.fingerprint = torch.cat(weights).cpu()  # tells models of one shape apart
         self.to(self.device).eval()
 
     # -- 1. see: the picture becomes one feature, the feature becomes the <img> token
@@ -408,7 +410,7 @@ class TokenLosses(torch.autograd.Function):
                 part = part.detach().requires_grad_(needed)
                 loss = F.cross_entropy(head(part).float(), target, reduction="none")
                 if needed:
-                    gradients += torch.autograd.grad(loss.sum(), part)
+                    gradients.append(torch.autograd.grad(loss.sum(), part)[0])
             losses.append(loss.detach())
         if needed:
             ctx.save_for_backward(torch.cat(gradients))
@@ -416,7 +418,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, weight):  # (n,): the gradient with respect to each loss
-        gradient, = ctx.saved_tensors
+        gradient = ctx.saved_tensors[0]
         return (gradient * weight[:, None]).to(gradient.dtype), None, None
 
 
@@ -426,9 +428,9 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(-1, descending=True)
     p = logits.softmax(-1)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    unlikely = p.cumsum(-1) - p > top_p  # the tokens before it already hold top_p
-    p = p.masked_fill(unlikely | (rank >= (top_k or len(rank))), 0)
+    p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)  # the tokens before it already hold top_p
+    if top_k:
+        p[:, top_k:] = 0  # the likeliest come first
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
@@ -474,11 +476,11 @@ def load_llm(name, device, dtype):
 
 def load_clip(name, device, dtype):
     """(CLIP, preprocess: PIL picture → (3, S, S) pixels, tokenizer) by open_clip. UserError if that fails.
-
     OpenAI's weights were trained with QuickGELU and give silently different features without it (open_clip issue 771):
-    a TAG knows, so it decides. With a FILE the name does: ViT-L-14-quickgelu:FILE for OpenAI's.
-    """
-    model, _, tag = (name, "", "") if name.startswith(("local-dir:", "hf-hub:")) else name.partition(":")
+    a TAG knows, so it decides. With a FILE the name does: ViT-L-14-quickgelu:FILE for OpenAI's."""
+    model, _, tag = name.partition(":")
+    if model in ("local-dir", "hf-hub"):  # these have no tag
+        model, tag = name, ""
     quick_gelu = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     try:
@@ -503,15 +505,14 @@ CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
 
 def read_adapter(path):
-    """An adapter file → (stage, Settings, fingerprint, {name: tensor}). UserError if it is none. Nothing in the file is
-    executed, and what its settings name is not loaded from here."""
+    """An adapter file → (stage, Settings, fingerprint, {name: tensor}), nothing of it executed. UserError if it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["lmeye"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         settings = Settings(**header["settings"])
         settings.dropout = float(settings.dropout)
-        wrong = [f.name for f in fields(Settings) if type(getattr(settings, f.name)) is not f.type]
+        wrong = [name for name, usual in vars(Settings()).items() if type(getattr(settings, name)) is not type(usual)]
         if wrong or header["stage"] not in (1, 2) or settings.interaction not in INTERACTIONS:
             raise ValueError(f"its header is off: {', '.join(wrong) or 'stage or interaction'}")
         fingerprint = torch.tensor(header["fingerprint"], dtype=torch.float32).flatten()
@@ -542,13 +543,12 @@ def printable(text):
 
 
 def run(main):
-    """Run a program's `main()`: on a UserError, a file's error or too little memory one line and exit status 2; 130 on
-    Ctrl-C."""
+    """Run a program's `main()`: on a UserError, a file's error, too little memory one line and status 2; on Ctrl-C 130."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks a letter
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # letters it lacks; each line at once
     try:
         main()
     except (UserError, OSError, UnicodeError, torch.OutOfMemoryError) as error:

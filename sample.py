@@ -52,7 +52,7 @@ def chat(model, f, options):
     """Read questions, a line each, until an empty one; earlier turns are context, and each turn asks anew."""
     if sys.stdin is None:
         raise UserError("no question was given, and there is no standard input to read one from")
-    turns, prompt = [], "question (none: end) > " if sys.stdin.isatty() else ""
+    turns, prompt = [], ("question (none: end) > " if sys.stdin.isatty() else "")
     while True:
         try:
             question = input(prompt).encode("utf-8", "replace").decode().strip()
@@ -115,7 +115,7 @@ def batch(model, pictures, questions, options, max_batch_tokens):
 def json_line(row):
     """A dict as a line of JSON in which letters of all scripts stay readable, and what a terminal obeys is escaped."""
     text = json.dumps(row, ensure_ascii=False)
-    return "".join(c if lmeye.printable(f"-{c}-") == f"-{c}-" else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else json.dumps(c)[1:-1] for c in text)
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def predict_and_score(model, dataset, name="answers", blind=False, max_batch_tok
     for how in ("", ", per token"):
         if "Q→A" + how in scores and "QA→R" + how in scores:
             scores["Q→AR" + how] = both_right(records, scores["Q→A" + how], scores["QA→R" + how])
-    return {column: scores[column] for column in sorted(scores, key=lambda c: (c == "all", c))}, texts
+    return {column: scores[column] for column in sorted(scores, key=lambda c: (c == "all", c))}, texts  # "all" last
 
 
 def batches_by_length(model, dataset, max_batch_tokens):
@@ -157,10 +157,11 @@ def batches_by_length(model, dataset, max_batch_tokens):
         K, longest = len(record.choices), MAX_TOKENS
         if record.choices:
             longest = max(len(ids) for ids in model.token_ids(None, record.choices)[1])
-        sizes.append((K, len(record.turns) > 0, max(1, K) * (len(question) + longest)))
+        sizes.append(((K, len(record.turns) > 0), max(1, K) * (len(question) + longest)))
     batches, batch = [], []
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
-        if batch and (sizes[i][:2] != sizes[batch[0]][:2] or (len(batch) + 1) * sizes[i][2] > max_batch_tokens):
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        kind, size = sizes[i]
+        if batch and (kind != sizes[batch[0]][0] or (len(batch) + 1) * size > max_batch_tokens):
             batches.append(batch)
             batch = []
         batch.append(i)
@@ -186,7 +187,7 @@ def rank_choices(model, records, f):
     for record, sums in zip(records, logp):
         lengths = torch.tensor([len(ids) - 1 for ids in model.token_ids(None, record.choices)[1]])  # without eos
         likeliest, likeliest_per_token = record.choices[sums.argmax()], record.choices[(sums / lengths).argmax()]
-        step = "Q→A" if len(record.turns) == 1 else "QA→R"
+        step = "Q→A" if len(record.turns) == 1 else "QA→R"  # the answer, or the reason for it
         texts.append(likeliest)
         marks.append({step: likeliest == record.answer, f"{step}, per token": likeliest_per_token == record.answer})
     return texts, marks
@@ -271,14 +272,14 @@ def evaluate(model, dataset, folder, skips=(), max_batch_tokens=4096):
             values, picture = values[known], dataset.picture[known]
             if column == "VQA":
                 values = np.concatenate([values, np.zeros(len(missed))])
-                picture = np.concatenate([picture, -1 - np.arange(len(missed))])  # one for each
+                picture = np.concatenate([picture, -1 - np.arange(len(missed))])  # each of a picture of its own
             low, high = bootstrap_interval(values, picture)
             line += f"{100 * values.mean():.1f} ({100 * low:.1f}–{100 * high:.1f})".rjust(width)
         print(line)
     set_aside(folder)
     Path(folder).mkdir(parents=True)
     write_answers(dataset.records, texts, missed, Path(folder))
-    print(f"  {folder}/: {', '.join(sorted(path.name for path in Path(folder).iterdir()))}")
+    print(f"  {folder}/: {', '.join(sorted(os.listdir(folder)))}")
 
 
 def set_aside(path):
@@ -295,7 +296,7 @@ def write_answers(records, texts, missed, folder):
     for record, text in zip(records, texts):
         lines.append(json_line({"image": str(record.image), "question": record.question, "answer": text,
                                 "truth": record.answer, "category": record.category}) + "\n")
-        if record.key != "" and record.turns and not record.choices:
+        if data.vqa_key(record) != "":
             vqa.append({"question_id": record.key, "answer": text})
         if record.key != "" and not record.turns:
             captions[record.image] = {"image_id": record.key, "caption": text}
@@ -387,15 +388,14 @@ def main():
     args = parse_args()
     pictures, questions = args.inputs, []
     if len(pictures) > 1 and not (os.path.isfile(pictures[-1]) or pictures[-1].lower().endswith(data.ENDINGS)):
-        pictures, questions = pictures[:-1], pictures[-1:]
+        pictures, questions = pictures[:-1], [pictures[-1].strip()]
     if args.questions:
-        questions = questions + [line for line in data.read_text(args.questions).splitlines() if line.strip()]
-    questions = [question.strip() for question in questions]
+        questions += [line.strip() for line in data.read_text(args.questions).splitlines() if line.strip()]
     if not all(data.is_text(question) for question in questions):
         raise UserError("the question is empty or unreadable")
     one = len(pictures) == 1 and not args.questions
     if one:
-        picture = data.load_image(pictures[0])  # a wrong one is told before the models are loaded
+        picture = data.load_image(pictures[0])  # a wrong one is told before models are loaded
 
     checkpoint = Path(args.checkpoint or newest(args))
     if args.data:

@@ -65,11 +65,10 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                   train_align=False, resume=False, save_every=200, about=None):
     """Train the layers of one phase on a Dataset `train`; leave adapter, log and run.json in `folder`.
 
-    `val` is a Dataset or None, `about` a dict that run.json says of the run. The caller removes STATE when nothing is left
-    to do. A step takes `accumulate` batches; its loss is averaged over all their answers' tokens. Trained weights, their
-    gradients and the loss are fp32, whatever the frozen weights are. All randomness is a function of seed and step: so the
-    trained tensors, the optimiser's, the number of the step and the log are all that it takes to go on as if nothing had
-    happened. `run` holds all that must be the same for that.
+    `val` is a Dataset or None, `about` a dict that run.json says of the run. A step takes `accumulate` batches; its loss is
+    averaged over all their answers' tokens. Trained weights, gradients and loss are fp32. All randomness is a function of
+    seed and step: so what `save_state` writes is all that it takes to go on as if nothing had happened, where all that
+    `run` holds is the same. The caller removes STATE when nothing is left to do.
     """
     folder, trained = Path(folder), model.set_trained(stage, train_align)
     optimizer = torch.optim.AdamW(trained.values(), lr, weight_decay=0.0, fused=True)
@@ -82,18 +81,18 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
            "hash of the val data": val.fingerprint() if val else None}
     log = {"lines": [], "losses": [], "norms": [], "tokens": 0, "skipped": 0, "bad steps in a row": 0, "best": math.inf,
            "seconds": 0.0, "seconds in steps": 0.0}
-    state, parts = folder / STATE, (model.adapter(stage), optimizer, scaler, log)
+    state, adapter = folder / STATE, model.adapter(stage)
     if resume and state.exists():
-        start = load_state(state, run, *parts)
+        start = load_state(state, run, adapter, optimizer, scaler, log)
     else:
         start, earlier = 0, sample.set_aside(folder)
         if earlier:
             print(f"note: {folder} held an earlier run, which is now {earlier}")
         lmeye.write_atomically(folder / "run.json", json.dumps((about or {}) | run, indent=1).encode())
-        save_state(state, 0, run, *parts)
+        save_state(state, 0, run, adapter, optimizer, scaler, log)
 
     clock = time.perf_counter()
-    plan = itertools.islice(data.batches(train, batch_size, max_batch_tokens, seed), start * accumulate, None)
+    plan = itertools.islice(data.batches(train, batch_size, max_batch_tokens, seed), start * accumulate, None)  # those to come
     with stop_signals() as stop, tqdm(total=steps, initial=start, desc=f"stage {stage}", disable=None) as bar:
         for step in range(start, steps):
             began = time.perf_counter()
@@ -122,7 +121,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             scaler.update()
             optimizer.zero_grad()
 
-            done, validated, stopping, now = step + 1, {}, stop.is_set(), time.perf_counter()
+            done, stopping, now = step + 1, stop.is_set(), time.perf_counter()
             log["seconds"] += now - clock
             log["seconds in steps"] += now - began
             clock = now
@@ -131,6 +130,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                 raise UserError(f"loss or gradient was not finite in {log['bad steps in a row']} steps in a row: start anew "
                                 "with a lower --lr, or with --precision fp32; the adapter of the last validation, if any, "
                                 f"is in {folder}")
+            validated = {}
             if done == steps or done % max(1, steps // 10) == 0:
                 model.save(folder / CHECKPOINT, stage)
                 if val:
@@ -145,9 +145,9 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             if validated:
                 tqdm.write(own_words(model, val))
             if done == steps or done % save_every == 0 or stopping:
-                save_state(state, done, run, *parts)
+                save_state(state, done, run, adapter, optimizer, scaler, log)
             if stopping:
-                command = shlex.join(["python", *[word for word in sys.argv if word != "--resume"], "--resume"])
+                command = "python " + shlex.join([word for word in sys.argv if word != "--resume"] + ["--resume"])
                 raise KeyboardInterrupt(f"stopped after step {done:,} of {steps:,}; to go on:  {command}")
             bar.update()
     print(f"stage {stage}: {steps:,} steps in {log['seconds']:.0f} s: {folder / CHECKPOINT}")
@@ -169,18 +169,18 @@ def reach_to_rate(reach, model, dataset):
     known of them.
     """
     size = dataset.f(np.arange(min(1000, len(dataset.records)))).abs().sum(1).mean().item()
-    return float(f"{reach * model.spread / size:.2g}")
+    return float(f"{reach * model.spread / size:.2g}")  # two digits
 
 
 @torch.no_grad()
-def mean_loss(model, dataset, max_batch_tokens, most=256):
-    """Loss per token of the answers of a Dataset, over at most `most` records taken evenly from it. While it is the same
+def mean_loss(model, dataset, max_batch_tokens, max_records=256):
+    """Loss per token of the answers of a Dataset, over at most `max_records` taken evenly from it. While it is the same
     with the pictures shuffled, the model does not look."""
     model.eval()
-    some = dataset.take(np.arange(len(dataset.records)) % math.ceil(len(dataset.records) / most) == 0)
+    part = dataset.take(np.arange(len(dataset.records)) % math.ceil(len(dataset.records) / max_records) == 0)
     total = count = 0
-    for rows in data.plan_epoch(some, 64, max_batch_tokens, 0, 0):
-        f, tokens = some.batch(rows)
+    for rows in data.plan_epoch(part, 64, max_batch_tokens, 0, 0):
+        f, tokens = part.batch(rows)
         total += model.loss_sum(f, tokens).item()
         count += tokens.answer_mask.sum().item()
     return total / count
@@ -203,9 +203,9 @@ def add_line(log, step, steps, lr, validated):
     """Add a line to a run's log, with averages since the last one → the same as text. `skipped` counts the steps whose
     loss or gradient was not finite."""
     minutes, seconds = divmod(round((steps - step) * log["seconds"] / step), 60)
-    line = {"step": step, "loss": round(float(np.mean(log["losses"] or [math.nan])), 4), "lr": float(f"{lr:.3g}"),
-            "grad_norm": float(f"{np.mean(log['norms'] or [math.nan]):.3g}"), "skipped": log["skipped"],
-            "tokens_per_second": round(log["tokens"] / log["seconds in steps"]),
+    loss, norm = np.mean(log["losses"] or [math.nan]), np.mean(log["norms"] or [math.nan])  # NaN: all were skipped
+    line = {"step": step, "loss": round(float(loss), 4), "lr": float(f"{lr:.3g}"), "grad_norm": float(f"{norm:.3g}"),
+            "skipped": log["skipped"], "tokens_per_second": round(log["tokens"] / log["seconds in steps"]),
             "seconds": round(log["seconds"], 1)} | {name: round(value, 4) for name, value in validated.items()}
     log["lines"].append(line)
     log.update({"losses": [], "norms": [], "tokens": 0, "seconds in steps": 0.0})
@@ -320,8 +320,8 @@ def find_fault(model):
     whole = llm(inputs_embeds=x[None].to(llm.dtype), output_hidden_states=True)
     largest = torch.stack([state.abs().max() for state in whole.hidden_states]).max().item()  # NaN if one is
     if not math.isfinite(largest):
-        return "its states are not finite" + (": fp16 ends at 65,504, so use --precision fp32, or bf16 on a GPU that has it"
-                                              if llm.dtype == torch.float16 else "")
+        advice = ": fp16 ends at 65,504, so use --precision fp32, or bf16 on a GPU that has it"
+        return "its states are not finite" + (advice if llm.dtype == torch.float16 else "")
     cut = 6  # run one place more, shorten the cache to this many, go on from there: as with <img-d>
     h, cache = model.run_llm(rows[:, :cut + 1], mask[:, :cut + 1])
     cache.crop(-1)
@@ -436,11 +436,11 @@ def run_stage(args, settings, home, folder, before, defaults):
     """Train one stage in `folder`, from the adapter `before` or None, then evaluate it."""
     paths, images, val_paths, val_images = args.data, args.images, args.val, args.val_images or args.images
     if not paths and "data" in defaults:
-        paths, images, val_paths = ([sample.below(args.out, defaults[name])] for name in ("data", "images", "val"))
-        val_images = images
+        paths, val_paths = [sample.below(args.out, defaults["data"])], [sample.below(args.out, defaults["val"])]
+        images = val_images = [sample.below(args.out, defaults["images"])]
     elif not paths:
         paths, images = data.published(args.stage, args.out, args.download)
-    records, skips = data.read_records(paths, images, args.stage)  # mistakes there are told before models are loaded
+    records, skips = data.read_records(paths, images, args.stage)  # its mistakes are told before models are loaded
     val_records, val_skips = data.read_records(val_paths, val_images, args.stage) if val_paths else ([], [])
 
     torch.manual_seed(args.seed)
@@ -453,17 +453,17 @@ def run_stage(args, settings, home, folder, before, defaults):
     if val_paths:
         val = data.encode(model, val_records, val_skips, home / "features")
     else:
-        train, val = data.split(train)
-    frozen = sum(p.numel() for part in (model.llm, model.clip) for p in part.parameters())
+        train, val = data.hold_out(train)
+    frozen = sum(p.numel() for p in (*model.llm.parameters(), *model.clip.parameters()))
     model.clip.visual = None  # its work is done: this frees its memory
-    n_train, n_val = len(train.records), len(val.records) if val else 0
-    print(f"data: {n_train:,} records to train on, {n_val:,} to validate on{'' if val else ' (too few pictures)'}")
+    n_train, n_val = len(train.records), (len(val.records) if val else 0)
+    note = "" if val else " (too few pictures)"
+    print(f"data: {n_train:,} records to train on, {n_val:,} to validate on{note}")
     data.report_skips(skips + val_skips)
     batch_size = args.batch_size or defaults["batch_size"]
     lr = args.lr or defaults.get("lr") or reach_to_rate(defaults["reach"], model, train)
-    steps, epochs = args.steps, args.epochs
-    if not steps and not epochs:
-        steps, epochs = defaults.get("steps"), defaults.get("epochs")
+    steps = args.steps if args.steps or args.epochs else defaults.get("steps")
+    epochs = args.epochs or defaults.get("epochs")
     if not steps:
         batches = len(data.plan_epoch(train, batch_size, args.max_batch_tokens, args.seed, 0))
         steps = math.ceil(epochs * batches / args.accumulate)
@@ -475,8 +475,9 @@ def run_stage(args, settings, home, folder, before, defaults):
              "val": [str(path) for path in val_paths or []], "records": n_train, "val records": n_val,
              "left out": len(skips) + len(val_skips), "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
              "versions": {module.__name__: module.__version__ for module in (torch, transformers, open_clip)}}
-    train_adapter(model, args.stage, train, val, folder, steps, batch_size, lr, args.max_batch_tokens, args.accumulate,
-                  args.seed, args.train_align, args.resume, args.save_every, about)
+    train_adapter(model, args.stage, train, val, folder, steps, batch_size, lr, max_batch_tokens=args.max_batch_tokens,
+                  accumulate=args.accumulate, seed=args.seed, train_align=args.train_align, resume=args.resume,
+                  save_every=args.save_every, about=about)
     if val:
         sample.evaluate(model, val, folder / "evaluation", val_skips, args.max_batch_tokens)
     (folder / STATE).unlink()

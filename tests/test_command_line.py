@@ -225,6 +225,14 @@ def test_a_terminal_that_lacks_a_letter_gets_an_escape(trained):
     assert process.returncode == 0 and b"\\u2192" in process.stdout, process.stderr
 
 
+def test_each_line_is_in_a_log_file_as_soon_as_it_is_printed(tmp_path):
+    """As a run's lines in `nohup python train.py … > log`. (`os._exit` writes nothing that a buffer still holds.)"""
+    program = "import os, lmeye, tqdm; lmeye.run(lambda: (tqdm.tqdm.write('step 1'), os._exit(0)))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.stdout == "step 1\n"
+
+
 def test_a_record_that_is_no_utf8_in_questions_is_told(trained):
     folder, flags = trained
     (folder / "latin.txt").write_bytes("what côlor?".encode("latin-1"))

@@ -340,13 +340,13 @@ def plain_dataset(lengths, pictures=100):
 
 
 def test_held_out_pictures_are_not_trained_on():
-    rest, test = data.split(plain_dataset([(1, 1)] * 300))
+    rest, test = data.hold_out(plain_dataset([(1, 1)] * 300))
     assert {r.image for r in rest.records}.isdisjoint(r.image for r in test.records)
     assert len(rest.records) + len(test.records) == 300 and len(test.records) == 6
     for some in (rest, test):
         assert all(int(p) == int(r.image[:-4]) for r, p in zip(some.records, some.picture))
-    assert data.split(plain_dataset([(1, 1)] * 300, pictures=49))[1] is None
-    few = data.split(plain_dataset([(1, 1)] * 300, pictures=50))[1]
+    assert data.hold_out(plain_dataset([(1, 1)] * 300, pictures=49))[1] is None
+    few = data.hold_out(plain_dataset([(1, 1)] * 300, pictures=50))[1]
     assert (data.shuffled(few).picture != few.picture).all()  # two at least: one can't be shuffled
 
 

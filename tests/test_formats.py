@@ -500,12 +500,12 @@ def test_a_picture_name_cannot_leave_its_place(tmp_path, name):
 
 
 def test_bombs_are_left_unopened(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MOST_BYTES", 1000)
+    monkeypatch.setattr(data, "MAX_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("1.jpg", b"\0" * 100_000)
     with pytest.raises(UserError, match="unpacks to 100,000"):
         data.load_image(Member(str(tmp_path / "bomb.zip"), "1.jpg"))
-    monkeypatch.setattr(data, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(data, "MAX_PIXELS", 1000)
     Image.new("1", (40, 30)).save(tmp_path / "wide.png")
     with pytest.raises(UserError, match="pixels"):
         data.load_image(str(tmp_path / "wide.png"))

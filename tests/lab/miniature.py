@@ -204,7 +204,7 @@ def train_llm(folder, seed, world=WORLD, steps=550, batch_size=48, turns=3, hint
     print(f"language model: {llm.num_parameters():,} parameters, {steps} steps")
     start = time.perf_counter()
     for _ in tqdm(range(steps), "language model", disable=None, position=1):
-        batch = [], [], []  # rows of tokens, of the token that is to follow each, of its weight in the loss
+        all_tokens, all_targets, all_weights = [], [], []  # tokens, the one to follow each, its weight in the loss
         for scene in rng.choices(world.training, k=batch_size):
             pieces = write_example(world, scene, turns, hint_share, rng)
             coded = tokenizer([text for text, _ in pieces], add_special_tokens=False).input_ids
@@ -217,9 +217,10 @@ def train_llm(folder, seed, world=WORLD, steps=550, batch_size=48, turns=3, hint
                 else:
                     targets += [0] * len(ids)
                     weights += [0] * len(ids)
-            for rows, row in zip(batch, (tokens, targets, weights)):
-                rows.append(torch.tensor(row))
-        tokens, targets, weights = [pad_sequence(rows, batch_first=True) for rows in batch]  # (B, T) each
+            all_tokens.append(torch.tensor(tokens))
+            all_targets.append(torch.tensor(targets))
+            all_weights.append(torch.tensor(weights))
+        tokens, targets, weights = [pad_sequence(rows, True) for rows in (all_tokens, all_targets, all_weights)]  # (B, T)
         h = llm.base_model(input_ids=tokens).last_hidden_state  # padding is at the right, where nothing learned sees it
         learned = weights > 0
         loss = F.cross_entropy(llm.get_output_embeddings()(h[learned]), targets[learned], reduction="none")
@@ -281,7 +282,8 @@ def write_data(folder, seed, pictures):
                 request = {"from": "human", "value": "Describe the picture.\n<image>"}
                 captions.append({"id": Path(image).stem, "image": image,
                                  "conversations": [request, {"from": "gpt", "value": describe(scene)}]})
-                for kinds in draw_kinds(rng) if part == "train" else [[kind] for kind in KINDS]:
+                conversations = draw_kinds(rng) if part == "train" else [[kind] for kind in KINDS]
+                for kinds in conversations:
                     questions.append(question_record(image, scene, kinds, rng))
             write_json(folder / f"{prefix}captions.json", captions)
             write_json(folder / f"{prefix}questions.json", questions)
@@ -306,10 +308,8 @@ def train_llm_in_child(folder, seed, steps):
 
 
 def make(out, seed=0, clip_steps=550, llm_steps=550, pictures=6000):
-    """Make the miniature below `out`/mini, or nothing: all is put in its place when it is complete, `llm` last.
-
-    UserError if something of it is there already. The two models don't depend on each other: each takes one core.
-    """
+    """Make the miniature below `out`/mini, or nothing: all is put in its place when it is complete, `llm` last. The two
+    models are trained side by side, each on one core. UserError if something of it is there already."""
     place = Path(out, "mini")
     for name in FILES:
         if (place / name).exists():
