@@ -61,6 +61,7 @@ def test_both_phases_train_on_it_and_it_answers(home):
         result = run("train.py", "--stage", stage, "--data", data, *models, "--steps", 30, "--batch-size", 8,
                      "--lr", 1e-2, cwd=home)
         assert result.returncode == 0 and result.stderr == "", result.stderr
+        assert "data: 58 records to train on, 2 to validate on" in result.stdout  # of 60 pictures two are held out
         rows = (home / "out" / "llm+clip" / f"stage{stage}" / "log.csv").read_text().splitlines()[1:]
         assert float(rows[-1].split(",")[1]) < float(rows[0].split(",")[1])
     result = run("sample.py", "0.png", "what color is it?", *models[:4], "--max-tokens", 5, cwd=home)

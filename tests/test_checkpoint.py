@@ -1,6 +1,7 @@
 """An adapter file holds the trained tensors and no more, and is refused where it does not belong."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -9,7 +10,8 @@ from conftest import tiny_model
 from safetensors import safe_open
 
 import lmeye
-from lmeye import UserError
+import sample
+from lmeye import LMEye, UserError
 
 
 @pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "norequest"), (2, "static")])
@@ -47,6 +49,15 @@ def test_a_file_of_another_model_is_refused_in_one_line_and_nothing_is_loaded(tm
     assert all(torch.equal(p, before[name]) for name, p in model.adapter(2).items())
 
 
+def test_a_file_is_refused_where_either_frozen_model_is_another_of_the_same_shape(tmp_path):
+    mine, other = tiny_model(), tiny_model(seed=1)
+    mine.save(tmp_path / "a.safetensors", 2)
+    for llm, clip in ((other.llm, mine.clip), (mine.llm, other.clip)):
+        mixed = LMEye(mine.settings, llm, mine.tokenizer, clip, mine.preprocess, mine.clip_tokenizer)
+        with pytest.raises(UserError, match="are others"):
+            mixed.load(tmp_path / "a.safetensors")
+
+
 def header(**changes):
     whole = {"stage": 2, "settings": {}, "fingerprint": [0.0] * 16} | changes
     return {"lmeye": json.dumps(whole)}
@@ -59,11 +70,16 @@ def header(**changes):
     safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"n_features": "5"})),
     safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"folder": "/"})),
     safetensors.torch.save({"a": torch.zeros(1)}, header(fingerprint=["x"])),
-    safetensors.torch.save({"a": torch.zeros(1)}, header()),
 ])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="is not a checkpoint of this program"):
+        lmeye.read_adapter(tmp_path / "a")
+
+
+def test_a_file_whose_header_is_right_may_still_be_of_other_models(tmp_path):
+    (tmp_path / "a").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, header()))
+    with pytest.raises(UserError, match="are others"):
         tiny_model().load(tmp_path / "a")
 
 
@@ -80,13 +96,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
-def test_a_checkpoint_cannot_name_what_is_loaded(tmp_path):
-    """Its settings may say anything; the models are those that the user named."""
-    model = tiny_model(llm="/somewhere/evil", clip="hf-hub:evil/evil")
-    model.save(tmp_path / "a.safetensors", 1)
-    mine = tiny_model()
-    mine.load(tmp_path / "a.safetensors")
-    assert mine.settings.llm == tiny_model().settings.llm
+def test_a_checkpoint_cannot_name_what_is_loaded(tmp_path, monkeypatch):
+    """Its settings may say anything; the models are those of the preset, or those that the user named."""
+    tiny_model(preset="mini", llm="evil/evil", clip="hf-hub:evil/evil").save(tmp_path / "a.safetensors", 1)
+    named = []
+
+    def note(settings):
+        named.append(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr(LMEye, "from_settings", note)
+    with pytest.raises(UserError, match="enough"):
+        sample.load_trained(SimpleNamespace(llm=None, clip=None, precision=None, out="here"), tmp_path / "a.safetensors")
+    assert (named[0].llm, named[0].clip) == ("here/mini/llm", "local-dir:here/mini/clip")
 
 
 def test_a_setting_that_is_no_choice_is_named(tmp_path):

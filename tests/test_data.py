@@ -151,20 +151,6 @@ def test_a_file_with_nothing_to_read_is_named_in_one_line(tmp_path, text):
         read_records([tmp_path / "chat.json"], [tmp_path], 1)
 
 
-def test_captions_are_refused_for_stage_2(tmp_path):
-    save_picture(tmp_path / "a.jpg")
-    (tmp_path / "a.txt").write_text("a red picture")
-    with pytest.raises(UserError, match="--stage 1"):
-        read_records([tmp_path], None, 2)
-
-
-def test_a_picture_is_turned_as_its_exif_says(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
-    assert data.load_image(tmp_path / "a.jpg").size == (30, 40)
-
-
 @pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"))
 def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
@@ -304,8 +290,19 @@ def test_features_kept_in_a_file_are_those_of_this_clip_its_preprocessing_and_th
         else:
             visual.transformer.resblocks[0].mlp.gelu = torch.nn.ReLU()
         assert data.features_key(other, paths) != key, change
-    save_picture(tmp_path / "0.jpg", "white", (41, 30))
-    assert data.features_key(model, paths) != key
+    for change in ("time", "size"):
+        before, stat = data.features_key(model, paths), os.stat(paths[1])
+        if change == "size":
+            with open(paths[1], "ab") as file:
+                file.write(b" ")
+        os.utime(paths[1], ns=(stat.st_atime_ns, stat.st_mtime_ns + (10 ** 9 if change == "time" else 0)))
+        assert data.features_key(model, paths) != before, change
+    archive = tmp_path / "a.zip"
+    archive.write_bytes(b"one")
+    member = [data.Member(str(archive), "1.jpg")]
+    before = data.features_key(model, member)
+    archive.write_bytes(b"another")
+    assert data.features_key(model, member) != before
 
 
 def test_a_fingerprint_tells_datasets_of_one_shape_apart(tmp_path):

@@ -63,13 +63,13 @@ def test_bootstrap_equals_the_normal_interval_of_many_coins_and_knows_that_recor
 
 def test_choices_are_ranked_by_the_likelihood_that_single_passes_give():
     model = tiny_model()
-    choices = (("red", "two small", "yes it is on a red background", "no"), ("left", "a ring at the top", "blue", "three"))
+    choices = (("three", "two small", "yes it is on a red background", "three three"), ("left", "a ring at the top", "blue", "three"))
     turns = (("what color is it?",), ("what color is it?", "red", "how big is it?"))
     records = [Record(f"{i}.jpg", t, c[i], key=str(i), choices=c) for i in range(4) for t, c in zip(turns, choices)]
     some = dataset(model, 2)
     tokens = list(zip(*model.token_ids([r.question for r in records], [r.answer for r in records])))
     some = some._replace(records=records, tokens=tokens, picture=np.repeat(np.arange(4), 2))
-    right = {}
+    right, likeliest, per_token = {}, [], []
     for i, record in enumerate(records):
         sums, means = [], []
         for choice in record.choices:
@@ -77,6 +77,8 @@ def test_choices_are_ranked_by_the_likelihood_that_single_passes_give():
             logp = plain_logits(model, some.f([i]), record.question, ids).log_softmax(-1)
             sums.append(sum(logp[t, token].item() for t, token in enumerate(ids)))
             means.append(sums[-1] / len(ids))
+        likeliest.append(record.choices[np.argmax(sums)])
+        per_token.append(record.choices[np.argmax(means)])
         for how, values in (("", sums), (", per token", means)):
             right[i, how] = record.choices[np.argmax(values)] == record.answer
     scores, said = sample.predict_and_score(model, some)
@@ -85,7 +87,7 @@ def test_choices_are_ranked_by_the_likelihood_that_single_passes_give():
         assert scores["Q→A" + how][::2].tolist() == answers and scores["QA→R" + how][1::2].tolist() == whys
         assert scores["Q→AR" + how][1::2].tolist() == [a and b for a, b in zip(answers, whys)]
         assert np.isnan(scores["Q→AR" + how][::2]).all()
-    assert len({right[i, ""] for i in range(8)}) == 2 and said[0] in choices[0]
+    assert len({right[i, ""] for i in range(8)}) == 2 and said == likeliest != per_token
 
 
 def test_clipscore_is_its_formula():
@@ -95,6 +97,9 @@ def test_clipscore_is_its_formula():
         v = model.clip.encode_text(model.clip_tokenizer([caption]))[0].detach().numpy()
         cosine = (f[i].numpy() * v).sum() / math.sqrt((f[i].numpy() ** 2).sum() * (v ** 2).sum())
         assert sample.clip_score(model, f, captions)[i].item() == pytest.approx(2.5 * max(cosine, 0), abs=1e-5)
+        itself = torch.tensor(v)[None]
+        assert sample.clip_score(model, itself, [caption]).item() == pytest.approx(2.5)
+        assert sample.clip_score(model, -itself, [caption]).item() == 0
 
 
 def test_blind_is_told_about_another_picture_and_judged_on_its_own(monkeypatch):
@@ -159,6 +164,20 @@ def test_vcr_vqa_and_coco_are_evaluated_from_the_command_line_on_all_records_of_
     out = program("sample.py", "--data", tmp_path / "test.json")
     answers = {a["question_id"]: a["answer"] for a in json.loads((folder / "vqa.json").read_text())}
     assert set(answers) == {0, 10, 990} and answers[990] == "" and "VQA" not in out
+
+
+def test_the_table_has_the_model_before_blind_and_the_files_hold_what_was_said_with_the_picture(monkeypatch, tmp_path, capsys):
+    model = tiny_model()
+    some = dataset(model, 2)
+    some = some._replace(records=[r._replace(key=i, answers=(r.answer,) * 10) for i, r in enumerate(some.records)])
+    truth = {tuple(some.f([i])[0].tolist()): r.answer for i, r in enumerate(some.records)}
+    monkeypatch.setattr(model, "generate", lambda f, questions, **_: [truth[tuple(row)] for row in f.tolist()])
+    sample.evaluate(model, some, tmp_path / "e")
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["all"] == ["100.0", "(100.0–100.0)", "0.0", "(0.0–0.0)"]
+    said = [json.loads(line)["answer"] for line in (tmp_path / "e/answers.jsonl").read_text("utf-8").splitlines()]
+    assert said == [r.answer for r in some.records]
+    assert json.loads((tmp_path / "e/vqa.json").read_text()) == [{"question_id": i, "answer": a} for i, a in enumerate(said)]
 
 
 def test_vqa_questions_that_could_not_be_asked_count_as_wrong(monkeypatch, tmp_path, capsys):

@@ -209,7 +209,11 @@ def test_the_language_models_of_scaling_are_trained_as_long_as_the_miniatures_ow
 @pytest.mark.parametrize("how", ("random", "popular", "adversarial", "the trap"))
 def test_what_is_absent_is_chosen_as_it_says(how, monkeypatch):
     scenes = random.Random(0).choices(shapes.TRAINING, k=300)
-    scenes += [s for s in shapes.TRAINING if s.color == "green" and s.shape == "ring"] * 20
+
+    def of(color, shape):
+        return [s for s in shapes.TRAINING if (s.color, s.shape) == (color, shape)]
+
+    scenes += of("green", "ring") * 20 + of("red", "circle") * 30
     captions = [SimpleNamespace(answer=shapes.describe(scene)) for scene in scenes]
     monkeypatch.setattr(evidence, "datasets", lambda world, stage: (SimpleNamespace(records=captions), None))
     records, pairs = evidence.absent_records(how), []
@@ -226,7 +230,11 @@ def test_what_is_absent_is_chosen_as_it_says(how, monkeypatch):
     if how == "the trap":
         assert all(value == scene.background for scene, value in pairs)
     if how == "popular":
-        assert all(value == "green" for scene, value in pairs if scene.color != "green" and value in shapes.COLORS)
+        assert all(v == "red" for s, v in pairs if s.color != "red" and v in shapes.COLORS)
+        assert all(v.startswith("circle") for s, v in pairs if s.shape != "circle" and v not in shapes.COLORS)
+    if how == "adversarial":  # red and circles are more frequent, but green comes with rings
+        assert all(v == "green" for s, v in pairs if s.shape == "ring" and s.color != "green" and v in shapes.COLORS)
+        assert all(v.startswith("ring") for s, v in pairs if s.color == "green" and s.shape != "ring" and v not in shapes.COLORS)
     if how == "random":
         assert len({value for _, value in pairs if value in shapes.COLORS}) == len(shapes.COLORS)
 

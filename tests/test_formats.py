@@ -424,7 +424,7 @@ def test_names_with_dots_marks_of_byte_order_and_odd_separators(tmp_path):
     assert [r.answer for r in records] == ["a cat number 0", "a cat number 1"] and not skips
 
 
-CHAT = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a cat"}]
+CHAT = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cat."}]
 
 
 @pytest.mark.parametrize("item", ({"image": "a.jpg", "annotations": [], "conversations": CHAT},
@@ -464,9 +464,6 @@ def test_links_in_a_shard_are_not_followed(tmp_path):
             tar.addfile(info)
     with pytest.raises(UserError, match="a link"):
         read_records([tmp_path / "a.tar"], None, 1)
-
-
-CHAT = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cat."}]
 
 
 def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):

@@ -193,6 +193,7 @@ def test_any_input_is_read_or_skipped_and_counted_or_told_in_one_line(tmp_path, 
         except Exception as error:
             raise AssertionError(f"{fuzz.__name__}, seed {seed}: {type(error).__name__}: {error}") from error
     assert {p: h for p, h in snapshot(tmp_path).items() if p in before} == before
+    assert len(seen) > 1, seen  # not all refused, not all taken
     with capsys.disabled():
         print(f"\n{fuzz.__name__}: {sum(seen.values())} cases: {dict(seen)}")
 
@@ -229,5 +230,6 @@ def test_any_command_line_ends_in_an_answer_or_one_line(tmp_path, capsys):
         assert "\x1b" not in result.stderr + result.stdout
         seen["an answer" if result.returncode == 0 else "one line"] += 1
     assert {p: h for p, h in snapshot(tmp_path / "out").items() if p in before} == before
+    assert len(seen) > 1, seen  # not all refused, not all taken
     with capsys.disabled():
         print(f"\ncommand lines: {sum(seen.values())} cases: {dict(seen)}")

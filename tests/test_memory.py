@@ -140,8 +140,8 @@ def test_what_a_step_of_4096_tokens_needs_at_full_size(size, most):
         assert evaluation <= need.peak and (evaluation > need.weights or not evaluate)
 
 
-def test_memory_is_bounded_by_tokens_in_evaluations(monkeypatch):
-    """No batch of `mean_loss` or of an evaluation has more tokens than were allowed, with padding."""
+def test_memory_is_bounded_by_tokens_in_validations(monkeypatch):
+    """No batch of `mean_loss` has more tokens than were allowed, with padding."""
     model, sizes = tiny_model(), []
     val = on_gpu.random_dataset(model, 2, 30, 24, 20)
     loss_sum = LMEye.loss_sum
@@ -153,12 +153,6 @@ def test_memory_is_bounded_by_tokens_in_evaluations(monkeypatch):
     monkeypatch.setattr(LMEye, "loss_sum", noting)
     train.mean_loss(model, val, 100)
     assert len(sizes) > 5 and max(sizes) <= 100
-    monkeypatch.setattr(sample, "MAX_TOKENS", 10)
-    batches = sample.batches_by_length(model, val, 100)
-    assert sorted(i for rows in batches for i in rows) == list(range(30))
-    for rows in batches:
-        longest = max(len(val.tokens[i][0]) for i in rows)
-        assert len(rows) * (longest + 10) <= 100 and (len(rows) > 1 or longest > 20)
 
 
 def test_flags_for_a_card():

@@ -13,12 +13,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
 
 import miniature
+import numpy as np
 import shapes
 import open_clip
 import pytest
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageDraw
+
+import train
+from lmeye import PRESETS
 
 SCRIPT = Path(__file__).resolve().parent / "lab" / "miniature.py"
 TINY = dict(clip_steps=2, llm_steps=2, pictures=40)
@@ -69,6 +73,30 @@ def test_a_drawing_shows_its_scene():
         for axis, side in enumerate(shapes.PLACES[scene.place]):
             offset = sum(place[axis] for place in places) / len(places) - shapes.SIDE / 2
             assert abs(offset) < 9 if side == 0 else offset * side > 3, scene
+
+
+def test_a_drawing_has_as_many_objects_as_large_as_told():
+    class Still(random.Random):
+        """No jitter, and room between: objects stand apart."""
+        def uniform(self, low, high):
+            return 0.0
+
+        def randint(self, low, high):
+            return high
+
+    for scene in random.Random(0).sample(shapes.SCENES, 200):
+        ground = shapes.COLORS[scene.background]
+        left = (np.asarray(shapes.draw(scene, Still(1))) != ground).any(2).astype(np.uint8)
+        number, sides = 0, set()
+        while left.any():
+            y, x = np.argwhere(left)[0].tolist()
+            rest = Image.fromarray(left).copy()
+            ImageDraw.floodfill(rest, (x, y), 0)
+            one = np.argwhere(left != np.asarray(rest))
+            sides |= set((np.ptp(one, 0) + 1).tolist())
+            left, number = np.asarray(rest), number + 1
+        assert number == shapes.NUMBERS.index(scene.number) + 1, scene
+        assert sides <= ({10, 11, 12} if scene.size == "small" else {17, 18, 19}), (scene, sides)
 
 
 def test_the_tokenizer_knows_every_word_and_frames_as_clips_and_opts_do():
@@ -131,6 +159,17 @@ def test_held_out_scenes_never_occur_in_training(made):
     trained = {record["conversations"][1]["value"] for record in read(made, "captions.json")}
     shown = {record["conversations"][1]["value"] for record in read(made, "val_captions.json")}
     assert shown == held_out and trained.isdisjoint(held_out)
+
+
+@pytest.mark.parametrize("stage, kind", ((1, "captions"), (2, "questions")))
+def test_train_takes_these_files_and_validates_on_what_was_held_out(made, stage, kind):
+    defaults = train.DEFAULTS["mini", stage]
+    for name, part in (("data", "train"), ("val", "val")):
+        path = made.parent / defaults[name].removeprefix("out/")
+        assert kind in path.name and {Path(r["image"]).parts[0] for r in read(path.parent, path.name)} == {part}
+    assert (made.parent / defaults["images"].removeprefix("out/")).is_file()
+    assert Path(train.__file__).parent / defaults["made_by"] == SCRIPT
+    assert (made.parent / PRESETS["mini"].llm.removeprefix("out/")).is_dir()
 
 
 def test_the_models_are_ordinary_folders(made):

@@ -206,6 +206,7 @@ def test_a_stop_ends_the_step_and_saves(tmp_path, monkeypatch, step):
 def test_a_damaged_state_is_told_in_one_line_and_never_executed(tmp_path, monkeypatch):
     interrupt(tmp_path / "a", monkeypatch)
     state = tmp_path / "a" / train.STATE
+    whole = state.read_bytes()
 
     class Evil:
         def __reduce__(self):
@@ -217,14 +218,19 @@ def test_a_damaged_state_is_told_in_one_line_and_never_executed(tmp_path, monkey
         with pytest.raises(UserError, match="can't be read.*another name"):
             start(tiny_model(), tmp_path / "a", resume=True)
     assert not (tmp_path / "evil").exists()
-    start(tiny_model(), tmp_path / "a")
-    assert (tmp_path / "a" / CHECKPOINT).is_file() and (tmp_path / "a.1" / train.STATE).is_file()
+    state.write_bytes(whole[:500])
+    start(tiny_model(), tmp_path / "a")  # a new run begins, and the interrupted one is kept
+    assert (tmp_path / "a" / CHECKPOINT).is_file() and (tmp_path / "a.1" / train.STATE).read_bytes() == whole[:500]
 
 
-def test_a_run_with_other_settings_cannot_be_resumed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options, other, name", [
+    (dict(lr=2e-2), {}, "learning rate"), (dict(seed=1), {}, "seed"), (dict(accumulate=2), {}, "accumulate"),
+    (dict(batch_size=2), {}, "batch size"), (dict(max_batch_tokens=64), {}, "max batch tokens"), (dict(steps=7), {}, "steps"),
+    (dict(train_align=True), {}, "align trained"), ({}, dict(dropout=0.5), "dropout"), ({}, dict(seed=1), "models")])
+def test_a_run_with_other_settings_cannot_be_resumed(tmp_path, monkeypatch, options, other, name):
     interrupt(tmp_path / "a", monkeypatch)
-    with pytest.raises(UserError, match="other settings.*"):
-        start(tiny_model(), tmp_path / "a", resume=True, lr=2e-2)
+    with pytest.raises(UserError, match=f"other settings: {name} "):
+        start(tiny_model(**other), tmp_path / "a", resume=True, **options)
 
 
 def test_a_run_cannot_be_resumed_on_other_data(tmp_path, monkeypatch):
@@ -242,13 +248,6 @@ def test_a_run_cannot_be_resumed_with_other_validation_data(tmp_path, monkeypatc
     some = dataset(tiny_model(), 2)
     with pytest.raises(UserError, match="other settings: hash of the val data"):
         train.train_adapter(tiny_model(), 2, some, some, tmp_path / "a", 6, 4, 1e-2, save_every=2, resume=True)
-
-
-def test_an_interrupted_run_is_kept_when_a_new_one_begins(tmp_path, monkeypatch):
-    interrupt(tmp_path / "a", monkeypatch)
-    saved = (tmp_path / "a" / train.STATE).read_bytes()
-    start(tiny_model(), tmp_path / "a")
-    assert (tmp_path / "a.1" / train.STATE).read_bytes() == saved
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_the_state_before_still_loads(tmp_path, monkeypatch):
@@ -317,7 +316,15 @@ def test_steps_that_are_not_finite_are_counted_on_after_an_interruption(tmp_path
     assert len(calls) == 16 + 6
 
 
-def test_a_gpu_that_is_too_small_is_told_in_one_line_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_a_gpu_that_is_too_small_is_told_in_one_line_and_the_run_goes_on(home, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmeye.LMEye, "loss_sum", full)
+        result = run("train.py", *stage(home, 1), cwd=tmp_path)
+    assert fails_in_one_line(result) and "lower --max-batch-tokens: CUDA out of memory" in result.stderr
+
     model = tiny_model()
     calls, real = [], model.loss_sum
 
@@ -352,6 +359,12 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
         assert "another run" in seen[0]
     with train.lock(tmp_path / "out"):
         pass
+
+
+def test_a_second_run_is_kept_out_by_the_program(home, tmp_path):
+    with train.lock(tmp_path / "out/llm+clip"):
+        assert fork(tmp_path, stage(home, 1)) == 2
+    assert "another run works here" in (tmp_path / "log").read_text() and not (tmp_path / "out/llm+clip/stage1").exists()
 
 
 def test_what_a_run_itself_waits_for_in_vain_is_not_taken_for_another_run(tmp_path):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from test_two_passes import gradients, plain_loss
 
 import data
 import train
-from lmeye import CHECKPOINT
+from lmeye import CHECKPOINT, read_adapter
 
 
 def dataset(model, stage, n=4):
@@ -33,6 +34,11 @@ def train_briefly(model, stage, folder, steps=3, **options):
     train.train_adapter(model, stage, dataset(model, stage), None, folder, **settings)
     (folder / train.STATE).unlink()
     return {name: p.detach().clone() for name, p in model.adapter(stage).items()}
+
+
+def log_of(folder):
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("stage, interaction, train_align, parts", [
@@ -67,8 +73,7 @@ def test_four_examples_are_learned_by_heart(tmp_path, stage, interaction):
     some = dataset(model, stage)
     questions = [r.question for r in some.records] if stage == 2 else None
     assert model.generate(some.f(range(4)), questions, max_tokens=8) == [r.answer for r in some.records]
-    with open(tmp_path / "run" / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = log_of(tmp_path / "run")
     assert float(rows[-1]["loss"]) < 0.2 * float(rows[0]["loss"])
 
 
@@ -87,14 +92,76 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
         assert torch.allclose(large[name], small[name], rtol=1e-4, atol=1e-4), name  # where a gradient is nearly 0, Adam is rough
 
 
+def test_loss_and_norm_in_the_log_are_those_of_two_whole_passes(tmp_path):
+    model = tiny_model()
+    model.set_trained(2)
+    some = dataset(model, 2)
+    plain = plain_loss(model, some.f(range(4)), [r.question for r in some.records], [r.answer for r in some.records])
+    norm = torch.cat([g.flatten() for g in gradients(model, plain).values()]).norm().item()
+    train_briefly(tiny_model(), 2, tmp_path / "run", steps=1, batch_size=2, accumulate=2)
+    row, = log_of(tmp_path / "run")
+    assert float(row["loss"]) == pytest.approx(plain.item(), abs=1e-4)
+    assert float(row["grad_norm"]) == pytest.approx(norm, rel=0.01)
+
+
+def test_a_line_of_the_log_has_the_averages_since_the_last_one():
+    log = {"lines": [], "losses": [1.0, 3.0], "norms": [2.0, 4.0], "tokens": 90, "skipped": 1, "seconds": 7.0,
+           "seconds in steps": 3.0}
+    assert "0:28 left" in train.add_line(log, 2, 10, 0.5, {})  # eight more at 3.5 s
+    log["losses"].append(5.0)
+    log["norms"].append(1.0)
+    log["tokens"], log["seconds"], log["seconds in steps"] = log["tokens"] + 10, 9.0, log["seconds in steps"] + 2.0
+    train.add_line(log, 3, 10, 0.25, {"val_loss": 1.5, "val_loss_shuffled": 2.5})
+    first = dict(step=2, loss=2.0, lr=0.5, grad_norm=3.0, skipped=1, tokens_per_second=30, seconds=7.0)
+    second = dict(step=3, loss=5.0, lr=0.25, grad_norm=1.0, skipped=1, tokens_per_second=5, seconds=9.0)
+    assert log["lines"] == [first, second | {"val_loss": 1.5, "val_loss_shuffled": 2.5}]
+
+
+def test_no_batch_of_training_holds_more_tokens_than_told(tmp_path, monkeypatch):
+    model, sizes = tiny_model(), []
+    real = model.loss_sum
+
+    def noting(f, tokens):
+        sizes.append(len(f) * (tokens.question.shape[1] + tokens.answer.shape[1]))
+        return real(f, tokens)
+
+    monkeypatch.setattr(model, "loss_sum", noting)
+    train_briefly(model, 2, tmp_path / "run", steps=6, max_batch_tokens=20)
+    assert len(sizes) == 6 and max(sizes) <= 20
+
+
+def test_the_adapter_is_that_of_the_last_step_whatever_their_number(tmp_path):
+    last = train_briefly(tiny_model(), 1, tmp_path / "run", steps=25)
+    saved = read_adapter(tmp_path / "run" / CHECKPOINT)[3]
+    assert saved.keys() == last.keys() and all(torch.equal(saved[name], last[name]) for name in last)
+
+
+def test_best_is_the_adapter_of_the_lowest_validation_loss(tmp_path, monkeypatch):
+    model, seen = tiny_model(), []
+    some, losses = dataset(model, 2), iter([3.0, 9, 2.0, 9, 5.0, 9, 4.0, 9])  # each with that of shuffled pictures
+
+    def planned(model, *_):
+        seen.append({name: p.detach().clone() for name, p in model.adapter(2).items()})
+        return next(losses)
+
+    monkeypatch.setattr(train, "mean_loss", planned)
+    train.train_adapter(model, 2, some, some, tmp_path / "run", steps=4, batch_size=4, lr=1e-2)
+    best = read_adapter(tmp_path / "run" / "best.safetensors")[3]
+    assert all(torch.equal(best[name], seen[2][name]) for name in best)
+    assert not torch.equal(best["request.weight"], seen[-1]["request.weight"])
+
+
 def test_fp16_weights_train_with_a_scaled_loss_and_the_trained_weights_stay_fp32(tmp_path):
     model = tiny_model()
     model.llm.half()
     run = train_briefly(model, 2, tmp_path / "run", steps=150, lr=3e-2)
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in run.values())
-    with open(tmp_path / "run" / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = log_of(tmp_path / "run")
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
+    train_briefly(tiny_model(), 2, tmp_path / "fp32", steps=1)
+    exact = float(log_of(tmp_path / "fp32")[0]["grad_norm"])
+    norms = [float(row["grad_norm"]) for row in rows if row["grad_norm"] != "nan"]
+    assert norms[0] == pytest.approx(exact, rel=0.1)  # that of the loss, not of the scaled one
 
 
 def test_an_earlier_run_is_kept(tmp_path):
@@ -155,8 +222,7 @@ def test_a_run_says_how_it_was_trained_and_what_its_numbers_are(tmp_path):
     train.train_adapter(model, 2, some, some, tmp_path / "run", steps=20, batch_size=4, lr=1e-2, about={"command": "x"})
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["command"] == "x" and run["steps"] == 20 and run["seed"] == 0 and run["learning rate"] == 1e-2
-    with open(tmp_path / "run" / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = log_of(tmp_path / "run")
     assert [int(row["step"]) for row in rows] == list(range(1, 21)) and set(rows[0]) == {
         "step", "loss", "val_loss", "val_loss_shuffled", "lr", "grad_norm", "skipped", "tokens_per_second", "seconds"}
     assert sum(bool(row["val_loss"]) for row in rows) == 10 and rows[-1]["val_loss"]
@@ -173,8 +239,22 @@ def test_the_mean_loss_is_over_tokens_and_the_same_in_small_batches():
         assert train.mean_loss(model, some, most) == pytest.approx(whole, rel=1e-4)
 
 
-def test_blind_evaluation_gives_every_record_another_picture():
-    model = tiny_model()
-    plain = dataset(model, 2, n=8)
-    blind = data.shuffled(plain)
-    assert not (blind.picture == plain.picture).any() and sorted(blind.picture) == sorted(plain.picture)
+def test_validation_is_without_dropout():
+    model = tiny_model(dropout=0.5)
+    some = dataset(model, 2, n=8)
+    whole = model.loss(some.f(range(8)), [r.question for r in some.records], [r.answer for r in some.records]).item()
+    assert train.mean_loss(model.train(), some, 4096) == pytest.approx(whole, rel=1e-4)
+
+
+def test_dropout_falls_on_the_decomposed_features_alone_and_only_in_training(monkeypatch):
+    model, words = tiny_model(dropout=0.5), []
+    monkeypatch.setattr(model, "encode_words", lambda x: words.append(x.detach()))
+    f, r, N = torch.randn(50, 24), torch.randn(50, 36), model.settings.n_features
+    model.interact(f, r)
+    model.train().interact(f, r)
+    plain, dropped = words
+    whole = model.decompose(f).detach().unflatten(-1, (N, -1))
+    kept = dropped[:, 1:N + 1] != 0
+    assert torch.equal(plain[:, 1:N + 1], whole) and 0.45 < kept.float().mean() < 0.55
+    assert torch.allclose(dropped[:, 1:N + 1][kept], 2 * whole[kept])
+    assert torch.equal(dropped[:, [0, N + 1, N + 2]], plain[:, [0, N + 1, N + 2]])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
-from lmeye import TokenLosses, UserError
+from lmeye import UserError, sample_token
 
 FAMILIES = ("opt", "opt-350m", "bloom", "llama", "gpt2")
 QUESTIONS = ["what color is it?", "is the background red?", "how many things are there?"]
@@ -224,7 +224,8 @@ def test_an_answer_is_not_cut_short_by_a_longer_question_in_its_batch(family):
     both = torch.stack(list(model.stream(f, questions, max_tokens=100)), 1)
     for i in (0, 1):
         alone = torch.cat(list(model.stream(f[i:i + 1], questions[i:i + 1], max_tokens=100)))
-        assert len(alone) > 20 and both[i].tolist() == alone.tolist() + [eos] * (both.shape[1] - len(alone))
+        assert len(alone) == 64 - plain_prompt(model, f[i:i + 1], questions[i]).shape[1]
+        assert both[i].tolist() == alone.tolist() + [eos] * (both.shape[1] - len(alone))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,24 +242,19 @@ def test_the_cache_that_is_handed_in_is_the_one_that_grows(family):
     assert torch.allclose(h, whole[:, 3:], rtol=1e-4, atol=1e-5)
 
 
-def test_the_loss_of_many_chunks_equals_that_of_all_logits_at_once(monkeypatch):
-    """TokenLosses takes its gradient chunk by chunk; each token's loss may count differently."""
-    model = tiny_model()
-    monkeypatch.setattr(TokenLosses, "LOGITS", 100 * len(model.tokenizer))
-    torch.manual_seed(0)
-    h, targets = torch.randn(700, 64, requires_grad=True), torch.randint(len(model.tokenizer), (700,))
-    weight = torch.rand(700)
-    losses = TokenLosses.apply(h, targets, model.llm.get_output_embeddings())
-    whole = F.cross_entropy(model.llm.lm_head(h), targets, reduction="none")
-    assert torch.allclose(losses, whole, rtol=1e-6)
-    mine, = torch.autograd.grad((losses * weight).sum(), h)
-    theirs, = torch.autograd.grad((whole * weight).sum(), h)
-    assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6 * theirs.abs().max())
+@pytest.mark.parametrize("options, shares", [
+    ((1.0, 0, 1.0), (.1, .4, .2, .3)), ((0.5, 0, 1.0), (1/30, 16/30, 4/30, 9/30)), ((1.0, 2, 1.0), (0, 4/7, 0, 3/7)),
+    ((0.5, 3, 1.0), (0, 16/29, 4/29, 9/29)), ((1.0, 0, 0.65), (0, 4/7, 0, 3/7)), ((1.0, 0, 0.75), (0, 4/9, 2/9, 3/9)),
+    ((1.0, 0, 0.0), (0, 1, 0, 0)), ((0.0, 0, 1.0), (0, 1, 0, 0))])
+def test_tokens_are_drawn_as_often_as_temperature_top_k_and_top_p_say(options, shares):
+    logits = torch.tensor([.1, .4, .2, .3]).log().expand(20_000, -1)
+    drawn = sample_token(logits, *options, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20_000
+    assert torch.allclose(drawn, torch.tensor(shares, dtype=torch.float32), atol=0.015)
+    assert (drawn > 0).tolist() == [share > 0 for share in shares]
 
 
-def test_what_looks_like_a_special_token_in_a_text_is_text():
-    model = tiny_model()
-    eos, unknown = model.tokenizer.eos_token_id, model.tokenizer.unk_token_id
-    assert eos not in model.ids("red <end> circle") and unknown in model.ids("red <end> circle")
-    tokens = model.tokens(["what <end>?"], ["red <end>"])
-    assert (tokens.question == eos).sum() == 0 and (tokens.answer == eos).sum() == 1
+@pytest.mark.parametrize("n_slots", (1, 3))
+def test_what_question_and_answer_leave_of_the_context_is_the_rest_of_the_prompt(n_slots):
+    model = tiny_model(n_slots=n_slots)
+    prompt = plain_prompt(model, features(model)[:1], "two red").shape[1]
+    assert prompt - len(model.ids("\nQuestion: two red")) == 64 - model.max_text_tokens
