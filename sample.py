@@ -115,7 +115,7 @@ def batch(model, pictures, questions, options, max_batch_tokens):
 def json_line(row):
     """A dict as a line of JSON in which letters of all scripts stay readable, and what a terminal obeys is escaped."""
     text = json.dumps(row, ensure_ascii=False)
-    return "".join(c if c.isprintable() or c in "\u200c\u200d" else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if c == " " or lmeye.printable(c) else json.dumps(c)[1:-1] for c in text)
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------

@@ -133,6 +133,19 @@ def tiny_model(family="opt", seed=0, **settings):
     return LMEye(Settings(**{"dropout": 0.0, **settings}), llm, tokenizer, clip, preprocess, tokenize_for_clip)
 
 
+@pytest.fixture
+def batch_tokens(monkeypatch):
+    """The tokens, with padding, of each batch whose loss is taken from here on."""
+    sizes, loss_sum = [], LMEye.loss_sum
+
+    def noting(self, f, tokens):
+        sizes.append(len(f) * (tokens.question.shape[1] + tokens.answer.shape[1]))
+        return loss_sum(self, f, tokens)
+
+    monkeypatch.setattr(LMEye, "loss_sum", noting)
+    return sizes
+
+
 def run(program, *flags, cwd=".", stdin=""):
     """Run a program's main() in this process, as from the command line in `cwd` → Result with its texts.
 

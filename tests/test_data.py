@@ -290,6 +290,8 @@ def test_features_kept_in_a_file_are_those_of_this_clip_its_preprocessing_and_th
         else:
             visual.transformer.resblocks[0].mlp.gelu = torch.nn.ReLU()
         assert data.features_key(other, paths) != key, change
+    save_picture(tmp_path / "0.jpg", "white", (41, 30))
+    assert data.features_key(model, paths) != key
     for change in ("time", "size"):
         before, stat = data.features_key(model, paths), os.stat(paths[1])
         if change == "size":

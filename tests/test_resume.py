@@ -1,6 +1,5 @@
 """A run that was killed, whenever it was, goes on and ends with the same weights and the same log, bit for bit."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, fails_in_one_line, run, save_clip, save_llm, tiny_model
 from test_data import save_picture
-from test_training import dataset
+from test_training import dataset, log_of
 
 import lmeye
 import sample
@@ -102,8 +101,7 @@ def results(folder):
     for path in sorted(Path(folder, "out/llm+clip").glob("stage*/*.safetensors")):
         found[f"{path.parent.name}/{path.name}"] = path.read_bytes()
     for path in sorted(Path(folder, "out/llm+clip").glob("stage*/log.csv")):
-        with open(path) as file:
-            rows = list(csv.DictReader(file))
+        rows = log_of(path.parent)
         found[path.parent.name] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
     for path in sorted(Path(folder, "out/llm+clip").glob("stage*/evaluation/answers.jsonl")):
         found[f"{path.parts[-3]}/evaluation"] = path.read_bytes()
@@ -213,7 +211,7 @@ def test_a_damaged_state_is_told_in_one_line_and_never_executed(tmp_path, monkey
             return os.mkdir, (str(tmp_path / "evil"),)
 
     torch.save({"step": Evil()}, tmp_path / "evil.pt")
-    for content in (state.read_bytes()[:500], b"", (tmp_path / "evil.pt").read_bytes()):
+    for content in (whole[:500], b"", (tmp_path / "evil.pt").read_bytes()):
         state.write_bytes(content)
         with pytest.raises(UserError, match="can't be read.*another name"):
             start(tiny_model(), tmp_path / "a", resume=True)
@@ -279,8 +277,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
 
     monkeypatch.setattr(model, "loss_sum", sometimes)
     start(model, tmp_path / "a")
-    with open(tmp_path / "a" / "log.csv") as file:
-        assert [row["skipped"] for row in csv.DictReader(file)] == ["0", "1", "2", "2", "2", "2"]
+    assert [row["skipped"] for row in log_of(tmp_path / "a")] == ["0", "1", "2", "2", "2", "2"]
     assert all(p.isfinite().all() for p in model.adapter(2).values())
 
 

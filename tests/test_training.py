@@ -117,17 +117,9 @@ def test_a_line_of_the_log_has_the_averages_since_the_last_one():
     assert log["lines"] == [first, second | {"val_loss": 1.5, "val_loss_shuffled": 2.5}]
 
 
-def test_no_batch_of_training_holds_more_tokens_than_told(tmp_path, monkeypatch):
-    model, sizes = tiny_model(), []
-    real = model.loss_sum
-
-    def noting(f, tokens):
-        sizes.append(len(f) * (tokens.question.shape[1] + tokens.answer.shape[1]))
-        return real(f, tokens)
-
-    monkeypatch.setattr(model, "loss_sum", noting)
-    train_briefly(model, 2, tmp_path / "run", steps=6, max_batch_tokens=20)
-    assert len(sizes) == 6 and max(sizes) <= 20
+def test_no_batch_of_training_holds_more_tokens_than_told(tmp_path, batch_tokens):
+    train_briefly(tiny_model(), 2, tmp_path / "run", steps=6, max_batch_tokens=20)
+    assert len(batch_tokens) == 6 and max(batch_tokens) <= 20
 
 
 def test_the_adapter_is_that_of_the_last_step_whatever_their_number(tmp_path):

@@ -814,10 +814,10 @@ def hallucination(world, seeds):
     That is chosen at random, as the most frequent of what is absent, or as what most often comes with what is there.
     The last column is the miniature's own trap: the color that is in the picture, but of the background.
     """
-    tests = {}
+    tests, encoder = {}, new_model(world, "full", 0)
     for how in ("random", "popular", "adversarial", "the trap"):
         skips = []
-        tests[how] = data.encode(new_model(world, "full", 0), absent_records(how), skips, home(world) / "features")
+        tests[how] = data.encode(encoder, absent_records(how), skips, home(world) / "features")
         data.report_skips(skips)
     rows = {}
     for name in COMPARED[world]:
