@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -231,7 +232,10 @@ def gpu(bf16=True):
         (torch, "Generator", Generator), (torch, "multinomial", multinomial),
         (torch._C, "_group_tensors_by_device_and_dtype", grouped)]
     lift, overwrite = torch._C._only_lift_cpu_tensors(), torch.__future__.get_overwrite_module_params_on_conversion()
+    # PyTorch keeps the list of functions that `with torch.device(…)` changes: torch.tensor is another one in here.
     with contextlib.ExitStack() as stack:
+        _device_constructors.cache_clear()
+        stack.callback(_device_constructors.cache_clear)
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…) makes a CPU tensor first
