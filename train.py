@@ -426,9 +426,12 @@ def main():
         if "made_by" in defaults and not Path(settings.llm).is_dir():
             print(f"first use: {defaults['made_by']} makes the models and the data in {home}", flush=True)
             script = Path(__file__).resolve().parent / defaults["made_by"]
-            made = subprocess.run([sys.executable, script, "--out", args.out, "--seed", str(args.seed)])
-            if made.returncode:
-                sys.exit(made.returncode)
+            with subprocess.Popen([sys.executable, script, "--out", args.out, "--seed", str(args.seed)]) as process:
+                handler = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # Ctrl-C reaches it by itself
+                status = process.wait()
+                signal.signal(signal.SIGTERM, handler)
+            if status:
+                sys.exit(status)
         run_stage(args, settings, home, folder, before, defaults)
 
 
