@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
 import warnings
@@ -835,8 +834,8 @@ COCO_PICTURES = "http://images.cocodataset.org/zips/train2017.zip"  # those of s
 def published(stage, out, agreed):
     """Have the published data of a stage below `out` → ([records], [pictures]) for `read_records`.
 
-    States size and place first, and downloads only if `agreed` or told so on a terminal. UserError without that,
-    without the hub or room on the disk, and where COCO's pictures are missing, with the command that fetches them.
+    States size and place first, and downloads only if `agreed`. UserError without that, without the hub or room on the
+    disk, and where COCO's pictures are missing, with the command that fetches them.
     """
     name, repository, files = PUBLISHED[stage]
     folder = Path(out, "data", name)
@@ -848,8 +847,6 @@ def published(stage, out, agreed):
             size += huggingface_hub.get_hf_file_metadata(url).size
         if missing:
             print(f"--stage {stage} without --data takes {name}: {size / 1e9:.2f} GB to download into {folder}/")
-            if not agreed and sys.stdin.isatty():
-                agreed = input("Download now? [y/N] ").strip().lower() in ("y", "yes")
             if not agreed:
                 raise UserError("nothing was downloaded: add --download to agree, or name data of your own with --data")
             folder.mkdir(parents=True, exist_ok=True)
