@@ -17,6 +17,7 @@ import torch
 from conftest import fails_in_one_line, run, tiny_model
 
 import data
+import lmeye
 from lmeye import LMEye, UserError
 
 QUESTIONS, ANSWERS = ["what color is it?", "is the background red?"], ["red", "yes it is"]
@@ -28,9 +29,9 @@ def built(kind, base):
     return kind(base.settings, base.llm, base.tokenizer, base.clip, base.preprocess, base.clip_tokenizer)
 
 
-def asked(model, n):
+def asked(model, n, width=24):
     """n pictures, each asked one of the two questions."""
-    features = np.random.default_rng(0).normal(size=(n, 24)).astype(np.float16)
+    features = np.random.default_rng(0).normal(size=(n, width)).astype(np.float16)
     records = [data.Record(f"{i}.jpg", (QUESTIONS[i % 2],), "red") for i in range(n)]
     tokens = list(zip(*model.token_ids([record.question for record in records], ["red"] * n)))
     return data.Dataset(records, tokens, features, np.arange(n))
@@ -130,8 +131,13 @@ def test_two_picture_tokens_stand_side_by_side_and_both_are_read():
 def test_each_model_of_the_lab_trains_what_it_uses_and_says_the_same_with_and_without_gradients(name, monkeypatch):
     monkeypatch.setitem(conftest.CLIP_CONFIG, "embed_dim", 36)  # as wide as CLIP's text transformer
     variant = evidence.VARIANTS[name]
-    base = tiny_model(interaction=variant.interaction, n_features=min(variant.n_features, 10), n_slots=variant.n_slots)
+    monkeypatch.setattr(evidence, "channels", lambda model: 14 if name == "full, a word of each patch" else 7)
+    base = tiny_model(interaction=variant.interaction, n_features=min(variant.n_features, 8), n_slots=variant.n_slots)
     model, f = built(variant.kind, base).train(), torch.randn(2, 36)
+    if variant.tell in (evidence.tell_question, evidence.tell_answer):
+        f = variant.tell(model, asked(model, 2, width=36)).f([0, 1])
+    elif variant.tell == evidence.tell_patches:
+        f = torch.randn(2, 36 + 16 * 7)
     assert not model.llm.training
     parameters = model.set_trained(2)
     loss = model.loss(f, QUESTIONS, ANSWERS)
@@ -304,6 +310,106 @@ def test_the_boards_are_a_world_that_the_miniatures_models_can_be_trained_on(tmp
     longest = max(len(board.describe(scene).split()) for scene in board.HELD_OUT)
     assert longest + 2 <= board.WORLD.caption_tokens
     assert (tmp_path / "clip" / "open_clip_config.json").is_file() and (tmp_path / "llm" / "config.json").is_file()
+
+
+# ---- Oracles ---------------------------------------------------------------------------------------------------
+
+
+def test_a_told_question_is_all_that_the_request_is_made_of():
+    model = built(evidence.RequestTold, tiny_model())
+    told = evidence.tell_question(model, asked(model, 4))  # questions in turn
+    assert told.features.shape == (4, 24 + 64) and np.array_equal(told.picture, range(4))
+    assert np.array_equal(told.features[0, 24:], told.features[2, 24:])
+    assert not np.array_equal(told.features[0, 24:], told.features[1, 24:])
+    f = evidence.take_code(model, told.f([0, 1]))
+    assert torch.equal(f, asked(model, 4).f([0, 1]))  # the feature is as it was
+    code = torch.from_numpy(told.features[:2, 24:]).float()
+    assert torch.equal(model.ask(torch.randn(2, 64)), model.request(code))
+
+
+def test_a_told_answer_is_all_that_stands_in_the_slot():
+    model = built(evidence.AnswerTold, tiny_model(interaction="norequest"))
+    told = evidence.tell_answer(model, asked(model, 2))
+    model.prefill(told.f([0, 1]), *model.tokens(QUESTIONS, ["", ""])[:2])
+    code = torch.from_numpy(told.features[:, 24:]).float()
+    assert torch.equal(code[0], code[1])  # both are answered "red"
+    assert torch.equal(model.interact(torch.randn(2, 24), torch.randn(2, 36)), code)
+    assert set(model.set_trained(2)) == {"transmit.weight", "transmit.bias", "img_d"}
+
+
+def test_a_told_scene_is_all_of_the_scene(monkeypatch):
+    """Each cell's color and shape can be read from the code; without a code, the cell is empty."""
+    scenes = board.HELD_OUT[::40]
+    captions = [data.Record(f"{i}.png", (), board.describe(scene)) for i, scene in enumerate(scenes)]
+    dataset = data.Dataset(captions, [], None, np.arange(len(scenes)))
+    monkeypatch.setattr(evidence, "datasets", lambda world, stage: (dataset, dataset))
+    told = evidence.tell_scene(SimpleNamespace(align=torch.nn.Linear(96, 1)), dataset)
+    assert set(told.features.flatten()) == {0, 3} and not told.features[:, 90:].any()
+    for scene, code in zip(scenes, told.features):
+        for i, cell in enumerate(board.CELLS):
+            values = np.array(board.COLORS + board.SHAPES)[code[10 * i:10 * i + 10] > 0]
+            assert list(values) == [v for v in (getattr(scene, f"{cell}_color"), getattr(scene, f"{cell}_shape")) if v]
+
+
+def test_a_thawed_text_transformer_is_trained_saved_and_loaded(tmp_path):
+    thawed, other = built(evidence.TextTransformerThawed, tiny_model()), built(evidence.TextTransformerThawed, tiny_model())
+    names = set(thawed.set_trained(2))
+    assert "clip.transformer.resblocks.0.mlp.c_fc.weight" in names and "clip.text_projection" in names
+    assert not any(name.startswith(("llm.", "clip.visual")) for name in names)
+    with torch.no_grad():
+        thawed.clip.text_projection += 1
+    thawed.save(tmp_path / "a", 2)
+    other.load(tmp_path / "a")
+    assert torch.equal(other.clip.text_projection, thawed.clip.text_projection)
+    assert not any(name.startswith("clip.") for name in thawed.set_trained(1))  # phase 1 is as ever
+
+
+# ---- Other connectors ------------------------------------------------------------------------------------------
+
+
+def test_patches_stand_behind_the_feature_place_by_place(tmp_path):
+    """Those of a picture whose upper left corner is painted over differ there, and are told by their own picture."""
+    miniature.train_clip(tmp_path, 0, board.WORLD, steps=1, batch_size=4, width=4)
+    clip, preprocess, _ = lmeye.load_clip(f"local-dir:{tmp_path}", torch.device("cpu"), torch.float32)
+    model = tiny_model()
+    model.clip, model.text, model.preprocess = clip, clip, preprocess
+    picture = board.draw(board.HELD_OUT[-1], random.Random(0))
+    picture.save(tmp_path / "0.png")
+    picture.paste("white", (0, 0, 12, 12))
+    picture.save(tmp_path / "1.png")
+    records = [data.Record(str(tmp_path / name), ("q",), "a") for name in ("1.png", "0.png", "1.png")]
+    features = np.zeros((5, 32), np.float16)
+    told = evidence.tell_patches(model, data.Dataset(records, [], features, np.array([4, 2, 4])))
+    E = evidence.channels(model)
+    assert told.features.shape == (2, 32 + 16 * E) and list(told.picture) == [1, 0, 1] and E == 64
+    changed = np.abs(told.features[0, 32:] - told.features[1, 32:]).reshape(16, E).mean(1).reshape(4, 4)
+    assert changed[0, 0] == changed.max() > 10 * changed[3, 3]
+
+
+def test_patch_tokens_are_means_of_neighbors(monkeypatch):
+    monkeypatch.setattr(evidence, "channels", lambda model: 7)
+    two, all_16 = (built(evidence.patch_tokens(n), tiny_model(interaction="static")) for n in (2, 16))
+    all_16.load_state_dict(two.state_dict())
+    patches = torch.randn(1, 16, 7)
+    for model in (two, all_16):
+        model.prefill(torch.cat([torch.randn(1, 24), patches.flatten(1)], 1), *model.tokens(["q"], [""])[:2])
+    upper, lower = patches[:, :8].mean(1), patches[:, 8:].mean(1)
+    torch.testing.assert_close(two.see(None), torch.stack([upper, lower], 1) @ two.align.weight.T + two.align.bias + two.img)
+    torch.testing.assert_close(all_16.see(None), two.align(patches) + two.img)
+
+
+@pytest.mark.parametrize("reads", (False, True))
+def test_a_q_former_sees_the_question_only_if_it_is_to(reads, monkeypatch):
+    monkeypatch.setattr(evidence, "channels", lambda model: 7)
+    model = built(evidence.q_former(reads), tiny_model(interaction="static"))
+    f, seen = torch.randn(1, 24 + 16 * 7), []
+    for question in ("what color is it?", "where is it?"):
+        model.prefill(f, *model.tokens([question], [""])[:2])
+        seen.append(model.see(f))
+    assert torch.allclose(*seen) != reads
+    padded, alone = model.tokens(["what color is it?", "is the background red?"], ["", ""]), seen[0]
+    model.prefill(f.expand(2, -1), *padded[:2])
+    torch.testing.assert_close(model.see(f)[:1], alone)  # padding is not read
 
 
 # ---- Swapped requests ------------------------------------------------------------------------------------------

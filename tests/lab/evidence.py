@@ -136,17 +136,220 @@ class SlotWithoutRequest(LMEye):
         return {name: p for name, p in kept.items() if not name.startswith("decompose")}
 
 
+# Oracles: one part of the method is told what it would have to find out, by a code that the Dataset brings along.
+
+
+def take_code(model, f):
+    """f (B, C + the code's width), as a `tell` of Variant makes it → f (B, C). The model keeps the code."""
+    f, model.code = f.tensor_split([model.transmit.in_features], dim=1)
+    return f
+
+
+class RequestTold(LMEye):
+    """What is asked is told: a code of the question takes the place of the language model's state."""
+
+    def prefill(self, f, question, question_mask):
+        return super().prefill(take_code(self, f), question, question_mask)
+
+    def ask(self, h):
+        return super().ask(self.code)
+
+
+class AnswerTold(SlotWithoutRequest):
+    """The answer is told: its code takes the place of `v`. Is the slot read?"""
+
+    def prefill(self, f, question, question_mask):
+        return super().prefill(take_code(self, f), question, question_mask)
+
+    def interact(self, f, r):
+        return self.code
+
+
+class TextTransformerThawed(LMEye):
+    """CLIP's text transformer is trained with the rest."""
+
+    def adapter(self, stage):
+        kept = super().adapter(stage)
+        if stage == 2:
+            for name, p in self.clip.named_parameters():
+                if not name.startswith("visual") and name != "logit_scale":
+                    kept[f"clip.{name}"] = p
+        return kept
+
+
+def tell_by_words(dataset, part, vocabulary, width):
+    """A Dataset with a code behind the feature of each record: of its question (`part` 0) or its answer (1). A code is the
+    sum of its words' vectors, which are random, but always the same."""
+    vectors = np.random.default_rng(0).normal(size=(vocabulary, width))
+    codes = np.stack([vectors[texts[part]].sum(0) for texts in dataset.tokens])
+    features = np.concatenate([dataset.features[dataset.picture], codes], 1).astype(np.float16)
+    return dataset._replace(features=features, picture=np.arange(len(codes)))
+
+
+def tell_question(model, dataset):
+    return tell_by_words(dataset, 0, len(model.tokenizer), model.request.in_features)
+
+
+def tell_answer(model, dataset):
+    return tell_by_words(dataset, 1, len(model.tokenizer), model.align.in_features)
+
+
+def tell_scene(model, dataset):
+    """A Dataset of boards with a code of the scene in the place of CLIP's feature: a number for each color and each shape
+    of each cell, 3 where it is there (so that a code's sum is about that of |f|), else 0."""
+    captions, numbers = {}, {}
+    for part in datasets("board", 1):
+        for record in part.records:
+            captions[record.image] = record.answer
+    cells = [board.word_for(cell) for cell in board.CELLS]
+    for cell in cells:
+        for value in board.COLORS + board.SHAPES:
+            numbers[cell, value] = len(numbers)
+    codes = np.zeros((len(dataset.records), model.align.in_features), np.float16)  # a few of its columns stay empty
+    for code, record in zip(codes, dataset.records):
+        for word in captions[record.image].split():  # top-left red circle right blue cross …
+            if word in cells:
+                cell = word
+            else:
+                code[numbers[cell, word]] = 3
+    return dataset._replace(features=codes, picture=np.arange(len(codes)))
+
+
+# Other ways to bring a picture into a language model. `static` is the one of LLaVA; those of its later versions:
+
+
+class CurvedPicture(LMEye):
+    """LLaVA-1.5: a hidden layer between the picture and its token."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        C, D = self.align.in_features, self.align.out_features
+        self.align = torch.nn.Sequential(torch.nn.Linear(C, D), torch.nn.GELU(), torch.nn.Linear(D, D))
+        self.to(self.device).eval()
+
+
+def channels(model):
+    """Of the map that `tell_patches` takes from CLIP's image tower."""
+    return model.clip.visual.layer3[-1].conv3.out_channels
+
+
+def tell_patches(model, dataset):
+    """A Dataset with the map of the third of CLIP's four stages behind the feature of each picture: of its 4 × 4 places
+    (16, E), flat."""
+    used, row = np.unique(dataset.picture, return_inverse=True)
+    images, maps = {}, []
+    for picture, record in zip(dataset.picture, dataset.records):
+        images[picture] = record.image
+
+    def keep(stage, inputs, out):  # (B, E, 4, 4)
+        maps.append(out.flatten(2).mT.flatten(1))
+
+    with model.clip.visual.layer3.register_forward_hook(keep):
+        for start in range(0, len(used), 256):
+            pictures = [data.load_image(images[picture]) for picture in used[start:start + 256]]
+            model.encode_image(torch.stack([model.preprocess(picture) for picture in pictures]))
+    features = np.concatenate([dataset.features[used], torch.cat(maps).cpu().numpy()], 1).astype(np.float16)
+    return dataset._replace(features=features, picture=row)
+
+
+class WordOfEachPatch(LMEye):
+    """LMEye whose words of CLIP's are made from the patches, one of each, in the place of the whole feature."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        N, W = self.settings.n_features, self.request.out_features
+        of_patch = torch.nn.Linear(channels(self), W)
+        self.decompose = torch.nn.Sequential(torch.nn.Unflatten(1, (N, -1)), of_patch, torch.nn.Flatten())
+        self.to(self.device).eval()
+
+    def prefill(self, f, question, question_mask):
+        return super().prefill(take_code(self, f), question, question_mask)
+
+    def interact(self, f, r):
+        return super().interact(self.code, r)
+
+
+def patch_tokens(n):
+    """The class of `static` with n picture tokens made from the 16 patches: with n < 16, from means of neighbors."""
+    class PatchTokens(LMEye):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.align = torch.nn.Linear(channels(self), self.align.out_features)
+            self.max_text_tokens -= n - 1
+            self.to(self.device).eval()
+
+        def prefill(self, f, question, question_mask):
+            return super().prefill(take_code(self, f), question, question_mask)
+
+        def see(self, f):
+            patches = self.code.unflatten(1, (16, -1))  # (B, 16, E)
+            return self.align(F.adaptive_avg_pool1d(patches.mT, n).mT) + self.img  # (B, n, D)
+
+    return PatchTokens
+
+
+class Queries(torch.nn.Module):
+    """A small Q-Former: queries read each other (and words, if there are any), then the patches."""
+
+    def __init__(self, n, patch_width, width):
+        super().__init__()
+        self.queries = torch.nn.Parameter(torch.randn(n, width))
+        self.of_patch = torch.nn.Linear(patch_width, width)
+        self.among = torch.nn.MultiheadAttention(width, 4, batch_first=True)
+        self.of_picture = torch.nn.MultiheadAttention(width, 4, batch_first=True)
+        self.curve = torch.nn.Sequential(torch.nn.Linear(width, 2 * width), torch.nn.GELU(), torch.nn.Linear(2 * width, width))
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(4))
+
+    def forward(self, patches, words, mask):
+        """patches (B, 16, E), words (B, T, D) with their mask (B, T) → (B, n, D)."""
+        x, n = self.queries.expand(len(patches), -1, -1), len(self.queries)
+        with_words = self.norms[0](torch.cat([x, words], 1))
+        left_out = F.pad(mask == 0, (n, 0), value=False)
+        x = x + self.among(with_words[:, :n], with_words, with_words, left_out, need_weights=False)[0]
+        patches = self.norms[1](self.of_patch(patches))
+        x = x + self.of_picture(self.norms[2](x), patches, patches, need_weights=False)[0]
+        return x + self.curve(self.norms[3](x))
+
+
+def q_former(reads_question, n=2):
+    """The class of `static` whose n picture tokens a small Q-Former makes from the patches, as in BLIP-2; if
+    `reads_question`, with the question's words beside its queries, as in InstructBLIP."""
+    class QFormer(LMEye):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.align = Queries(n, channels(self), self.align.out_features)
+            self.max_text_tokens -= n - 1
+            self.to(self.device).eval()
+
+        def prefill(self, f, question, question_mask):
+            shown = question.shape[1] if reads_question else 0
+            self.words = self.embed(question[:, :shown]), question_mask[:, :shown]
+            return super().prefill(take_code(self, f), question, question_mask)
+
+        def see(self, f):
+            return self.align(self.code.unflatten(1, (16, -1)), *self.words) * self.spread + self.img  # (B, n, D)
+
+    return QFormer
+
+
 class Variant(NamedTuple):
     """What differs from the miniature as it is."""
     interaction: str = "full"
     kind: type = LMEye
     n_features: int = 5
     n_slots: int = 1
+    tell: Callable = None  # (model, Dataset) → the Dataset that it is trained and measured on, with something told
+    own_phase_1: bool = False  # phase 1 is of its own: other layers, or another Dataset
 
 
 FOUR = ("full", "norequest", "static", "static, 2 tokens")  # those that are compared
 FIVE = (*FOUR, "a slot without a request")
 COMPARED = {"mini": FIVE, "board": FOUR, "smollm2": FOUR}  # by world
+ORACLES = ("full", "norequest", "static, 2 tokens", "full, the request is told", "full, v is told", "full, f is told",
+           "full, the text transformer thawed")
+CONNECTORS = ("static", "static, curved", "static, 2 tokens", "static, 5 tokens", "a slot without a request", "full",
+              "static, patches in 2 tokens", "static, 16 patches", "Q-Former", "Q-Former that reads the question",
+              "full, a word of each patch")
 EXERCISES = {
     "a curved decomposition": CurvedDecomposition, "two rounds of requests": TwoRounds,
     "the request read after the first layer": EarlierRequest, "no picture in <img>": NoPictureToken,
@@ -154,10 +357,21 @@ EXERCISES = {
 }
 VARIANTS = {
     "full": Variant(), "norequest": Variant("norequest"), "static": Variant("static"),
-    "static, 2 tokens": Variant("static", picture_tokens(2)), "static, 5 tokens": Variant("static", picture_tokens(5)),
+    "static, 2 tokens": Variant("static", picture_tokens(2), own_phase_1=True),
+    "static, 5 tokens": Variant("static", picture_tokens(5), own_phase_1=True),
     "full, N=1": Variant(n_features=1), "full, N=10": Variant(n_features=10), "full, N=20": Variant(n_features=20),
     "full, Q=2": Variant(n_slots=2), "full, Q=4": Variant(n_slots=4),
     "a slot without a request": Variant("norequest", SlotWithoutRequest),
+    "full, the request is told": Variant(kind=RequestTold, tell=tell_question),
+    "full, v is told": Variant("norequest", AnswerTold, tell=tell_answer),
+    "full, f is told": Variant(tell=tell_scene, own_phase_1=True),
+    "full, the text transformer thawed": Variant(kind=TextTransformerThawed),
+    "static, curved": Variant("static", CurvedPicture, own_phase_1=True),
+    "static, patches in 2 tokens": Variant("static", patch_tokens(2), tell=tell_patches, own_phase_1=True),
+    "static, 16 patches": Variant("static", patch_tokens(16), tell=tell_patches, own_phase_1=True),
+    "Q-Former": Variant("static", q_former(False), tell=tell_patches, own_phase_1=True),
+    "Q-Former that reads the question": Variant("static", q_former(True), tell=tell_patches, own_phase_1=True),
+    "full, a word of each patch": Variant(kind=WordOfEachPatch, n_features=16, tell=tell_patches, own_phase_1=True),
 }
 for name, kind in EXERCISES.items():
     VARIANTS[name] = Variant(kind=kind)
@@ -276,10 +490,12 @@ def is_complete(folder):
     return (folder / CHECKPOINT).is_file() and not (folder / train.STATE).exists()
 
 
-def train_phase(stage, model, world, folder, seed, lr=None, limit=None, pictures=None, steps=None):
+def train_phase(stage, model, world, folder, seed, lr=None, limit=None, pictures=None, steps=None, tell=None):
     """Train a phase by its recipe, or on the first `limit` records; goes on where it was broken off."""
     recipe = RECIPES[world][stage]
     dataset, val = datasets(world, stage, pictures)
+    if tell:
+        dataset, val = tell(model, dataset), tell(model, val)
     if limit:
         dataset = dataset.take(np.arange(len(dataset.records)) < limit)
     train.train_adapter(model, stage, dataset, val, folder, steps or recipe["steps"], recipe["batch_size"],
@@ -303,13 +519,13 @@ def trained(world, name, seed, lr=None, llm="llm", limit=None, pictures=None, st
         model.load(folder / CHECKPOINT)
         return model
 
-    phase_1 = phase_1_of(world)
-    if llm != "llm" or model.align.out_features != len(model.img):
+    phase_1, tell = phase_1_of(world), VARIANTS[name].tell
+    if llm != "llm" or VARIANTS[name].own_phase_1:
         phase_1 = folder.with_name(f"{label}-phase-1")
         if not is_complete(phase_1):
-            train_phase(1, model, world, phase_1, seed)
+            train_phase(1, model, world, phase_1, seed, tell=tell)
     model.load(phase_1 / CHECKPOINT)
-    train_phase(2, model, world, folder, seed, lr, limit, pictures, steps)
+    train_phase(2, model, world, folder, seed, lr, limit, pictures, steps, tell)
     return model.eval()
 
 
@@ -346,7 +562,9 @@ def held_out(world, tuning=False):
 
 def measure_run(run):
     model = trained(run.world, run.name, run.seed, **run.options)
-    val = held_out(run.world, run.tuning)
+    val, tell = held_out(run.world, run.tuning), VARIANTS[run.name].tell
+    if tell:
+        val = tell(model, val)
     return Measured(shares(model, val), shares(model, val, blind=True))
 
 
@@ -466,12 +684,18 @@ def with_blind(world, seeds, **options):
 
 
 def ablation(world, seeds):
-    rows, sizes = with_blind(world, seeds), []
-    for name in COMPARED[world]:
-        trained_tensors = new_model(world, name, 0).set_trained(2).values()
-        sizes.append(f"{name} {sum(p.numel() for p in trained_tensors):,}")
-    print(f"held-out accuracy in percent; trained in phase 2: {', '.join(sizes)} numbers")
+    rows = with_blind(world, seeds)
+    print(f"held-out accuracy in percent; trained in phase 2: {sizes(world, COMPARED[world])}")
     return rows
+
+
+def sizes(world, names):
+    """How many numbers each trains in phase 2, as text."""
+    found = []
+    for name in names:
+        trained_tensors = new_model(world, name, 0).set_trained(2).values()
+        found.append(f"{name} {sum(p.numel() for p in trained_tensors):,}")
+    return ", ".join(found) + " numbers"
 
 
 def hints(world, seeds):
@@ -567,6 +791,23 @@ def boards(world, seeds):
     for name, of_row in all_columns.items():
         rows[name] = [by_objects(share) for share in of_row]
     print(f"held-out accuracy in percent by number of objects, {seeds} seeds, mean ± 95% interval\n\n{markdown(rows)}")
+
+
+def oracles(world, seeds):
+    """Where does it break? One part at a time is told what it would have to find out: what is left is lost elsewhere."""
+    return compared_by_objects(world, seeds, ORACLES)
+
+
+def connectors(world, seeds):
+    return compared_by_objects(world, seeds, CONNECTORS)
+
+
+def compared_by_objects(world, seeds, names):
+    rows = {}
+    for name, of_row in seeing(measure_runs({name: runs_of(world, name, range(seeds)) for name in names})).items():
+        rows[name] = [by_objects(share) for share in of_row]
+    print(f"held-out accuracy in percent by number of objects; trained in phase 2: {sizes(world, names)}")
+    return rows
 
 
 @torch.no_grad()
@@ -952,6 +1193,8 @@ EXPERIMENTS = {
     "tune-smollm2": Experiment(tune, "smollm2", 1, 750, "the same as tune with it"),
     "board": Experiment(boards, "board", 3, 38,
         "the four where a picture holds one to nine objects, with two ceilings"),
+    "oracles": Experiment(oracles, "board", 2, 15, "boards, with one part of the method told what it has to find out"),
+    "connectors": Experiment(connectors, "board", 1, 20, "boards, by eleven ways to bring a picture into a language model"),
     "tune-board": Experiment(tune, "board", 1, 26, "the same as tune on boards; after board"),
 }
 
