@@ -134,8 +134,9 @@ def test_each_model_of_the_lab_trains_what_it_uses_and_says_the_same_with_and_wi
     monkeypatch.setattr(evidence, "channels", lambda model: 14 if name == "full, a word of each patch" else 7)
     base = tiny_model(interaction=variant.interaction, n_features=min(variant.n_features, 8), n_slots=variant.n_slots)
     model, f = built(variant.kind, base).train(), torch.randn(2, 36)
-    if variant.tell in (evidence.tell_question, evidence.tell_answer):
-        f = variant.tell(model, asked(model, 2, width=36)).f([0, 1])
+    if variant.tell in (evidence.tell_question, evidence.tell_answer, evidence.tell_question_and_scene):
+        tell = evidence.tell_answer if variant.tell == evidence.tell_answer else evidence.tell_question
+        f = tell(model, asked(model, 2, width=36)).f([0, 1])
     elif variant.tell == evidence.tell_patches:
         f = torch.randn(2, 36 + 16 * 7)
     assert not model.llm.training
