@@ -1203,8 +1203,10 @@ EXPERIMENTS = {
     "tune-smollm2": Experiment(tune, "smollm2", 1, 750, "the same as tune with it"),
     "board": Experiment(boards, "board", 3, 38,
         "the four where a picture holds one to nine objects, with two ceilings"),
-    "oracles": Experiment(oracles, "board", 2, 15, "boards, with one part of the method told what it has to find out"),
-    "connectors": Experiment(connectors, "board", 1, 20, "boards, by eleven ways to bring a picture into a language model"),
+    "oracles": Experiment(oracles, "board", 2, 15,
+        "boards, with one part of the method told what it has to find out; after board"),
+    "connectors": Experiment(connectors, "board", 1, 15,
+        "boards, by eleven ways to bring a picture into a language model; after board"),
     "tune-board": Experiment(tune, "board", 1, 26, "the same as tune on boards; after board"),
 }
 
