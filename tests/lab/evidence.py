@@ -815,7 +815,7 @@ def connectors(world, seeds):
 def compared_by_objects(world, seeds, names):
     rows = {}
     for name, of_row in seeing(measure_runs({name: runs_of(world, name, range(seeds)) for name in names})).items():
-        rows[name] = [by_objects(share) for share in of_row]
+        rows[name] = [by_objects(share) | {"all": share["all"]} for share in of_row]
     print(f"held-out accuracy in percent by number of objects; trained in phase 2: {sizes(world, names)}")
     return rows
 
