@@ -1199,7 +1199,7 @@ EXPERIMENTS = {
         "ablation with a published language model; after tests/lab/smollm2.py"),
     "swap-smollm2": Experiment(swap, "smollm2", 1, 13, "the same as swap with it; these four after smollm2"),
     "hallucination-smollm2": Experiment(hallucination, "smollm2", 1, 20, "the same as hallucination with it"),
-    "requests-smollm2": Experiment(requests, "smollm2", 1, 12, "the same as requests with it"),
+    "requests-smollm2": Experiment(requests, "smollm2", 1, 6, "the same as requests with it"),
     "tune-smollm2": Experiment(tune, "smollm2", 1, 750, "the same as tune with it"),
     "board": Experiment(boards, "board", 3, 38,
         "the four where a picture holds one to nine objects, with two ceilings"),
