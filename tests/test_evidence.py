@@ -316,14 +316,20 @@ def test_the_boards_are_a_world_that_the_miniatures_models_can_be_trained_on(tmp
 # ---- Oracles ---------------------------------------------------------------------------------------------------
 
 
-def test_a_told_question_is_all_that_the_request_is_made_of():
-    model = built(evidence.RequestTold, tiny_model())
+def test_a_told_question_is_all_that_the_request_is_made_of(monkeypatch):
+    model, shown = built(evidence.RequestTold, tiny_model()), []
     told = evidence.tell_question(model, asked(model, 4))  # questions in turn
     assert told.features.shape == (4, 24 + 64) and np.array_equal(told.picture, range(4))
     assert np.array_equal(told.features[0, 24:], told.features[2, 24:])
     assert not np.array_equal(told.features[0, 24:], told.features[1, 24:])
-    f = evidence.take_code(model, told.f([0, 1]))
-    assert torch.equal(f, asked(model, 4).f([0, 1]))  # the feature is as it was
+
+    def see(self, f, real=LMEye.see):
+        shown.append(f)
+        return real(self, f)
+
+    monkeypatch.setattr(LMEye, "see", see)
+    model.prefill(told.f([0, 1]), *model.tokens(QUESTIONS, ["", ""])[:2])
+    assert torch.equal(shown[0], asked(model, 4).f([0, 1]))  # the feature is as it was
     code = torch.from_numpy(told.features[:2, 24:]).float()
     assert torch.equal(model.ask(torch.randn(2, 64)), model.request(code))
 

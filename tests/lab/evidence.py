@@ -139,27 +139,23 @@ class SlotWithoutRequest(LMEye):
 # Oracles: one part of the method is told what it would have to find out, by a code that the Dataset brings along.
 
 
-def take_code(model, f):
-    """f (B, C + the code's width), as a `tell` of Variant makes it → f (B, C). The model keeps the code."""
-    f, model.code = f.tensor_split([model.transmit.in_features], dim=1)
-    return f
-
-
-class RequestTold(LMEye):
-    """What is asked is told: a code of the question takes the place of the language model's state."""
+class Told(LMEye):
+    """f comes with a code behind it, (B, C + the code's width), as a `tell` of Variant makes it: some part reads the code."""
 
     def prefill(self, f, question, question_mask):
-        return super().prefill(take_code(self, f), question, question_mask)
+        f, self.code = f.tensor_split([self.transmit.in_features], dim=1)
+        return super().prefill(f, question, question_mask)
+
+
+class RequestTold(Told):
+    """What is asked is told: a code of the question takes the place of the language model's state."""
 
     def ask(self, h):
         return super().ask(self.code)
 
 
-class AnswerTold(SlotWithoutRequest):
+class AnswerTold(Told, SlotWithoutRequest):
     """The answer is told: its code takes the place of `v`. Is the slot read?"""
-
-    def prefill(self, f, question, question_mask):
-        return super().prefill(take_code(self, f), question, question_mask)
 
     def interact(self, f, r):
         return self.code
@@ -179,6 +175,10 @@ class TextTransformerThawed(LMEye):
 
 class OnlyTheSelectionIsLeft(RequestTold, TextTransformerThawed):
     """Both: a request that is told, and a text transformer that is trained."""
+
+
+def tell_nothing(model, dataset):
+    return dataset
 
 
 def tell_by_words(dataset, part, vocabulary, width):
@@ -201,10 +201,7 @@ def tell_answer(model, dataset):
 def tell_scene(model, dataset):
     """A Dataset of boards with a code of the scene in the place of CLIP's feature: a number for each color and each shape
     of each cell, 3 where it is there (so that a code's sum is about that of |f|), else 0."""
-    captions, numbers = {}, {}
-    for part in datasets("board", 1):
-        for record in part.records:
-            captions[record.image] = record.answer
+    captions, numbers = captions_of("board"), {}
     cells = [board.word_for(cell) for cell in board.CELLS]
     for cell in cells:
         for value in board.COLORS + board.SHAPES:
@@ -260,7 +257,7 @@ def tell_patches(model, dataset):
     return dataset._replace(features=features, picture=row)
 
 
-class WordOfEachPatch(LMEye):
+class WordOfEachPatch(Told):
     """LMEye whose words of CLIP's are made from the patches, one of each, in the place of the whole feature."""
 
     def __init__(self, *parts):
@@ -270,24 +267,18 @@ class WordOfEachPatch(LMEye):
         self.decompose = torch.nn.Sequential(torch.nn.Unflatten(1, (N, -1)), of_patch, torch.nn.Flatten())
         self.to(self.device).eval()
 
-    def prefill(self, f, question, question_mask):
-        return super().prefill(take_code(self, f), question, question_mask)
-
     def interact(self, f, r):
         return super().interact(self.code, r)
 
 
 def patch_tokens(n):
     """The class of `static` with n picture tokens made from the 16 patches: with n < 16, from means of neighbors."""
-    class PatchTokens(LMEye):
+    class PatchTokens(Told):
         def __init__(self, *parts):
             super().__init__(*parts)
             self.align = torch.nn.Linear(channels(self), self.align.out_features)
             self.max_text_tokens -= n - 1
             self.to(self.device).eval()
-
-        def prefill(self, f, question, question_mask):
-            return super().prefill(take_code(self, f), question, question_mask)
 
         def see(self, f):
             patches = self.code.unflatten(1, (16, -1))  # (B, 16, E)
@@ -322,7 +313,7 @@ class Queries(torch.nn.Module):
 def q_former(reads_question, n=2):
     """The class of `static` whose n picture tokens a small Q-Former makes from the patches, as in BLIP-2; if
     `reads_question`, with the question's words beside its queries, as in InstructBLIP."""
-    class QFormer(LMEye):
+    class QFormer(Told):
         def __init__(self, *parts):
             super().__init__(*parts)
             self.align = Queries(n, channels(self), self.align.out_features)
@@ -332,7 +323,7 @@ def q_former(reads_question, n=2):
         def prefill(self, f, question, question_mask):
             shown = question.shape[1] if reads_question else 0
             self.words = self.embed(question[:, :shown]), question_mask[:, :shown]
-            return super().prefill(take_code(self, f), question, question_mask)
+            return super().prefill(f, question, question_mask)
 
         def see(self, f):
             return self.align(self.code.unflatten(1, (16, -1)), *self.words) * self.spread + self.img  # (B, n, D)
@@ -346,7 +337,7 @@ class Variant(NamedTuple):
     kind: type = LMEye
     n_features: int = 5
     n_slots: int = 1
-    tell: Callable = None  # (model, Dataset) → the Dataset that it is trained and measured on, with something told
+    tell: Callable = tell_nothing  # (model, Dataset) → the Dataset that it is trained and measured on
     own_phase_1: bool = False  # phase 1 is of its own: other layers, or another Dataset
 
 
@@ -472,6 +463,15 @@ def datasets(world, stage, pictures=None):
     return tuple(found)
 
 
+def captions_of(world):
+    """{picture: its caption} of a world."""
+    captions = {}
+    for part in datasets(world, 1):
+        for record in part.records:
+            captions[record.image] = record.answer
+    return captions
+
+
 def held_out_picture(i):
     """The picture of shapes.HELD_OUT[i], which write_data wrote in that order."""
     return data.Member(str(OUT / "pictures.zip"), f"val/{i:06d}.png")
@@ -500,12 +500,12 @@ def is_complete(folder):
     return (folder / CHECKPOINT).is_file() and not (folder / train.STATE).exists()
 
 
-def train_phase(stage, model, world, folder, seed, lr=None, limit=None, pictures=None, steps=None, tell=None):
+def train_phase(stage, model, world, folder, seed, lr=None, limit=None, pictures=None, steps=None,
+                tell=tell_nothing):
     """Train a phase by its recipe, or on the first `limit` records; goes on where it was broken off."""
     recipe = RECIPES[world][stage]
     dataset, val = datasets(world, stage, pictures)
-    if tell:
-        dataset, val = tell(model, dataset), tell(model, val)
+    dataset, val = tell(model, dataset), tell(model, val)
     if limit:
         dataset = dataset.take(np.arange(len(dataset.records)) < limit)
     train.train_adapter(model, stage, dataset, val, folder, steps or recipe["steps"], recipe["batch_size"],
@@ -572,9 +572,7 @@ def held_out(world, tuning=False):
 
 def measure_run(run):
     model = trained(run.world, run.name, run.seed, **run.options)
-    val, tell = held_out(run.world, run.tuning), VARIANTS[run.name].tell
-    if tell:
-        val = tell(model, val)
+    val = VARIANTS[run.name].tell(model, held_out(run.world, run.tuning))
     return Measured(shares(model, val), shares(model, val, blind=True))
 
 
@@ -825,8 +823,7 @@ def text_ceiling(world, llm="llm"):
     """The frozen language model reads the true caption in the place of the picture → {category: share of right}."""
     model, right = new_model(world, "full", 0, llm), {}
     _, val = datasets(world, 2)
-    _, val_captions = datasets(world, 1)
-    captions = {record.image: record.answer for record in val_captions.records}
+    captions = captions_of(world)
     for start in range(0, len(val.records), 256):
         texts, records = [], val.records[start:start + 256]
         for record in records:
