@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import random
+import time
 from types import SimpleNamespace
 
 import board
@@ -311,6 +312,70 @@ def test_the_boards_are_a_world_that_the_miniatures_models_can_be_trained_on(tmp
     longest = max(len(board.describe(scene).split()) for scene in board.HELD_OUT)
     assert longest + 2 <= board.WORLD.caption_tokens
     assert (tmp_path / "clip" / "open_clip_config.json").is_file() and (tmp_path / "llm" / "config.json").is_file()
+
+
+def test_each_set_of_frozen_models_has_the_seed_of_its_miniature(tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr(evidence, "OUT", tmp_path)
+    monkeypatch.setattr(miniature, "train_clip", lambda part, seed, *args, **kwargs: made.update(clip=seed))
+    monkeypatch.setattr(miniature, "train_llm", lambda part, seed, *args, **kwargs: made.update(llm=seed))
+    monkeypatch.setattr(board, "write_data", lambda part, n, seed: made.update(data=seed))
+    monkeypatch.setattr(miniature, "write_data", lambda part, seed, n: made.update(more=seed))
+    monkeypatch.setattr(evidence, "is_complete", lambda folder: True)
+    monkeypatch.setattr(evidence, "datasets", lambda *args: None)
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "run.json").write_text('{"seed": 3}')
+    evidence.prepare.cache_clear()
+    evidence.prepare("board")
+    evidence.data_folder("board")
+    evidence.data_folder("mini", 20)
+    assert made == {"clip": 3, "llm": 3, "data": 3, "more": 3}
+
+
+@pytest.mark.parametrize("world, layers", evidence.BOARDS.items())
+def test_worlds_of_boards_differ_in_the_depth_of_clips_text_transformer_alone(world, layers, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "OUT", tmp_path)
+    monkeypatch.setattr(evidence, "is_complete", lambda folder: True)
+    monkeypatch.setattr(evidence, "datasets", lambda *args: None)
+    monkeypatch.setattr(evidence, "seed_of_set", lambda: 0)
+    monkeypatch.setattr(evidence, "make_board_llm", lambda folder: None)
+    monkeypatch.setattr(miniature.train_clip, "__defaults__", (miniature.WORLD, 550, 4, 4, 2))  # batches of four
+
+    def train_clip(folder, seed, world, real=miniature.train_clip, **kwargs):
+        real(folder, seed, world, **(kwargs | {"steps": 1}))
+
+    monkeypatch.setattr(miniature, "train_clip", train_clip)
+    evidence.prepare.cache_clear()
+    evidence.prepare(world)
+    llm, clip = evidence.frozen_models(world)
+    assert llm == tmp_path / "evidence" / "board" / "llm" and clip == tmp_path / "evidence" / world / "clip"
+    assert json.loads((clip / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]["layers"] == layers
+    assert evidence.data_folder(world) == tmp_path / "evidence" / "board" / "data"
+    assert evidence.RECIPES[world] == evidence.RECIPES["board"]
+
+
+def test_a_budget_counts_the_tokens_that_stand_for_a_picture():
+    base = tiny_model()
+    for name, tokens in evidence.BUDGET.items():
+        variant = evidence.VARIANTS[name]
+        model = built(variant.kind, tiny_model(interaction=variant.interaction, n_slots=variant.n_slots))
+        slots = 0 if variant.interaction == "static" else model.settings.n_slots
+        assert model.see(torch.randn(1, base.align.in_features)).shape[1] + slots == tokens
+
+
+def test_times_to_the_first_token_are_multiples_of_the_first_ones(monkeypatch):
+    class Slow(LMEye):
+        def see(self, f):
+            time.sleep(0.2)
+            return super().see(f)
+
+    base = tiny_model()
+    dataset = asked(base, 6)
+    monkeypatch.setattr(evidence, "prepare", lambda world: None)
+    monkeypatch.setattr(evidence, "held_out", lambda world: dataset)
+    monkeypatch.setattr(evidence, "new_model", lambda world, name, seed: built(Slow if name == "full" else LMEye, base))
+    times = evidence.first_token_times("mini", ("static", "norequest", "full"), batch_size=4, rounds=3)
+    assert times["static"] == 1 and times["full"] > 1.5 * times["norequest"]
 
 
 # ---- Oracles ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -344,6 +345,8 @@ class Variant(NamedTuple):
 FOUR = ("full", "norequest", "static", "static, 2 tokens")  # those that are compared
 FIVE = (*FOUR, "a slot without a request")
 COMPARED = {"mini": FIVE, "board": FOUR, "smollm2": FOUR}  # by world
+BUDGET = {"static": 1, "static, 2 tokens": 2, "static, 5 tokens": 5, "static, 8 tokens": 8, "full": 2, "full, Q=4": 5,
+          "full, Q=7": 8}  # tokens that a picture takes: with `full` one, and the slots
 ORACLES = ("full", "norequest", "static, 2 tokens", "full, the request is told", "full, v is told", "full, f is told",
            "full, the text transformer thawed", "all three, N=9")
 CONNECTORS = ("static", "static, curved", "static, 2 tokens", "static, 5 tokens", "a slot without a request", "full",
@@ -358,8 +361,9 @@ VARIANTS = {
     "full": Variant(), "norequest": Variant("norequest"), "static": Variant("static"),
     "static, 2 tokens": Variant("static", picture_tokens(2), own_phase_1=True),
     "static, 5 tokens": Variant("static", picture_tokens(5), own_phase_1=True),
+    "static, 8 tokens": Variant("static", picture_tokens(8), own_phase_1=True),
     "full, N=1": Variant(n_features=1), "full, N=10": Variant(n_features=10), "full, N=20": Variant(n_features=20),
-    "full, Q=2": Variant(n_slots=2), "full, Q=4": Variant(n_slots=4),
+    "full, Q=2": Variant(n_slots=2), "full, Q=4": Variant(n_slots=4), "full, Q=7": Variant(n_slots=7),
     "a slot without a request": Variant("norequest", SlotWithoutRequest),
     "full, the request is told": Variant(kind=RequestTold, tell=tell_question),
     "full, v is told": Variant("norequest", AnswerTold, tell=tell_answer),
@@ -376,6 +380,8 @@ VARIANTS = {
 for name, kind in EXERCISES.items():
     VARIANTS[name] = Variant(kind=kind)
 
+# The worlds of boards, which differ in how many layers CLIP's text transformer has.
+BOARDS = {"board": 2, "board-4-layers": 4, "board-6-layers": 6}
 # How a world's models are trained, by phase. World "smollm2" is the miniature's pictures and CLIP with a published
 # language model; its rates are those that train.py finds for it.
 RECIPES = {
@@ -388,6 +394,8 @@ RECIPES = {
 LR = {"mini": {"full": 5e-3, "static, 2 tokens": 2e-2, "a slot without a request": 2e-2},
       "board": {"static": 1.2e-2, "full, the text transformer thawed": 3e-3, "all three, N=9": 3e-3, "Q-Former": 3e-3,
                 "Q-Former that reads the question": 3e-3}, "smollm2": {}}
+for deeper in ("board-4-layers", "board-6-layers"):
+    RECIPES[deeper], LR[deeper] = RECIPES["board"], LR["board"]
 TRIED = {"mini": (5e-3, 1e-2, 2e-2), "board": (3e-3, 6e-3, 1.2e-2), "smollm2": (7e-3, 2.1e-2, 6.3e-2)}  # to tune
 
 
@@ -405,7 +413,13 @@ def frozen_models(world):
     """(folder of the language model, folder of CLIP) of a world."""
     if world == "smollm2":
         return OUT.with_name("smollm2"), OUT / "clip"
-    return home(world) / "llm", home(world) / "clip"
+    return home("board" if world in BOARDS else world) / "llm", home(world) / "clip"
+
+
+def seed_of_set():
+    """The seed of this folder's miniature. What else is frozen or drawn at random here is made with it, too: so that one
+    set of frozen models and data has nothing in common with the next."""
+    return json.loads((OUT / "stage1" / "run.json").read_text("utf-8"))["seed"]
 
 
 def new_model(world, name, seed, llm="llm"):
@@ -439,13 +453,13 @@ def make_folder(folder, write):
 def data_folder(world, pictures=None):
     """The folder with the data files of a world, written where it is missing; with another number of training pictures
     than usual, a folder of its own."""
-    if world != "board" and pictures is None:
+    if world not in BOARDS and pictures is None:
         return OUT  # where tests/lab/miniature.py wrote
     folder = home("board") / "data" if pictures is None else OUT / "evidence" / f"{world}-{pictures}"
     if world == "mini":
-        make_folder(folder, lambda part: miniature.write_data(part, 0, pictures))
+        make_folder(folder, lambda part: miniature.write_data(part, seed_of_set(), pictures))
     else:
-        make_folder(folder, lambda part: board.write_data(part, pictures or 8000))
+        make_folder(folder, lambda part: board.write_data(part, pictures or 8000, seed=seed_of_set()))
     return folder
 
 
@@ -608,15 +622,19 @@ def quietly(out):
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
+def make_board_llm(folder, width=128):
+    make_folder(folder, lambda part: miniature.train_llm(part, seed_of_set(), board.WORLD, steps=3000, width=width))
+
+
 @functools.lru_cache
 def prepare(world, pictures=None):
     """See that the frozen models, the data and phase 1 of a world are there."""
     if not is_complete(OUT / "stage1"):
         raise UserError("there is no phase 1 yet: run  python train.py --stage 1 --preset mini")
-    if world == "board":
-        place = home("board")
-        make_folder(place / "clip", lambda part: miniature.train_clip(part, 0, board.WORLD, steps=2000, width=12))
-        make_folder(place / "llm", lambda part: miniature.train_llm(part, 0, board.WORLD, steps=3000))
+    if world in BOARDS:
+        make_folder(home(world) / "clip", lambda part: miniature.train_clip(
+            part, seed_of_set(), board.WORLD, steps=2000, width=12, text_layers=BOARDS[world]))
+        make_board_llm(home("board") / "llm")
     if world == "smollm2" and not frozen_models(world)[0].is_dir():
         raise UserError(f"{frozen_models(world)[0]} is missing: run  python tests/lab/smollm2.py --out {OUT.parent}")
     if not is_complete(phase_1_of(world)):
@@ -709,7 +727,7 @@ def sizes(world, names):
 def hints(world, seeds):
     """The same with a language model that never read anything in the place of <img-d>."""
     llm = "llm-without-hints"
-    make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(part, 0, hint_share=0.0))
+    make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(part, seed_of_set(), hint_share=0.0))
     rows = with_blind(world, seeds, llm=llm)
     print(f"held-out accuracy in percent; the language model reads the true caption:\n\n"
           f"{markdown({'the true caption': [text_ceiling(world, llm)]})}\n")
@@ -807,14 +825,78 @@ def oracles(world, seeds):
 
 
 def connectors(world, seeds):
+    times = [f"{name} {ratio:.2f}" for name, ratio in first_token_times(world, CONNECTORS).items()]
+    print(f"time from a picture's features to the first token, {CONNECTORS[0]} = 1: {', '.join(times)}")
     return compared_by_objects(world, seeds, CONNECTORS)
 
 
 def compared_by_objects(world, seeds, names):
-    rows = {}
-    for name, of_row in seeing(measure_runs({name: runs_of(world, name, range(seeds)) for name in names})).items():
-        rows[name] = [by_objects(share) | {"all": share["all"]} for share in of_row]
+    rows = rows_by_objects({name: runs_of(world, name, range(seeds)) for name in names})
     print(f"held-out accuracy in percent by number of objects; trained in phase 2: {sizes(world, names)}")
+    return rows
+
+
+def rows_by_objects(runs):
+    """{row: [Run, …]} of boards → the rows of a table by number of objects."""
+    rows = {}
+    for name, of_row in seeing(measure_runs(runs)).items():
+        rows[name] = [by_objects(share) | {"all": share["all"]} for share in of_row]
+    return rows
+
+
+def first_token_times(world, names, batch_size=64, rounds=15):
+    """Median seconds until the first token of so many answers is known, in multiples of those of the first of `names`. All
+    take turns, so that whatever else the machine does slows them alike. (Trained or not, a model takes the same time.)"""
+    prepare(world)
+    models, parts, seconds = {}, {}, {}
+    val = held_out(world)
+    val = val.take(np.arange(len(val.records)) < batch_size)
+    questions = [record.question for record in val.records]
+    for name in names:
+        models[name] = new_model(world, name, 0)
+        parts[name] = VARIANTS[name].tell(models[name], val).f(range(batch_size))
+        seconds[name] = []
+    for _ in range(rounds):
+        for name, model in models.items():
+            start = time.perf_counter()
+            next(model.stream(parts[name], questions))
+            seconds[name].append(time.perf_counter() - start)
+    first = statistics.median(seconds[names[0]])
+    return {name: statistics.median(seconds[name]) / first for name in names}
+
+
+def depth(world, seeds):
+    """A request moves what EOS attends to from the text transformer's second layer on: do more layers select better?"""
+    runs = {}
+    for name in ("full", "norequest", "static, 2 tokens"):
+        for of_depth, layers in BOARDS.items():
+            runs[f"{name}, {layers} layers"] = runs_of(of_depth, name, range(seeds))
+    rows = rows_by_objects(runs)
+    print("held-out accuracy in percent by number of objects, and by layers of CLIP's text transformer")
+    return rows
+
+
+def budget(world, seeds):
+    """When does asking pay? The same number of picture tokens, asked and static, with language models of three widths."""
+    llms = {64: "board-llm-64", 128: "llm", 256: "board-llm-256"}  # by width
+    runs, ceilings, curves = {}, {}, []
+    for width, llm in llms.items():
+        if llm != "llm":
+            make_board_llm(OUT / "evidence" / llm, width)
+        ceilings[f"width {width}"] = [by_objects(text_ceiling(world, llm))]
+        for name in BUDGET:
+            runs[f"width {width}: {name}"] = runs_of(world, name, range(seeds), llm=llm)
+    print(f"the language models read the true caption\n\n{markdown(ceilings)}\n")
+    rows = rows_by_objects(runs)
+    for how, colors in (("full", ("#9ecae1", "#4292c6", "#08306b")), ("static", ("#fcae91", "#fb6a4a", "#99000d"))):
+        for width, color in zip(llms, colors):
+            points = []
+            for name, tokens in BUDGET.items():
+                if name.startswith(how):
+                    points.append((tokens, 100 * statistics.mean(share["all"] for share in rows[f"width {width}: {name}"])))
+            curves.append(look.Curve(f"{how}, language model of width {width}", color, points))
+    save(look.draw_curves(curves, "tokens that a picture takes"), "budget.png")
+    print("held-out accuracy in percent by number of objects")
     return rows
 
 
@@ -910,7 +992,7 @@ def scaling(world, seeds):
     for width, layers in SIZES:
         llm, row = f"llm-{width}x{layers}", f"width {width}, {layers} layers"
         make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(
-            part, 0, steps=LLM_STEPS, width=width, layers=layers))
+            part, seed_of_set(), steps=LLM_STEPS, width=width, layers=layers))
         runs[row], models[row] = runs_of(world, "full", range(seeds), llm=llm), llm
     for more in ("N=1", "N=10", "Q=2", "Q=4"):
         runs[more] = runs_of(world, f"full, {more}", range(seeds))
@@ -1204,6 +1286,10 @@ EXPERIMENTS = {
         "boards, with one part of the method told what it has to find out; after board"),
     "connectors": Experiment(connectors, "board", 1, 15,
         "boards, by eleven ways to bring a picture into a language model; after board"),
+    "depth": Experiment(depth, "board", 1, 25,
+        "boards, with two, four and six layers in CLIP's text transformer; after board"),
+    "budget": Experiment(budget, "board", 1, 45,
+        "boards, by tokens to a picture, asked and static, and by the language model's width; after board"),
     "tune-board": Experiment(tune, "board", 1, 26, "the same as tune on boards; after board"),
 }
 

@@ -257,7 +257,8 @@ def draw_curves(curves, x_name, log_x=False, log_y=False):
         return height - bottom - (height - bottom - top) * position(y, min(ys), max(ys), log_y)
 
     for x in marks(min(xs), max(xs), log_x):
-        canvas.text((at_x(x), height - bottom + 8), f"{x:,.0f}", "black", font, "ma")
+        text = f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        canvas.text((at_x(x), height - bottom + 8), text, "black", font, "ma")
     for y in marks(min(ys), max(ys), log_y):
         canvas.line((left, at_y(y), width - right, at_y(y)), "#dddddd")
         canvas.text((left - 6, at_y(y)), f"{y:.3g}", "black", font, "rm")

@@ -97,7 +97,7 @@ def pixels(pictures):
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def train_clip(folder, seed, world=WORLD, steps=550, batch_size=64, width=8):
+def train_clip(folder, seed, world=WORLD, steps=550, batch_size=64, width=8, text_layers=2):
     """Train a tiny CLIP on pictures of a world; save it as a folder that open_clip loads (`local-dir:`).
 
     Two losses: each picture is to find its whole caption in the batch, each caption its picture; and among captions
@@ -109,7 +109,7 @@ def train_clip(folder, seed, world=WORLD, steps=550, batch_size=64, width=8):
         "embed_dim": 8 * width,
         "vision_cfg": {"layers": [1, 1, 1, 1], "width": width, "head_width": 32, "image_size": world.side},
         "text_cfg": {"context_length": world.caption_tokens, "vocab_size": len(tokenizer), "width": 64, "heads": 4,
-                     "layers": 2, "hf_tokenizer_name": "in this folder"},
+                     "layers": text_layers, "hf_tokenizer_name": "in this folder"},
     }
     torch.manual_seed(seed)
     rng = random.Random(seed)
