@@ -210,6 +210,19 @@ def test_a_caption_of_the_miniature_gives_its_scene_back():
     assert all(evidence.scene_of(shapes.describe(scene)) == scene for scene in shapes.SCENES)
 
 
+def test_captions_in_phrases_say_what_whole_ones_say():
+    world, rng, in_two = evidence.world_in_phrases(), random.Random(0), 0
+    for _ in range(2000):
+        scene, n = rng.choice(shapes.SCENES), rng.randint(1, 6)
+        named = rng.sample(shapes.Scene._fields, n)
+        caption = world.describe(scene, named)
+        if caption != shapes.describe(scene, named):
+            in_two += 1
+            parts = [(named[:-k], named[-k:]) for k in (1, 2)]
+            assert caption in [f"{shapes.describe(scene, a)} {shapes.describe(scene, b)}" for a, b in parts] and n > 2
+    assert 0.35 < in_two / (2000 * 4 / 6) < 0.45
+
+
 def test_the_language_models_of_scaling_are_trained_as_long_as_the_miniatures_own():
     assert evidence.LLM_STEPS == inspect.signature(miniature.make).parameters["llm_steps"].default
 
