@@ -11,6 +11,7 @@ import board
 import conftest
 import evidence
 import miniature
+import rivals
 import shapes
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ QUESTIONS, ANSWERS = ["what color is it?", "is the background red?"], ["red", "y
 
 
 def built(kind, base):
-    """A model of a class of evidence.py's, from the parts of a tiny one."""
+    """A model of a class of rivals.py's, from the parts of a tiny one."""
     torch.manual_seed(1)
     return kind(base.settings, base.llm, base.tokenizer, base.clip, base.preprocess, base.clip_tokenizer)
 
@@ -108,7 +109,7 @@ def test_requests_and_v_are_those_that_the_method_computes():
 
 def test_one_picture_token_of_several_is_static_itself():
     base = tiny_model(interaction="static")
-    one = built(evidence.picture_tokens(1), base)
+    one = built(rivals.picture_tokens(1), base)
     one.load_state_dict(base.state_dict())
     f = torch.randn(2, 24)
     assert one.loss(f, QUESTIONS, ANSWERS).item() == base.loss(f, QUESTIONS, ANSWERS).item()
@@ -116,7 +117,7 @@ def test_one_picture_token_of_several_is_static_itself():
 
 def test_two_picture_tokens_stand_side_by_side_and_both_are_read():
     base = tiny_model(interaction="static")
-    two, f = built(evidence.picture_tokens(2), base), torch.randn(2, 24)
+    two, f = built(rivals.picture_tokens(2), base), torch.randn(2, 24)
     assert two.see(f).shape == (2, 2, 64) and two.max_text_tokens == base.max_text_tokens - 1
     D, before = 64, two.loss(f, QUESTIONS, ANSWERS).item()
     for half in (slice(0, D), slice(D, 2 * D)):
@@ -132,13 +133,13 @@ def test_two_picture_tokens_stand_side_by_side_and_both_are_read():
 def test_each_model_of_the_lab_trains_what_it_uses_and_says_the_same_with_and_without_gradients(name, monkeypatch):
     monkeypatch.setitem(conftest.CLIP_CONFIG, "embed_dim", 36)  # as wide as CLIP's text transformer
     variant = evidence.VARIANTS[name]
-    monkeypatch.setattr(evidence, "channels", lambda model: 14 if name == "full, a word of each patch" else 7)
+    monkeypatch.setattr(rivals, "channels", lambda model: 14 if name == "full, a word of each patch" else 7)
     base = tiny_model(interaction=variant.interaction, n_features=min(variant.n_features, 8), n_slots=variant.n_slots)
     model, f = built(variant.kind, base).train(), torch.randn(2, 36)
-    if variant.tell in (evidence.tell_question, evidence.tell_answer, evidence.tell_question_and_scene):
-        tell = evidence.tell_answer if variant.tell == evidence.tell_answer else evidence.tell_question
+    if variant.tell in (rivals.tell_question, rivals.tell_answer, evidence.tell_question_and_scene):
+        tell = rivals.tell_answer if variant.tell == rivals.tell_answer else rivals.tell_question
         f = tell(model, asked(model, 2, width=36)).f([0, 1])
-    elif variant.tell == evidence.tell_patches:
+    elif variant.tell == rivals.tell_patches:
         f = torch.randn(2, 36 + 16 * 7)
     assert not model.llm.training
     parameters = model.set_trained(2)
@@ -154,7 +155,7 @@ def test_each_model_of_the_lab_trains_what_it_uses_and_says_the_same_with_and_wi
 def test_the_second_round_asks_from_what_came_back():
     """Against two rounds in whole passes, without a cache, for one record."""
     base = tiny_model()
-    model, f = built(evidence.TwoRounds, base), torch.randn(1, 24)
+    model, f = built(rivals.TwoRounds, base), torch.randn(1, 24)
     words = torch.tensor([model.ids("\nQuestion: " + QUESTIONS[0])])
     before = torch.cat([model.embed(model.image_ids)[None], model.see(f), model.embed(words)], 1)
     slot = model.img_d[None, None]
@@ -170,7 +171,7 @@ def test_the_second_round_asks_from_what_came_back():
 
 
 def test_the_earlier_request_is_read_after_the_first_layer():
-    model, f = built(evidence.EarlierRequest, tiny_model()), torch.randn(1, 24)
+    model, f = built(rivals.EarlierRequest, tiny_model()), torch.randn(1, 24)
     asked = []
     model.request.register_forward_pre_hook(lambda layer, inputs: asked.append(inputs[0]))
     with torch.no_grad():
@@ -395,8 +396,8 @@ def test_times_to_the_first_token_are_multiples_of_the_first_ones(monkeypatch):
 
 
 def test_a_told_question_is_all_that_the_request_is_made_of(monkeypatch):
-    model, shown = built(evidence.RequestTold, tiny_model()), []
-    told = evidence.tell_question(model, asked(model, 4))  # questions in turn
+    model, shown = built(rivals.RequestTold, tiny_model()), []
+    told = rivals.tell_question(model, asked(model, 4))  # questions in turn
     assert told.features.shape == (4, 24 + 64) and np.array_equal(told.picture, range(4))
     assert np.array_equal(told.features[0, 24:], told.features[2, 24:])
     assert not np.array_equal(told.features[0, 24:], told.features[1, 24:])
@@ -413,8 +414,8 @@ def test_a_told_question_is_all_that_the_request_is_made_of(monkeypatch):
 
 
 def test_a_told_answer_is_all_that_stands_in_the_slot():
-    model = built(evidence.AnswerTold, tiny_model(interaction="norequest"))
-    told = evidence.tell_answer(model, asked(model, 2))
+    model = built(rivals.AnswerTold, tiny_model(interaction="norequest"))
+    told = rivals.tell_answer(model, asked(model, 2))
     model.prefill(told.f([0, 1]), *model.tokens(QUESTIONS, ["", ""])[:2])
     code = torch.from_numpy(told.features[:, 24:]).float()
     assert torch.equal(code[0], code[1])  # both are answered "red"
@@ -437,7 +438,7 @@ def test_a_told_scene_is_all_of_the_scene(monkeypatch):
 
 
 def test_a_thawed_text_transformer_is_trained_saved_and_loaded(tmp_path):
-    thawed, other = built(evidence.TextTransformerThawed, tiny_model()), built(evidence.TextTransformerThawed, tiny_model())
+    thawed, other = built(rivals.TextTransformerThawed, tiny_model()), built(rivals.TextTransformerThawed, tiny_model())
     names = set(thawed.set_trained(2))
     assert "clip.transformer.resblocks.0.mlp.c_fc.weight" in names and "clip.text_projection" in names
     assert not any(name.startswith(("llm.", "clip.visual")) for name in names)
@@ -464,16 +465,16 @@ def test_patches_stand_behind_the_feature_place_by_place(tmp_path):
     picture.save(tmp_path / "1.png")
     records = [data.Record(str(tmp_path / name), ("q",), "a") for name in ("1.png", "0.png", "1.png")]
     features = np.zeros((5, 32), np.float16)
-    told = evidence.tell_patches(model, data.Dataset(records, [], features, np.array([4, 2, 4])))
-    E = evidence.channels(model)
+    told = rivals.tell_patches(model, data.Dataset(records, [], features, np.array([4, 2, 4])))
+    E = rivals.channels(model)
     assert told.features.shape == (2, 32 + 16 * E) and list(told.picture) == [1, 0, 1] and E == 64
     changed = np.abs(told.features[0, 32:] - told.features[1, 32:]).reshape(16, E).mean(1).reshape(4, 4)
     assert changed[0, 0] == changed.max() > 10 * changed[3, 3]
 
 
 def test_patch_tokens_are_means_of_neighbors(monkeypatch):
-    monkeypatch.setattr(evidence, "channels", lambda model: 7)
-    two, all_16 = (built(evidence.patch_tokens(n), tiny_model(interaction="static")) for n in (2, 16))
+    monkeypatch.setattr(rivals, "channels", lambda model: 7)
+    two, all_16 = (built(rivals.patch_tokens(n), tiny_model(interaction="static")) for n in (2, 16))
     all_16.load_state_dict(two.state_dict())
     patches = torch.randn(1, 16, 7)
     for model in (two, all_16):
@@ -485,8 +486,8 @@ def test_patch_tokens_are_means_of_neighbors(monkeypatch):
 
 @pytest.mark.parametrize("reads", (False, True))
 def test_a_q_former_sees_the_question_only_if_it_is_to(reads, monkeypatch):
-    monkeypatch.setattr(evidence, "channels", lambda model: 7)
-    model = built(evidence.q_former(reads), tiny_model(interaction="static"))
+    monkeypatch.setattr(rivals, "channels", lambda model: 7)
+    model = built(rivals.q_former(reads), tiny_model(interaction="static"))
     f, seen = torch.randn(1, 24 + 16 * 7), []
     for question in ("what color is it?", "where is it?"):
         model.prefill(f, *model.tokens([question], [""])[:2])
