@@ -135,8 +135,8 @@ RECIPES = {
     "board": {1: train.DEFAULTS["mini", 1], 2: train.DEFAULTS["mini", 2]},
     "smollm2": {1: dict(steps=150, batch_size=16, lr=0.11), 2: dict(steps=3000, batch_size=32, lr=0.021)},
 }
-# The best learning rates of `tune` and `tune-board`, where they are not the default. (Board's norequest was left there:
-# 60.9, and 61.8 at 0.003. What has a transformer to train was tried at 0.001 and 0.003, for 800 steps.)
+# The best learning rates of `tune` and `tune-board`, where they are not the default or near it. (What has a transformer to
+# train was tried at 0.001 and 0.003, for 800 steps.)
 LR = {"mini": {"full": 5e-3, "static, 2 tokens": 2e-2, "a slot without a request": 2e-2},
       "board": {"static": 1.2e-2, "full, the text transformer thawed": 3e-3, "all three, N=9": 3e-3, "Q-Former": 3e-3,
                 "Q-Former that reads the question": 3e-3}, "smollm2": {}}
