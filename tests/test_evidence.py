@@ -72,7 +72,7 @@ def test_without_the_published_model_its_experiment_says_which_command_makes_it(
     monkeypatch.setattr(evidence, "is_complete", lambda folder: True)
     monkeypatch.setattr(evidence, "OUT", tmp_path / "mini")
     with pytest.raises(UserError, match=f"tests/lab/smollm2.py --out {tmp_path}$"):
-        evidence.prepare("smollm2")
+        evidence.prepare("smollm2", None)
 
 
 # ---- Probes --------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_what_is_absent_is_chosen_as_it_says(how, monkeypatch):
 
     scenes += of("green", "ring") * 20 + of("red", "circle") * 30
     captions = [SimpleNamespace(answer=shapes.describe(scene)) for scene in scenes]
-    monkeypatch.setattr(evidence, "datasets", lambda world, stage: (SimpleNamespace(records=captions), None))
+    monkeypatch.setattr(evidence, "datasets", lambda world, stage, pictures: (SimpleNamespace(records=captions), None))
     records, pairs = evidence.absent_records(how), []
     per_scene = 2 if how == "the trap" else 4
     assert len(records) == per_scene * len(shapes.HELD_OUT)
@@ -340,7 +340,7 @@ def test_each_set_of_frozen_models_has_the_seed_of_its_miniature(tmp_path, monke
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1" / "run.json").write_text('{"seed": 3}')
     evidence.prepare.cache_clear()
-    evidence.prepare("board")
+    evidence.prepare("board", None)
     evidence.data_folder("board")
     evidence.data_folder("mini", 20)
     assert made == {"clip": 3, "llm": 3, "data": 3, "more": 3}
@@ -360,7 +360,7 @@ def test_worlds_of_boards_differ_in_the_depth_of_clips_text_transformer_alone(wo
 
     monkeypatch.setattr(miniature, "train_clip", train_clip)
     evidence.prepare.cache_clear()
-    evidence.prepare(world)
+    evidence.prepare(world, None)
     llm, clip = evidence.frozen_models(world)
     assert llm == tmp_path / "evidence" / "board" / "llm" and clip == tmp_path / "evidence" / world / "clip"
     assert json.loads((clip / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]["layers"] == layers
@@ -385,7 +385,7 @@ def test_times_to_the_first_token_are_multiples_of_the_first_ones(monkeypatch):
 
     base = tiny_model()
     dataset = asked(base, 6)
-    monkeypatch.setattr(evidence, "prepare", lambda world: None)
+    monkeypatch.setattr(evidence, "prepare", lambda world, pictures: None)
     monkeypatch.setattr(evidence, "held_out", lambda world: dataset)
     monkeypatch.setattr(evidence, "new_model", lambda world, name, seed: built(Slow if name == "full" else LMEye, base))
     times = evidence.first_token_times("mini", ("static", "norequest", "full"), batch_size=4, rounds=3)
@@ -428,9 +428,9 @@ def test_a_told_scene_is_all_of_the_scene(monkeypatch):
     scenes = board.HELD_OUT[::40]
     captions = [data.Record(f"{i}.png", (), board.describe(scene)) for i, scene in enumerate(scenes)]
     dataset = data.Dataset(captions, [], None, np.arange(len(scenes)))
-    monkeypatch.setattr(evidence, "datasets", lambda world, stage: (dataset, dataset))
+    monkeypatch.setattr(evidence, "datasets", lambda world, stage, pictures: (dataset, dataset))
     told = evidence.tell_scene(SimpleNamespace(align=torch.nn.Linear(96, 1)), dataset)
-    assert set(told.features.flatten()) == {0, 3} and not told.features[:, 90:].any()
+    assert set(told.features.flatten()) == {0, 8} and not told.features[:, 90:].any()
     for scene, code in zip(scenes, told.features):
         for i, cell in enumerate(board.CELLS):
             values = np.array(board.COLORS + board.SHAPES)[code[10 * i:10 * i + 10] > 0]
@@ -556,7 +556,7 @@ def test_only_full_shows_the_question_to_its_layers(name, sees):
 
 def test_what_is_tuned_with_is_not_in_the_tables(monkeypatch):
     dataset = asked(tiny_model(), 40)
-    monkeypatch.setattr(evidence, "datasets", lambda world, stage: (None, dataset))
+    monkeypatch.setattr(evidence, "datasets", lambda world, stage, pictures: (None, dataset))
     tuning, table = evidence.held_out("mini", True), evidence.held_out("mini")
     assert len(tuning.records) == 10 and len(table.records) == 30
     assert set(tuning.picture).isdisjoint(table.picture)

@@ -2,7 +2,7 @@
 
     picture_tokens, SlotWithoutRequest   nothing is asked: more tokens alone, or the picture itself in the slot
     CurvedDecomposition … NoTextTransformer   the exercises of README.md, solved
-    RequestTold … OnlyTheSelectionIsLeft   one part of the method is told what it would have to find out
+    RequestTold … RequestToldAndThawed   one part is told what it would have to find out, or is trained as well
     CurvedPicture … q_former   other ways to bring a picture into a language model
 
 `tell_…` change the Dataset that a model is trained and measured on, where it has to know more than CLIP's feature.
@@ -85,7 +85,7 @@ class EarlierRequest(LMEye):
         self.state = inputs[0]  # (B, T, D): what the second layer reads is what the first one wrote
 
     def ask(self, h):
-        return super().ask(self.state[:, -1])
+        return super().ask(self.state[:, -1])  # of the pass that has just ended at <img-d>: prefill asks right after it
 
 
 class NoPictureToken(LMEye):
@@ -102,14 +102,14 @@ class NoTextTransformer(LMEye):
         return words.sum(1)  # (B, W)
 
 
-# ---- Oracles: one part is told, by a code that the Dataset brings along --------------------------------------
+# ---- Oracles: one part is told, by a code that the Dataset brings along, or trained as well ------------------
 
 
 class Told(LMEye):
-    """f comes with a code behind it, (B, C + the code's width), as a `tell` of Variant makes it: some part reads the code."""
+    """f comes with a code behind it, (B, C + the code's width), as the `tell_…` below make it: some part reads the code."""
 
     def prefill(self, f, question, question_mask):
-        f, self.code = f.tensor_split([self.transmit.in_features], dim=1)
+        f, self.code = f.tensor_split([self.transmit.in_features], dim=1)  # kept for `see`, `ask`, `interact`, called below
         return super().prefill(f, question, question_mask)
 
 
@@ -139,8 +139,8 @@ class TextTransformerThawed(LMEye):
         return kept
 
 
-class OnlyTheSelectionIsLeft(RequestTold, TextTransformerThawed):
-    """Both: a request that is told, and a text transformer that is trained."""
+class RequestToldAndThawed(RequestTold, TextTransformerThawed):
+    """Both: a request that is told, and a text transformer that is trained. (`decompose` is learned as ever.)"""
 
 
 def tell_nothing(model, dataset):
@@ -197,7 +197,7 @@ def tell_patches(model, dataset):
         for start in range(0, len(used), 256):
             pictures = [data.load_image(images[picture]) for picture in used[start:start + 256]]
             model.encode_image(torch.stack([model.preprocess(picture) for picture in pictures]))
-    features = np.concatenate([dataset.features[used], torch.cat(maps).cpu().numpy()], 1).astype(np.float16)
+    features = np.concatenate([dataset.features[used], torch.cat(maps).float().cpu().numpy()], 1).astype(np.float16)
     return dataset._replace(features=features, picture=row)
 
 
