@@ -574,8 +574,8 @@ def whose_truth(dataset, texts, other, counted):
 
 
 def by_objects(share):
-    """{"4 color": …, "4 shape": …, "4 yes/no": …, "all": …} → {"4: what": the mean of color and shape, "4: yes/no": …,
-    "all": …}, for each number of objects; what is not there is left out."""
+    """{"4 color": …, "4 shape": …, "4 yes/no": …, "all": …}, for each number of objects → {"4: what": the mean of color and
+    shape, "4: yes/no": …, "all": …}; what is not there is left out."""
     table = {f"{n}: what": (share[f"{n} color"] + share[f"{n} shape"]) / 2 for n in board.NUMBERS}
     for n in board.NUMBERS:
         if f"{n} yes/no" in share:

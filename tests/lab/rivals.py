@@ -106,7 +106,7 @@ class NoTextTransformer(LMEye):
 
 
 class Told(LMEye):
-    """f comes with a code behind it, (B, C + the code's width), as the `tell_…` below make it: some part reads the code."""
+    """f comes with a code behind it, (B, C + the code's width), as the `tell_…` make it: some part reads the code."""
 
     def prefill(self, f, question, question_mask):
         f, self.code = f.tensor_split([self.transmit.in_features], dim=1)  # kept for `see`, `ask`, `interact`, called below
@@ -240,7 +240,8 @@ class Queries(torch.nn.Module):
         self.of_patch = torch.nn.Linear(patch_width, width)
         self.among = torch.nn.MultiheadAttention(width, 4, batch_first=True)
         self.of_picture = torch.nn.MultiheadAttention(width, 4, batch_first=True)
-        self.curve = torch.nn.Sequential(torch.nn.Linear(width, 2 * width), torch.nn.GELU(), torch.nn.Linear(2 * width, width))
+        wide = 2 * width
+        self.curve = torch.nn.Sequential(torch.nn.Linear(width, wide), torch.nn.GELU(), torch.nn.Linear(wide, width))
         self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(4))
 
     def forward(self, patches, words, mask):
