@@ -2,7 +2,7 @@
 
     python tests/lab/evidence.py                        what there is, what each shows, and how long it takes
     python tests/lab/evidence.py ablation               one of them: prints tables, and says where its pictures lie
-    python tests/lab/evidence.py ablation --seeds 2     with fewer models than the lab book's
+    python tests/lab/evidence.py ablation --seeds 1     with fewer models than the lab book's
     python tests/lab/evidence.py swap --out s0 s1 s2    on several miniatures: what differs from one set of frozen
                                                         models to the next moves results more than phase 2's seeds do
 
@@ -1044,14 +1044,14 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {
-    "ablation": Experiment(ablation, "mini", 1, 7, "full, norequest, static and others, by kind of question"),
+    "ablation": Experiment(ablation, "mini", 2, 7, "full, norequest, static and others, by kind of question"),
     "hints": Experiment(hints, "mini", 1, 8,
         "the same with a language model that was never taught to read in the slot"),
     "more-hints": Experiment(more_hints, "mini", 1, 8,
         "the same with one that was taught to read behind <img> as well"),
-    "swap": Experiment(swap, "mini", 1, 1,
+    "swap": Experiment(swap, "mini", 2, 1,
         "whose truth is told where another question's request is put into the answer"),
-    "hallucination": Experiment(hallucination, "mini", 1, 1,
+    "hallucination": Experiment(hallucination, "mini", 2, 1,
         "yes/no questions about what is absent, as POPE chooses them"),
     "requests": Experiment(requests, "mini", 1, 1,
         "what a linear and a nearest-neighbour probe find in a request, and in v"),
