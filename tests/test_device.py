@@ -165,8 +165,8 @@ def test_a_model_may_be_moved():
 @pytest.mark.parametrize("name", ["PictureTokens", "CurvedDecomposition", "TwoRounds", "EarlierRequest",
                                   "NoPictureToken"])
 def test_the_lab_s_own_models_keep_to_the_gpu(model_on_gpu, name):
-    evidence = pytest.importorskip("evidence")
-    kind = evidence.picture_tokens(2) if name == "PictureTokens" else getattr(evidence, name)
+    evidence, rivals = pytest.importorskip("evidence"), pytest.importorskip("rivals")
+    kind = rivals.picture_tokens(2) if name == "PictureTokens" else getattr(rivals, name)
     with pretend.gpu():
         model = model_on_gpu(kind, interaction="static" if name == "PictureTokens" else "full")
         model.set_trained(2)
