@@ -1045,7 +1045,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     "ablation": Experiment(ablation, "mini", 2, 7, "full, norequest, static and others, by kind of question"),
-    "hints": Experiment(hints, "mini", 1, 5,
+    "hints": Experiment(hints, "mini", 2, 10,
         "the same with a language model that was never taught to read in the slot"),
     "more-hints": Experiment(more_hints, "mini", 1, 5,
         "the same with one that was taught to read behind <img> as well"),
