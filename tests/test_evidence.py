@@ -385,7 +385,6 @@ def test_times_to_the_first_token_are_multiples_of_the_first_ones(monkeypatch):
 
     base = tiny_model()
     dataset = asked(base, 6)
-    monkeypatch.setattr(evidence, "prepare", lambda world, pictures: None)
     monkeypatch.setattr(evidence, "held_out", lambda world: dataset)
     monkeypatch.setattr(evidence, "new_model", lambda world, name, seed: built(Slow if name == "full" else LMEye, base))
     times = evidence.first_token_times("mini", ("static", "norequest", "full"), batch_size=4, rounds=3)

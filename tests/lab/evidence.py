@@ -22,7 +22,6 @@ import shutil
 import statistics
 import sys
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -42,6 +41,7 @@ import board
 import data
 import lmeye
 import look
+import measure
 import miniature
 import rivals
 import sample
@@ -372,8 +372,13 @@ def quietly(out):
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
+def make_llm(folder, **recipe):
+    """Train a language model of this set where it is missing; `recipe` is what differs from the miniature's own."""
+    make_folder(folder, lambda part: miniature.train_llm(part, seed_of_set(), **recipe))
+
+
 def make_board_llm(folder, width=128):
-    make_folder(folder, lambda part: miniature.train_llm(part, seed_of_set(), board.WORLD, steps=3000, width=width))
+    make_llm(folder, world=board.WORLD, steps=3000, width=width)
 
 
 @functools.lru_cache
@@ -481,14 +486,14 @@ def sizes(world, names):
 def hints(world, seeds):
     """The same with a language model that never read anything in the place of <img-d>."""
     llm = "llm-without-hints"
-    make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(part, seed_of_set(), hint_share=0.0))
+    make_llm(OUT / "evidence" / llm, hint_share=0.0)
     return with_other_llm(world, seeds, llm)
 
 
 def more_hints(world, seeds):
     """The same with a language model that read hints behind <img> as well, where a second picture token will stand."""
     llm = "llm-with-more-hints"
-    make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(part, seed_of_set(), world_in_phrases()))
+    make_llm(OUT / "evidence" / llm, world=world_in_phrases())
     return with_other_llm(world, seeds, llm)
 
 
@@ -626,25 +631,22 @@ def rows_by_objects(shares_of):
 
 
 def first_token_times(world, names, batch_size=64, rounds=15):
-    """Median seconds until the first token of so many answers is known, in multiples of those of the first of `names`. All
-    take turns, so that whatever else the machine does slows them alike. (Trained or not, a model takes the same time. The
-    slot without a request runs a pass whose state it does not use: its time is this program's, not the least possible.)"""
-    prepare(world, None)
-    models, parts, seconds = {}, {}, {}
-    val = held_out(world)
+    """Median seconds until the first token of so many answers is known, in multiples of those of the first of `names`.
+    (Trained or not, a model takes the same time. The slot without a request runs a pass whose state it does not use: its
+    time is this program's, not the least possible.)"""
+    val, functions = held_out(world), []
     val = val.take(np.arange(len(val.records)) < batch_size)
     questions = [record.question for record in val.records]
+
+    def answer(model, f):
+        next(model.stream(f, questions))
+
     for name in names:
-        models[name] = new_model(world, name, 0)
-        parts[name] = VARIANTS[name].tell(models[name], val).f(range(batch_size))
-        seconds[name] = []
-    for _ in range(rounds):
-        for name, model in models.items():
-            start = time.perf_counter()
-            next(model.stream(parts[name], questions)).tolist()  # a GPU is waited for
-            seconds[name].append(time.perf_counter() - start)
-    first = statistics.median(seconds[names[0]])
-    return {name: statistics.median(seconds[name]) / first for name in names}
+        model = new_model(world, name, 0)
+        f = VARIANTS[name].tell(model, val).f(range(batch_size))
+        functions.append(functools.partial(answer, model, f))
+    times = measure.seconds(*functions, repeat=rounds)
+    return {name: taken / times[0] for name, taken in zip(names, times)}
 
 
 def depth(world, seeds):
@@ -675,7 +677,7 @@ def budget(world, seeds):
             points = []
             for name, tokens in BUDGET.items():
                 if name.startswith(how):
-                    points.append((tokens, 100 * statistics.mean(share["all"] for share in rows[f"width {width}: {name}"])))
+                    points.append((tokens, 100 * mean_of(rows[f"width {width}: {name}"])["all"]))
             curves.append(look.Curve(f"{how}, language model of width {width}", color, points))
     save(look.draw_curves(curves, "tokens that a picture takes"), "budget.png")
     print("held-out accuracy in percent by number of objects")
@@ -772,8 +774,7 @@ def scaling(world, seeds):
     models = {"width 128, 2 layers, N=5, Q=1": "llm"}
     for width, layers in SIZES:
         llm, row = f"llm-{width}x{layers}", f"width {width}, {layers} layers"
-        make_folder(OUT / "evidence" / llm, lambda part: miniature.train_llm(
-            part, seed_of_set(), steps=LLM_STEPS, width=width, layers=layers))
+        make_llm(OUT / "evidence" / llm, steps=LLM_STEPS, width=width, layers=layers)
         runs[row], models[row] = runs_of(world, "full", range(seeds), llm=llm), llm
     for more in ("N=1", "N=10", "Q=2", "Q=4"):
         runs[more] = runs_of(world, f"full, {more}", range(seeds))

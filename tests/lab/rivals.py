@@ -15,6 +15,12 @@ import torch.nn.functional as F
 import data
 from lmeye import LMEye
 
+
+def two_layers(n_in, hidden, n_out):
+    """Linear, GELU, Linear: a linear layer with a hidden one before it."""
+    return torch.nn.Sequential(torch.nn.Linear(n_in, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, n_out))
+
+
 # ---- Nothing is asked ----------------------------------------------------------------------------------------
 
 
@@ -55,7 +61,7 @@ class CurvedDecomposition(LMEye):
     def __init__(self, *parts):
         super().__init__(*parts)
         C, NW = self.decompose.in_features, self.decompose.out_features
-        self.decompose = torch.nn.Sequential(torch.nn.Linear(C, C), torch.nn.GELU(), torch.nn.Linear(C, NW))
+        self.decompose = two_layers(C, C, NW)
         self.to(self.device).eval()
 
 
@@ -173,7 +179,7 @@ class CurvedPicture(LMEye):
     def __init__(self, *parts):
         super().__init__(*parts)
         C, D = self.align.in_features, self.align.out_features
-        self.align = torch.nn.Sequential(torch.nn.Linear(C, D), torch.nn.GELU(), torch.nn.Linear(D, D))
+        self.align = two_layers(C, D, D)
         self.to(self.device).eval()
 
 
@@ -240,8 +246,7 @@ class Queries(torch.nn.Module):
         self.of_patch = torch.nn.Linear(patch_width, width)
         self.among = torch.nn.MultiheadAttention(width, 4, batch_first=True)
         self.of_picture = torch.nn.MultiheadAttention(width, 4, batch_first=True)
-        wide = 2 * width
-        self.curve = torch.nn.Sequential(torch.nn.Linear(width, wide), torch.nn.GELU(), torch.nn.Linear(wide, width))
+        self.curve = two_layers(width, 2 * width, width)
         self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(4))
 
     def forward(self, patches, words, mask):
