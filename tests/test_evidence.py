@@ -5,6 +5,7 @@ import inspect
 import json
 import random
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import board
@@ -495,6 +496,21 @@ def test_a_q_former_sees_the_question_only_if_it_is_to(reads, monkeypatch):
     padded, alone = model.tokens(["what color is it?", "is the background red?"], ["", ""]), seen[0]
     model.prefill(f.expand(2, -1), *padded[:2])
     torch.testing.assert_close(model.see(f)[:1], alone)  # padding is not read
+
+
+def test_the_trap_of_boards_names_what_another_thing_of_the_board_has(monkeypatch):
+    monkeypatch.setattr(evidence, "data_folder", lambda world: Path("data"))
+    records = evidence.trap_of_boards("board")
+    assert 1000 < len(records) == 2 * len({(r.image, " a " in r.question) for r in records})
+    for right, lure in zip(records[::2], records[1::2]):
+        scene = board.HELD_OUT[int(right.image.name[4:10])]
+        assert int(right.image.name[4:10]) % 4 > 0 and right.image == lure.image
+        cell, value = right.question.removeprefix("is the ").rstrip("?").replace("thing a ", "thing ").split(" thing ")
+        other = lure.question.rstrip("?").split()[-1]
+        what = "color" if value in board.COLORS else "shape"
+        own = getattr(scene, f"{cell.replace('-', '_')}_{what}")
+        assert (right.answer, lure.answer, value) == ("yes", "no", own) and other != own
+        assert other in scene and lure.question == right.question.replace(value, other)
 
 
 # ---- Swapped requests ------------------------------------------------------------------------------------------

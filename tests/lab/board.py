@@ -112,7 +112,13 @@ def ask(scene, kind, rng, named=None):
     answer = rng.choice(("yes", "no"))
     if answer == "no":
         value = rng.choice([v for v in VALUES[name] if v not in (value, None)])
-    return f"is the {word_for(cell)} thing {'a ' if what == 'shape' else ''}{value}?", answer
+    return is_it(name, value), answer
+
+
+def is_it(name, value):
+    """The question whether an attribute has this value."""
+    cell, _, what = name.rpartition("_")
+    return f"is the {word_for(cell)} thing {'a ' if what == 'shape' else ''}{value}?"
 
 
 def build_tokenizer(ends):

@@ -234,9 +234,9 @@ def captions_of(world):
     return captions
 
 
-def held_out_picture(i):
-    """The picture of shapes.HELD_OUT[i], which write_data wrote in that order."""
-    return data.Member(str(OUT / "pictures.zip"), f"val/{i:06d}.png")
+def held_out_picture(world, i):
+    """The picture of the i-th of the scenes that are held out, which write_data wrote in that order."""
+    return data.Member(str(data_folder(world) / "pictures.zip"), f"val/{i:06d}.png")
 
 
 # Which word of the miniature's captions names what: "two small red circles at the left on a blue background"
@@ -613,7 +613,32 @@ def oracles(world, seeds):
 def connectors(world, seeds):
     times = [f"{name} {ratio:.2f}" for name, ratio in first_token_times(world, CONNECTORS).items()]
     print(f"time from a picture's features to the first token, {CONNECTORS[0]} = 1: {', '.join(times)}")
-    return compared_by_objects(world, seeds, CONNECTORS)
+    rows, skips = compared_by_objects(world, seeds, CONNECTORS), []
+    trap = data.encode(new_model(world, "full", 0), trap_of_boards(world), skips, home(world) / "features")
+    data.report_skips(skips)
+    for name, of_row in rows.items():
+        for seed, of_seed in enumerate(of_row):
+            model = trained(world, name, seed)
+            of_seed["the trap"] = shares(model, VARIANTS[name].tell(model, trap))["all"]
+    return rows
+
+
+def trap_of_boards(world):
+    """Yes/no questions about one thing of a held-out board: its color and its shape, each once as it is and once as
+    another thing of the same board has it. Of the boards that tables are made of, those with several colors or shapes."""
+    rng, records = random.Random(0), []
+    for i, scene in enumerate(board.HELD_OUT):
+        if i % 4 == 0:  # chosen with, as in `held_out`
+            continue
+        for what in ("color", "shape"):
+            names = [name for name in board.attributes(scene) if name.endswith(what)]
+            name = rng.choice(names)
+            own, on_board = getattr(scene, name), [getattr(scene, other) for other in names]
+            lures = [value for value in on_board if value != own]
+            if lures:
+                for value, answer in ((own, "yes"), (rng.choice(lures), "no")):
+                    records.append(data.Record(held_out_picture(world, i), (board.is_it(name, value),), answer))
+    return records
 
 
 def compared_by_objects(world, seeds, names):
@@ -802,7 +827,7 @@ def requests(world, seeds):
     records, scenes, skips = [], [], []
     for i, scene in enumerate(shapes.HELD_OUT):
         for category, question in ASKED.items():
-            records.append(data.Record(held_out_picture(i), (question,), "", category))
+            records.append(data.Record(held_out_picture("mini", i), (question,), "", category))
             scenes.append(scene)
     asked = data.encode(model, records, skips, home(world) / "features")
     data.report_skips(skips)
@@ -977,7 +1002,7 @@ def absent_records(how):
                 if name == "shape":
                     value = ("a " if one else "") + scene._replace(shape=value).noun
                 question = f"{'is it' if one else 'are they'} {value}?"
-                records.append(data.Record(held_out_picture(i), (question,), answer))
+                records.append(data.Record(held_out_picture("mini", i), (question,), answer))
     return records
 
 
