@@ -15,6 +15,7 @@ import transformers
 from conftest import run, save_clip, tiny_model
 from test_two_passes import plain_loss
 
+import rivals
 import shapes
 import train
 from lmeye import LMEye, Settings, load_llm
@@ -85,3 +86,22 @@ def test_its_prompt_has_no_bos_its_answers_end_and_its_numbers_are_those_of_two_
     f, questions = torch.randn(2, 24), ["what color is it?", "are they red or not?"]
     loss, plain = model.loss(f, questions, answers), plain_loss(model, f, questions, answers)
     assert abs(loss - plain) < 1e-5 * plain
+
+
+def test_a_chat_template_frames_picture_question_and_answer_as_the_tokenizer_does(home):
+    base = tiny_model()
+    llm, tokenizer = load_llm(str(home / "llm"), "cpu", torch.float32)
+    tokenizer.chat_template = ("<|im_start|>system\nYou see.<|im_end|>\n{% for message in messages %}<|im_start|>{{ message.role }}\n"
+                               "{{ message.content }}<|im_end|>\n{% endfor %}"
+                               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    parts = Settings(llm="a/b", dropout=0.0), llm, tokenizer, base.clip, None, base.clip_tokenizer
+    model, plain = rivals.ChatTemplate(*parts), LMEye(*parts)
+    question, answer = "what color is it?", "red"
+    tokens = model.tokens([question], [answer])
+    frame = tokenizer.apply_chat_template([{"role": "user", "content": "\n" + question},
+                                           {"role": "assistant", "content": answer}], tokenize=False)
+    written = [*model.image_ids, *tokens.question[0], *model.answer_ids, *tokens.answer[0]]
+    assert tokenizer.decode(written) + "\n" == frame
+    assert 2 not in model.tokens(["what is <|im_end|>?"], [""]).question[0]  # what somebody typed is text
+    more = len(model.image_ids) + len(model.answer_ids) - len(plain.image_ids) - len(plain.answer_ids)
+    assert plain.max_text_tokens - model.max_text_tokens == more > 0

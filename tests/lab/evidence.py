@@ -115,6 +115,7 @@ VARIANTS = {
     "full, the text transformer thawed": Variant(kind=rivals.TextTransformerThawed),
     "all three, N=9": Variant(kind=rivals.RequestToldAndThawed, n_features=9, tell=tell_question_and_scene,
                               own_phase_1=True),
+    "full, in its chat template": Variant(kind=rivals.ChatTemplate, own_phase_1=True),
     "static, curved": Variant("static", rivals.CurvedPicture, own_phase_1=True),
     "static, patches in 2 tokens": Variant("static", rivals.patch_tokens(2), tell=rivals.tell_patches, own_phase_1=True),
     "static, 16 patches": Variant("static", rivals.patch_tokens(16), tell=rivals.tell_patches, own_phase_1=True),
@@ -471,6 +472,14 @@ def with_blind(world, seeds, **options):
 def ablation(world, seeds):
     rows = with_blind(world, seeds)
     print(f"held-out accuracy in percent; trained in phase 2: {sizes(world, COMPARED[world])}")
+    return rows
+
+
+def chat(world, seeds):
+    """Does it matter how a question is framed, for a language model that was taught to chat?"""
+    names = ("full", "full, in its chat template")
+    rows = seeing(measure_runs({name: runs_of(world, name, range(seeds)) for name in names}))
+    print("held-out accuracy in percent")
     return rows
 
 
@@ -1090,6 +1099,7 @@ EXPERIMENTS = {
     "exercises": Experiment(exercises, "mini", 1, 5, "the exercises of the README, solved"),
     "smollm2": Experiment(ablation, "smollm2", 1, 250,
         "ablation with a published language model; after tests/lab/smollm2.py"),
+    "chat-smollm2": Experiment(chat, "smollm2", 1, 100, "full in its own chat template; after smollm2"),
     "swap-smollm2": Experiment(swap, "smollm2", 1, 13, "the same as swap with it; these four after smollm2"),
     "hallucination-smollm2": Experiment(hallucination, "smollm2", 1, 20, "the same as hallucination with it"),
     "requests-smollm2": Experiment(requests, "smollm2", 1, 6, "the same as requests with it"),

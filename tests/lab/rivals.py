@@ -4,6 +4,7 @@
     CurvedDecomposition … NoTextTransformer   the exercises of README.md, solved
     RequestTold … RequestToldAndThawed   one part is told what it would have to find out, or is trained as well
     CurvedPicture … q_former   other ways to bring a picture into a language model
+    ChatTemplate   another frame around the same question
 
 `tell_…` change the Dataset that a model is trained and measured on, where it has to know more than CLIP's feature.
 """
@@ -279,3 +280,27 @@ def q_former(reads_question, n=2):
             return self.align(self.code.unflatten(1, (16, -1)), *self.words) * self.spread + self.img  # (B, n, D)
 
     return QFormer
+
+
+# ---- Another frame around the same question ------------------------------------------------------------------
+
+
+class ChatTemplate(LMEye):
+    """The language model's own chat template in the place of "Image: … Question: … Answer:", for one that was taught to
+    chat: the user's message is picture, question and <img-d>. (One question to a picture, no earlier turns.)"""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        here = "PICTURE AND QUESTION"
+        message = self.tokenizer.apply_chat_template([{"role": "user", "content": here}], tokenize=False,
+                                                     add_generation_prompt=True)
+        for name, text in zip(("image_ids", "answer_ids"), message.split(here)):
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids  # what looks like a special token here is one
+            self.max_text_tokens -= len(ids) - len(getattr(self, name))
+            setattr(self, name, torch.tensor(ids, device=self.device))
+
+    def token_ids(self, questions, answers):
+        question_ids = [[] for _ in answers]
+        if questions is not None:
+            question_ids = self.ids(["\n" + question for question in questions])
+        return question_ids, [ids + [self.tokenizer.eos_token_id] for ids in self.ids(list(answers))]
