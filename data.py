@@ -317,7 +317,7 @@ def read_json(path, tables, skips):
             except (ValueError, RecursionError):
                 skips.append(Skip("a line is not JSON"))
         if not any(isinstance(item, dict) for item in content):
-            raise UserError(f"{path}: is neither JSON nor JSON Lines: {error}") from error
+            raise UserError(f"{path}: is neither JSON nor JSON Lines ({error}): write it as the README shows") from error
     if not isinstance(content, list):
         content = [content]
     table = content[0] if len(content) == 1 and isinstance(content[0], dict) else {}
@@ -631,7 +631,7 @@ class Dataset(NamedTuple):
         """Indices of records → (f (B, C), Tokens), on the CPU."""
         questions = [self.tokens[i][0] for i in rows]
         answers = [self.tokens[i][1] for i in rows]
-        return self.f(rows), Tokens(*pad(questions, left=True), *pad(answers))
+        return self.f(rows), Tokens(*pad(questions, side="left"), *pad(answers))
 
     def take(self, keep):
         """The records where `keep` (R,) is true, with the same features."""

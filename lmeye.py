@@ -311,7 +311,7 @@ class LMEye(nn.Module):
         if longest > self.max_text_tokens:
             raise UserError(f"{longest} tokens, but the language model's context has room for {self.max_text_tokens}: "
                             "shorten question or answer")
-        return Tokens(*pad(question_ids, left=True), *pad(answer_ids))
+        return Tokens(*pad(question_ids, side="left"), *pad(answer_ids))
 
     def decode(self, ids):
         """Token ids, up to the first eos → text."""
@@ -374,15 +374,12 @@ class LMEye(nn.Module):
         if weights.shape != self.fingerprint.shape or not torch.allclose(weights, self.fingerprint, 0.01, 1e-6):
             raise UserError(f"{path}: was trained with --llm {saved.llm} --clip {saved.clip}; the weights of --llm "
                             f"{self.settings.llm} --clip {self.settings.clip} are others")
-        parameters = self.adapter(stage)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        needed = {name: tuple(p.shape) for name, p in parameters.items()}
+        needed = {name: tuple(p.shape) for name, p in self.adapter(stage).items()}
         for name in shapes | needed:
             if shapes.get(name) != needed.get(name):
                 raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, this model needs {needed.get(name)}")
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(tensors[name])
+        self.load_state_dict(tensors, strict=False)  # the frozen models stay as they are
         return stage
 
     @classmethod
@@ -434,9 +431,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def pad(rows, left=False):
-    """Lists of token ids of any lengths → (ids, mask), each (B, longest)."""
-    side = "left" if left else "right"
+def pad(rows, side="right"):
+    """Lists of token ids of any lengths → (ids, mask), each (B, longest), with the padding at that side."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     ones = [torch.ones_like(row) for row in rows]
     return pad_sequence(rows, True, padding_side=side), pad_sequence(ones, True, padding_side=side)
@@ -455,7 +451,7 @@ def device_and_dtype(precision):
 
 def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or local folder, by transformers. UserError if that fails, or if weights
-    are missing (transformers would make them up at random), or if the tokenizer is none."""
+    are missing (transformers would make them up at random) or compressed, or if the tokenizer is none."""
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
         raise UserError(f"--llm {name}: no such folder, and not a hub name, ORGANISATION/NAME, as facebook/opt-1.3b is")
     try:
@@ -467,6 +463,10 @@ def load_llm(name, device, dtype):
     absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
         raise UserError(f"--llm {name}: {len(absent)} weights are missing or of another shape: {', '.join(absent[:3])}")
+    weights = (*llm.state_dict(), *llm.base_model.state_dict())  # by their names, with the prefix "model." and without
+    scales = sorted(key for key in found["unexpected_keys"] if key.startswith(weights))  # fc1.weight_scale
+    if scales:  # what transformers does not know how to undo it passes over
+        raise UserError(f"--llm {name}: its weights are compressed in an unknown way ({scales[0]}): take it as it was trained")
     known, embeddings = set(tokenizer("Image: Question: Answer:").input_ids), len(llm.get_input_embeddings().weight)
     if known <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with {tokenizer.eos_token} "

@@ -391,6 +391,40 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path, chan
     assert str(error.value).startswith(f"--llm {llm}: ")
 
 
+def in_8_bits(weights):
+    """As NVIDIA's modelopt writes FP8: each matrix divided by its scale, which stands beside it."""
+    for name, tensor in list(weights.items()):
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().max() / 448
+            weights[name], weights[f"{name}_scale"] = (tensor / scale).to(torch.float8_e4m3fn), scale.clone()
+    return weights
+
+
+def without_prefix(weights):
+    return {name.removeprefix("model."): tensor for name, tensor in in_8_bits(weights).items()}
+
+
+@pytest.mark.parametrize("change", (in_8_bits, without_prefix))
+@pytest.mark.parametrize("quantization", (None, {"quant_method": "modelopt", "quant_algo": "FP8"}))
+def test_weights_compressed_in_an_unknown_way_are_refused(tmp_path, change, quantization):
+    """transformers would take each for a whole weight, thousands of times too large, and leave the scales out."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    change_weights(llm, change)
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(config | {"quantization_config": quantization} if quantization else config))
+    with pytest.raises(UserError, match="compressed in an unknown way .*proj.weight_scale"):
+        load(llm, clip)
+
+
+def test_tensors_that_belong_to_no_weight_of_the_model_are_passed_over(tmp_path):
+    """Old files hold what is computed today, others a tower for pictures or a head that predicts further tokens."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "vision_tower.fc1.weight": torch.ones(2, 2),
+            "model.layers.0.self_attn.masked_bias": torch.ones(1), "model.layers.2.input_layernorm.weight": torch.ones(3)}
+    change_weights(llm, lambda weights: weights | more)
+    train.check_llm(load(llm, clip))
+
+
 @pytest.mark.parametrize("name", ("opt", "gpt2"))
 def test_a_folder_without_its_tokenizers_files_is_refused(tmp_path, name):
     """transformers makes an empty tokenizer up for them."""

@@ -727,7 +727,7 @@ def text_ceiling(world, llm="llm"):
         texts, records = [], val.records[start:start + 256]
         for record in records:
             texts.append(f"{lmeye.IMAGE} {captions[record.image]}{lmeye.QUESTION}{record.question}{lmeye.ANSWER}")
-        ids, mask = model.to_device(*lmeye.pad(model.tokenizer(texts).input_ids, left=True))
+        ids, mask = model.to_device(*lmeye.pad(model.tokenizer(texts).input_ids, side="left"))
         logits = model.llm(input_ids=ids, attention_mask=mask).logits[:, -1]
         words = logits.argmax(-1).tolist()  # all answers are one word
         for record, word in zip(records, words):
