@@ -93,7 +93,7 @@ class LMEye(nn.Module):
             raise UserError(f"--clip {settings.clip}: can't be used: its text transformer is not causal")
         accepted = inspect.signature(llm.base_model.forward).parameters
         self.takes_positions = "position_ids" in accepted
-        self.cache_name = "cache" if "cache" in accepted else "past_key_values"  # its name before transformers 5.24
+        self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache"  # since transformers 5.24
 
         # [bos] where the model's own tokenizer writes one; SOS and EOS as CLIP's tokenizer frames an empty text.
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []

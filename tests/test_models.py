@@ -198,6 +198,7 @@ def test_a_model_that_turns_its_states_anew_beyond_a_length_is_used_up_to_it():
     assert difference(too_long) > 1e-2  # why it is refused
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of an argument's old name, which a user would see above that line
 @pytest.mark.parametrize("name", WRONG)
 def test_a_family_that_cannot_be_used_is_refused_in_one_line(name):
     sizes, reason = WRONG[name]
