@@ -23,6 +23,8 @@ import shapes
 import train
 from lmeye import LMEye, Settings, UserError
 
+ALL = pytest.mark.skipif("LMEYE_ALL" not in os.environ, reason="all kinds and large sizes, 5 minutes: set LMEYE_ALL=1")
+
 # ---- Language models -----------------------------------------------------------------------------------------
 
 SIZE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -125,8 +127,8 @@ WRONG = {
 }
 
 
-def random_llm(name, sizes, seed=0, std=0.2):
-    """A random causal LM of a family (the first word of `name`) for the miniature's tokenizer."""
+def config_of(name, sizes):
+    """The configuration of a family (the first word of `name`), for the miniature's tokenizer."""
     tokenizer = shapes.build_tokenizer(ends=False)
     words = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
                  eos_token_id=tokenizer.eos_token_id)
@@ -134,9 +136,13 @@ def random_llm(name, sizes, seed=0, std=0.2):
         sizes = {**sizes, "text_config": {**sizes["text_config"], **words}}
     else:
         sizes = {**sizes, **words}
+    return transformers.AutoConfig.for_model(name.split(",")[0], **sizes)
+
+
+def random_llm(name, sizes, seed=0, std=0.2):
+    """A random causal LM of a family."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(name.split(",")[0], **sizes)
-    llm = transformers.AutoModelForCausalLM.from_config(config)
+    llm = transformers.AutoModelForCausalLM.from_config(config_of(name, sizes))
     for p in llm.parameters():  # the published initialisations are so small that mistakes would hide in rounding
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=std)
@@ -173,6 +179,60 @@ def test_a_family_that_can_be_used_gives_the_numbers_of_two_whole_passes(name):
     model = model_with(random_llm(name, RIGHT[name]))
     train.check_llm(model)
     assert_equals_two_whole_passes(model)
+
+
+OFTEN_NAMED = {  # what configurations call their sizes → small ones
+    64: ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
+    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_key_value_heads", "num_experts_per_tok"),
+    4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "num_experts",
+        "num_local_experts", "n_routed_experts"),
+    16: ("head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim"),
+    8: ("qk_rope_head_dim", "qk_nope_head_dim"),
+    1: ("n_group", "topk_group"),
+    96: ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "ffn_hidden_size", "moe_intermediate_size"),
+    256: ("max_position_embeddings", "n_positions"),
+}
+
+
+def small_llm(kind):
+    """A small random model of any kind that transformers knows. Some refuse these sizes, with an error of their own, some
+    stay large."""
+    usual, sizes = transformers.CONFIG_MAPPING[kind]().get_text_config(), {}
+    for size, names in OFTEN_NAMED.items():
+        for name in names:
+            if isinstance(getattr(usual, name, None), int):
+                sizes[name] = size
+    if hasattr(usual, "is_decoder"):
+        sizes["is_decoder"] = True
+    if getattr(usual, "layer_types", None):
+        sizes["layer_types"] = [usual.layer_types[0], usual.layer_types[-1]]
+    with torch.device("meta"):
+        shell = transformers.AutoModelForCausalLM.from_config(config_of(usual.model_type, sizes))
+    if sum(p.numel() for p in shell.parameters()) > 50e6:
+        raise ValueError("large")
+    return random_llm(usual.model_type, sizes, std=0.15)
+
+
+@ALL
+def test_whatever_transformers_knows_is_refused_or_gives_the_numbers_of_two_whole_passes():
+    kinds, outcomes = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, {}
+    for kind in kinds:
+        try:
+            llm = small_llm(kind)
+        except Exception:
+            outcomes[kind] = "can't be made small"
+            continue
+        try:
+            model = model_with(llm)
+            train.check_llm(model)
+        except UserError as error:
+            outcomes[kind] = f"refused: {error}"
+            continue
+        assert_equals_two_whole_passes(model)
+        outcomes[kind] = "right"
+    for kind, outcome in outcomes.items():
+        print(f"{kind}: {outcome}")
+    assert sum(outcome == "right" for outcome in outcomes.values()) >= 60
 
 
 def test_a_model_that_turns_its_states_anew_beyond_a_length_is_used_up_to_it():
@@ -298,16 +358,13 @@ def test_a_clip_whose_picture_tower_is_of_timm_can_be_used(name):
     assert_clip_works(name)
 
 
-LARGE = pytest.mark.skipif("LMEYE_ALL" not in os.environ, reason="large architectures, 4 minutes: set LMEYE_ALL=1")
-
-
-@LARGE
+@ALL
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_of_open_clip_can_be_used(name):
     assert_clip_works(name)
 
 
-@LARGE
+@ALL
 @pytest.mark.parametrize("name", NOT_CAUSAL)
 def test_architectures_whose_text_tower_is_not_causal_are_refused(name):
     with pytest.raises(UserError, match="not causal"):
