@@ -1082,7 +1082,7 @@ EXPERIMENTS = {
     "ablation": Experiment(ablation, "mini", 2, 7, "full, norequest, static and others, by kind of question"),
     "hints": Experiment(hints, "mini", 2, 10,
         "the same with a language model that was never taught to read in the slot"),
-    "more-hints": Experiment(more_hints, "mini", 1, 5,
+    "more-hints": Experiment(more_hints, "mini", 2, 10,
         "the same with one that was taught to read behind <img> as well"),
     "swap": Experiment(swap, "mini", 2, 1,
         "whose truth is told where another question's request is put into the answer"),
