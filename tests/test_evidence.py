@@ -453,6 +453,14 @@ def test_a_thawed_text_transformer_is_trained_saved_and_loaded(tmp_path):
 # ---- Other connectors ------------------------------------------------------------------------------------------
 
 
+def test_a_request_without_a_bias_is_made_of_the_state_alone():
+    model, base = built(rivals.RequestWithoutBias, tiny_model()), tiny_model()
+    h = torch.randn(1, base.request.in_features)
+    assert base.ask(0 * h).abs().max() > 0
+    assert torch.equal(model.ask(0 * h), torch.zeros(1, base.request.out_features))
+    torch.testing.assert_close(model.ask(3 * h), 3 * model.ask(h))
+
+
 def test_patches_stand_behind_the_feature_place_by_place(tmp_path):
     """Those of a picture whose upper left corner is painted over differ there, and are told by their own picture."""
     miniature.train_clip(tmp_path, 0, board.WORLD, steps=1, batch_size=4, width=4)

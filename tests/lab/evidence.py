@@ -94,8 +94,8 @@ BUDGET = {"static": 1, "static, 2 tokens": 2, "static, 5 tokens": 5, "static, 8 
 ORACLES = ("full", "norequest", "static, 2 tokens", "full, the request is told", "full, v is told", "full, f is told",
            "full, the text transformer thawed", "all three, N=9")
 CONNECTORS = ("static", "static, curved", "static, 2 tokens", "static, 5 tokens", "a slot without a request", "full",
-              "static, patches in 2 tokens", "static, 16 patches", "Q-Former", "Q-Former that reads the question",
-              "full, a word of each patch")
+              "full, request without a bias", "static, patches in 2 tokens", "static, 16 patches", "Q-Former",
+              "Q-Former that reads the question", "full, a word of each patch")
 EXERCISES = {
     "a curved decomposition": rivals.CurvedDecomposition, "two rounds of requests": rivals.TwoRounds,
     "the request read after the first layer": rivals.EarlierRequest, "no picture in <img>": rivals.NoPictureToken,
@@ -116,6 +116,7 @@ VARIANTS = {
     "all three, N=9": Variant(kind=rivals.RequestToldAndThawed, n_features=9, tell=tell_question_and_scene,
                               own_phase_1=True),
     "full, in its chat template": Variant(kind=rivals.ChatTemplate, own_phase_1=True),
+    "full, request without a bias": Variant(kind=rivals.RequestWithoutBias),
     "static, curved": Variant("static", rivals.CurvedPicture, own_phase_1=True),
     "static, patches in 2 tokens": Variant("static", rivals.patch_tokens(2), tell=rivals.tell_patches, own_phase_1=True),
     "static, 16 patches": Variant("static", rivals.patch_tokens(16), tell=rivals.tell_patches, own_phase_1=True),
@@ -1109,7 +1110,7 @@ EXPERIMENTS = {
     "oracles": Experiment(oracles, "board", 2, 15,
         "boards, with one part of the method told what it has to find out; after board"),
     "connectors": Experiment(connectors, "board", 1, 15,
-        "boards, by eleven ways to bring a picture into a language model; after board"),
+        "boards, by twelve ways to bring a picture into a language model; after board"),
     "depth": Experiment(depth, "board", 1, 25,
         "boards, with two, four and six layers in CLIP's text transformer; after board"),
     "budget": Experiment(budget, "board", 1, 45,

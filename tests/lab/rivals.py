@@ -184,6 +184,15 @@ class CurvedPicture(LMEye):
         self.to(self.device).eval()
 
 
+class RequestWithoutBias(LMEye):
+    """A request that is made of the state alone: a bias, the same for every question, might drown what is asked."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.request = torch.nn.Linear(self.request.in_features, self.request.out_features, bias=False)
+        self.to(self.device).eval()
+
+
 def channels(model):
     """Of the map that `tell_patches` takes from CLIP's image tower."""
     return model.clip.visual.layer3[-1].conv3.out_channels
