@@ -309,6 +309,8 @@ def read_json(path, tables, skips):
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):  # a list, of which single lines may look whole
+            raise UserError(f"{path}: is broken JSON, or cut off ({error})") from error
         content = []
         for line in text.split("\n"):
             try:
@@ -652,7 +654,8 @@ class Dataset(NamedTuple):
 def encode(model, records, skips, folder=None):
     """Features and tokens of records → Dataset. With `folder`, the features are kept in a file there.
 
-    From prompts of more than MAX_TURNS turns, or beyond the language model's context, the oldest turns are left out.
+    From prompts of more than MAX_TURNS turns, or beyond the language model's context, the oldest turns are left out. Words
+    without a token, which small tokenizers have, can't be learned.
     Records are left out whose picture can't be read, or whose question and answer, or longest choice, still exceed the
     context. All that is appended to `skips`, records with their keys. UserError if no record remains.
     """
@@ -662,9 +665,8 @@ def encode(model, records, skips, folder=None):
     features = encode_images(model, images, folder)
     unreadable = {}
     for i in np.flatnonzero(np.isnan(features[:, 0])):
-        unreadable[i] = "a picture that could not be read when the features were computed"
-        try:
-            load_image(images[i])
+        try:  # once more: the file may have come back since
+            features[i] = model.encode_image(model.preprocess(load_image(images[i]))[None]).cpu().numpy()
         except UserError as reason:
             unreadable[i] = str(reason)
 
@@ -687,6 +689,8 @@ def encode(model, records, skips, folder=None):
                 skips.append(Skip(reason, vqa_key(record)))
             elif len(record.turns) < len(records[i].turns):
                 skips.append(Skip("the oldest turns of a long chat"))
+            elif model.tokenizer.unk_token_id in answer[:-1]:  # all but eos, which some tokenizers take for unknown words, too
+                skips.append(Skip("words in an answer that the language model has no token for"))
             fitted.append(record)
             tokens.append((np.array(question, np.int32), np.array(answer, np.int32)))
             keep.append(not reason)
@@ -720,7 +724,7 @@ def encode_images(model, images, folder=None, batch_size=128):
                 file.write(rows.tobytes())
                 bar.update(len(pixels))
         file.flush()
-        return np.memmap(file, np.float16, "r", shape=(len(images), C))
+        return np.memmap(file, np.float16, "r+", shape=(len(images), C))
 
 
 def features_key(model, images):

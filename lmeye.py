@@ -265,6 +265,8 @@ class LMEye(nn.Module):
     def score(self, f, questions, choices):
         """Σ log p of each choice's tokens, without eos, after its question (read once): (B, K) for B lists of K."""
         B, K = len(choices), len(choices[0])
+        if any(len(row) != K or isinstance(row, str) for row in choices):
+            raise UserError("score takes a list of choices for each question, all of one length")
         every_choice = [choice for row in choices for choice in row]
         every_question = [question for question in questions for _ in range(K)]
         tokens = self.tokens(every_question, every_choice)  # (B·K, …); raises where a pair is too long
@@ -314,10 +316,8 @@ class LMEye(nn.Module):
         return Tokens(*pad(question_ids, side="left"), *pad(answer_ids))
 
     def decode(self, ids):
-        """Token ids, up to the first eos → text."""
-        eos = self.tokenizer.eos_token_id
-        length = ids.index(eos) if eos in ids else len(ids)
-        return self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+        """Token ids of an answer → text. (An ended answer repeats eos, which is left out.)"""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @property
     def device(self):

@@ -194,12 +194,12 @@ def rank_choices(model, records, f):
 
 
 def both_right(records, answered, explained):
-    """VCR's Q→AR, (R,): of the records that ask for a rationale, right where the answer was right as well."""
+    """VCR's Q→AR, (R,): of the records that ask for a rationale, right where the answer was, too; one left out was not."""
     right = {}
     for record, score in zip(records, answered):
         if not np.isnan(score):
             right[record.key, record.image, record.turns[0]] = score
-    answered = [right.get((record.key, record.image, record.turns[0]), np.nan) for record in records]
+    answered = [right.get((record.key, record.image, record.turns[0]), 0.0) for record in records]
     return explained * np.array(answered)
 
 
@@ -387,11 +387,11 @@ def parse_args():
 def main():
     args = parse_args()
     pictures, questions = args.inputs, []
-    if len(pictures) > 1 and not (os.path.isfile(pictures[-1]) or pictures[-1].lower().endswith(data.ENDINGS)):
+    if len(pictures) > 1 and not (os.path.exists(pictures[-1]) or pictures[-1].lower().endswith(data.ENDINGS)):
         pictures, questions = pictures[:-1], [pictures[-1].strip()]
     if args.questions:
         questions += [line.strip() for line in data.read_text(args.questions).splitlines() if line.strip()]
-    if not all(data.is_text(question) for question in questions):
+    if not all(data.is_text(question) for question in questions) or (args.questions and not questions):
         raise UserError("the question is empty or unreadable")
     one = len(pictures) == 1 and not args.questions
     if one:

@@ -126,7 +126,8 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             log["seconds in steps"] += now - began
             clock = now
             log["tokens"] += sum(tokens.question_mask.sum().item() for _, tokens in batches) + answer_tokens
-            if log["bad steps in a row"] == min(MAX_BAD_STEPS, steps):
+            limit = MAX_BAD_STEPS if done < steps else min(2, steps)  # the last steps tell whether anything is left
+            if log["bad steps in a row"] >= limit:
                 raise UserError(f"loss or gradient was not finite in {log['bad steps in a row']} steps in a row: start anew "
                                 "with a lower --lr, or with --precision fp32; the adapter of the last validation, if any, "
                                 f"is in {folder}")
@@ -413,9 +414,11 @@ def main():
     home = Path(args.out, settings.preset)
     variant = f"-{settings.interaction}" if args.stage == 2 and settings.interaction != "full" else ""
     folder = home / f"stage{args.stage}{variant}"
-    if args.resume and (folder / CHECKPOINT).is_file() and not (folder / STATE).exists():
-        print(f"nothing to resume: {folder} is complete")
-        return
+    if args.resume and not (folder / STATE).exists():
+        if (folder / CHECKPOINT).is_file():
+            print(f"nothing to resume: {folder} is complete")
+            return
+        print(f"note: there is nothing to resume in {folder}: a new run begins")
     before = args.checkpoint or (home / "stage1" / CHECKPOINT if args.stage == 2 else None)  # the adapter to start from
     if before and not Path(before).is_file():
         raise UserError(f"{before} is missing" + ("" if args.checkpoint else ": run --stage 1 first, for the same models"))
@@ -461,6 +464,9 @@ def run_stage(args, settings, home, folder, before, defaults):
     model.clip.visual = None  # its work is done: this frees its memory
     n_train, n_val = len(train.records), (len(val.records) if val else 0)
     note = "" if val else " (too few pictures)"
+    if val_paths:
+        shared = {record.image for record in train.records} & {record.image for record in val.records}
+        note = f"; {len(shared):,} of their pictures are trained on as well" if shared else ""
     print(f"data: {n_train:,} records to train on, {n_val:,} to validate on{note}")
     data.report_skips(skips + val_skips)
     batch_size = args.batch_size or defaults["batch_size"]

@@ -98,6 +98,17 @@ def test_both_programs_report_what_is_left_out(trained, tmp_path):
     assert json.loads((tmp_path / "llm+clip/stage2/run.json").read_text())["left out"] == 3
 
 
+def test_validation_pictures_that_are_trained_on_are_told(trained, tmp_path):
+    folder, flags = trained
+    flags = [*flags, "--stage", 1, "--steps", 1, "--data", "pictures"]
+    save_picture(tmp_path / "new" / "red.jpg", "red")
+    (tmp_path / "new" / "red.txt").write_text("a red picture")
+    for val, told in (("pictures", "6 to validate on; 6 of their pictures are trained on as well\n"),
+                      (tmp_path / "new", "1 to validate on\n")):
+        result = run("train.py", *flags, "--val", val, "--out", tmp_path, cwd=folder)
+        assert result.returncode == 0 and told in result.stdout, result
+
+
 def test_epochs_count_passes_over_the_data(trained, tmp_path):
     folder, flags = trained
     result = run("train.py", "--stage", 1, *flags, "--data", "pictures", "--epochs", 2, "--batch-size", 4, "--out", tmp_path,
@@ -111,7 +122,8 @@ def test_a_new_run_beside_a_complete_one_is_what_resume_goes_on_with(trained, tm
     again = ["--stage", 1, *flags, "--data", "pictures", "--steps", 2, "--resume", "--out", tmp_path / "out"]
     assert "nothing to resume" in run("train.py", *again, cwd=folder).stdout
     (tmp_path / "out" / "llm+clip" / "stage1" / CHECKPOINT).unlink()  # killed before it saved anything
-    assert "nothing to resume" not in run("train.py", *again, cwd=folder).stdout
+    result = run("train.py", *again, cwd=folder).stdout
+    assert "note: there is nothing to resume in" in result and "a new run begins" in result and "is complete" not in result
     assert {p.name for p in (tmp_path / "out" / "llm+clip").iterdir()} >= {"stage1", "stage1.1"}
 
 
@@ -338,8 +350,11 @@ def test_mistakes_in_sampling_end_in_one_line(trained, tmp_path):
     save_llm(tmp_path / "llm", seed=5)
     other = ["--llm", tmp_path / "llm", *flags[2:]]
     checkpoint = ["--checkpoint", folder / "out/llm+clip/stage2" / CHECKPOINT]
+    (folder / "empty.txt").write_text("\ufeff\n \n", "utf-8")
     for told, mistake in (
         ("empty", [picture, "", *flags]),
+        ("question is empty", [picture, "--questions", "empty.txt", *flags]),
+        ("behind them a question", [picture, "pictures", *flags]),  # a folder is none
         ("context has room for", [picture, "red " * 5000, *flags]),
         ("are others", [picture, "what?", *other]),  # the checkpoint belongs to other weights
         ("belongs to models of your own", [picture, "what?"]),

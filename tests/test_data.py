@@ -250,14 +250,46 @@ def test_broken_pictures_are_left_out_and_counted(tmp_path):
     """Not replaced by others, not passed over in silence."""
     names = ["whole.jpg", *broken_pictures(tmp_path), "whole.jpg"]
     skips = []
-    some = data.encode(tiny_model(), [Record(str(tmp_path / n), ("what?",), str(i), key=i) for i, n in enumerate(names)], skips)
-    assert [r.answer for r in some.records] == ["0", "5"]
+    some = data.encode(tiny_model(), [Record(str(tmp_path / n), ("what?",), "red", key=i) for i, n in enumerate(names)], skips)
+    assert [r.key for r in some.records] == [0, 5]
     assert len(some.features) == 5 and some.picture.tolist() == [0, 0]  # each picture is encoded once
     assert [skip.key for skip in skips] == [1, 2, 3, 4]
     assert skips[3].reason == f"{tmp_path / 'missing.jpg'}: no such picture"
     for name in names[1:-1]:
         with pytest.raises(UserError, match=name):
             data.load_image(tmp_path / name)
+
+
+def test_a_picture_that_can_be_read_again_is_used_again(tmp_path, monkeypatch):
+    """A file on a network may have been away: size and time of change are as before."""
+    model, paths, real = tiny_model(), [], data.load_image
+    for color in ("red", "green", "blue"):
+        save_picture(tmp_path / f"{color}.jpg", color)
+        paths.append(str(tmp_path / f"{color}.jpg"))
+
+    def away(path):
+        if path == paths[1]:
+            raise UserError("away")
+        return real(path)
+
+    records, first, later = [Record(path, (), "red") for path in paths], [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load_image", away)
+        assert len(data.encode(model, records, first, tmp_path / "features").records) == 2
+    for _ in range(2):  # the second time from the file
+        whole = data.encode(model, records, later, tmp_path / "features")
+        assert len(whole.records) == 3 and np.isfinite(whole.features).all()
+        monkeypatch.setattr(data, "load_image", away)
+    assert [skip.reason for skip in first] == ["away"] and later == []
+    torch.testing.assert_close(whole.f([1]), model.encode_image(model.preprocess(real(paths[1]))[None]), rtol=2e-3, atol=2e-3)
+
+
+def test_words_that_the_tokenizer_has_no_token_for_are_counted(tmp_path):
+    save_picture(tmp_path / "a.jpg", "red")
+    answers, skips = ["red", "a pizza", "red circle", "pizza"], []
+    records = [Record(str(tmp_path / "a.jpg"), ("what?",), answer) for answer in answers]
+    assert len(data.encode(tiny_model(), records, skips).records) == 4
+    assert [skip.reason for skip in skips] == ["words in an answer that the language model has no token for"] * 2
 
 
 def test_features_belong_to_their_records(tmp_path):

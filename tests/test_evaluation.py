@@ -90,6 +90,12 @@ def test_choices_are_ranked_by_the_likelihood_that_single_passes_give():
     assert len({right[i, ""] for i in range(8)}) == 2 and said == likeliest != per_token
 
 
+def test_a_rationale_whose_question_was_left_out_counts_as_wrong():
+    records = [Record("a.jpg", ("why?", "so", "explain"), "x", key="1"), Record("b.jpg", ("what?",), "y", key="2")]
+    both = sample.both_right(records, np.array([np.nan, 1.0]), np.array([1.0, np.nan]))
+    assert both[0] == 0 and np.isnan(both[1])
+
+
 def test_clipscore_is_its_formula():
     model, captions = tiny_model(), ["a red ring", "two small things at the left"]
     f = torch.randn(2, model.clip.visual.output_dim)

@@ -58,6 +58,17 @@ def test_coco_captions_are_joined_with_their_pictures(tmp_path):
     assert reasons(skips) == {"a caption without its picture": 1}
 
 
+@pytest.mark.parametrize("broken", (lambda text: text[:-1], lambda text: text.replace('"image"', "image", 1),
+                                    lambda text: text[:-1] + ",]"))
+def test_a_list_that_is_cut_off_or_has_a_slip_is_not_read_as_json_lines(tmp_path, broken):
+    """One record a line: the last has no comma behind it, and would be all that is read."""
+    rows = [json.dumps({"image": f"{i}.jpg", "caption": "A cat."}) for i in range(5)]
+    text = "[\n" + ",\n".join(rows) + "\n]"
+    assert len(read_records([write(tmp_path / "a.json", text)], [tmp_path], 1)[0]) == 5
+    with pytest.raises(UserError, match=r"a.json: is broken JSON, or cut off \(.*line \d"):
+        read_records([write(tmp_path / "a.json", broken(text))], [tmp_path], 1)
+
+
 VQA_QUESTIONS = {"data_subtype": "train2014", "questions": [
     {"image_id": 42, "question": "What is it?", "question_id": 42000},
     {"image_id": 43, "question": "Why?", "question_id": 43000}]}

@@ -296,6 +296,24 @@ def test_after_many_steps_that_are_not_finite_the_run_stops_with_advice(tmp_path
         start(model, tmp_path / "a", steps=100)
 
 
+@pytest.mark.parametrize("bad, fails", (((6,), False), ((5, 6), True), ((3, 4), False)))
+def test_a_run_whose_last_steps_are_not_finite_is_no_success(tmp_path, monkeypatch, bad, fails):
+    """A single one may be of fp16's scaler."""
+    model = tiny_model()
+    real, calls = model.loss_sum, []
+
+    def sometimes(f, tokens):
+        calls.append(1)
+        return real(f, tokens) * (float("nan") if len(calls) in bad else 1)
+
+    monkeypatch.setattr(model, "loss_sum", sometimes)
+    if fails:
+        with pytest.raises(UserError, match="2 steps in a row"):
+            start(model, tmp_path / "a")
+    else:
+        start(model, tmp_path / "a")
+
+
 def test_steps_that_are_not_finite_are_counted_on_after_an_interruption(tmp_path, monkeypatch):
     calls = []
 

@@ -154,6 +154,14 @@ def test_scores_equal_those_of_whole_passes(family):
     assert torch.allclose(model.score(f, QUESTIONS, choices), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_choices_that_are_no_lists_of_one_length_are_refused():
+    """Three lists of two in the mean would be taken for three lists of two."""
+    model = tiny_model()
+    for choices in ([["red", "blue"], ["red", "blue", "green"], ["red"]], ["yes", "no!", "one"]):
+        with pytest.raises(UserError, match="a list of choices for each question, all of one length"):
+            model.score(features(model), QUESTIONS, choices)
+
+
 def test_a_choice_that_does_not_fit_behind_its_question_is_refused():
     model = tiny_model()  # its context has 64 tokens
     f, question, choice = features(model, 1), "two " * 30, "small " * 30
