@@ -136,6 +136,7 @@ def test_each_model_of_the_lab_trains_what_it_uses_and_says_the_same_with_and_wi
     variant = evidence.VARIANTS[name]
     monkeypatch.setattr(rivals, "channels", lambda model: 14 if name == "full, a word of each patch" else 7)
     base = tiny_model(interaction=variant.interaction, n_features=min(variant.n_features, 8), n_slots=variant.n_slots)
+    base.tokenizer.chat_template = "{% for message in messages %}red {{ message.content }} blue {% endfor %}"
     model, f = built(variant.kind, base).train(), torch.randn(2, 36)
     if variant.tell in (rivals.tell_question, rivals.tell_answer, evidence.tell_question_and_scene):
         tell = rivals.tell_answer if variant.tell == rivals.tell_answer else rivals.tell_question
