@@ -669,6 +669,7 @@ def encode(model, records, skips, folder=None):
             features[i] = model.encode_image(model.preprocess(load_image(images[i]))[None]).cpu().numpy()
         except UserError as reason:
             unreadable[i] = str(reason)
+    features.flags.writeable = False  # what is written there stands in the file
 
     fitted, tokens, keep = [], [], []
     for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 50_000 else True):
