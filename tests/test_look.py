@@ -279,6 +279,14 @@ def test_a_point_stands_where_its_numbers_say():
     assert page.getpixel((left, bottom)) != blue and page.getpixel((right, top)) != blue
 
 
+def test_pages_stand_beside_and_below_each_other():
+    pages = [Image.new("RGB", (3, 2), color) for color in ("red", "green", "blue")]
+    whole = look.tile(pages)
+    assert whole.size == (6, 4)
+    colors = [whole.getpixel(place) for place in ((0, 0), (2, 1), (3, 0), (2, 2), (5, 3))]
+    assert colors == [(255, 0, 0), (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]
+
+
 def test_the_losses_of_a_run_are_drawn(tmp_path):
     log = write_log(tmp_path / "log.csv", [(1, 3.0, ""), (2, 2.0, 2.5), (3, 1.5, ""), (4, "nan", 2.0), (5, 0.0, "inf")])
     result = run("look.py", "curve", log, cwd=tmp_path)

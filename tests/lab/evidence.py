@@ -698,7 +698,7 @@ def depth(world, seeds):
 def budget(world, seeds):
     """When does asking pay? The same number of picture tokens, asked and static, with language models of three widths."""
     llms = {64: "board-llm-64", 128: "llm", 256: "board-llm-256"}  # by width
-    runs, ceilings, curves = {}, {}, []
+    runs, ceilings = {}, {}
     for width, llm in llms.items():
         if llm != "llm":
             make_board_llm(OUT / "evidence" / llm, width)
@@ -707,16 +707,21 @@ def budget(world, seeds):
             runs[f"width {width}: {name}"] = runs_of(world, name, range(seeds), llm=llm)
     print(f"the language models read the true caption\n\n{markdown(ceilings)}\n")
     rows = rows_by_objects(seeing(measure_runs(runs)))
-    for how, colors in (("full", ("#9ecae1", "#4292c6", "#08306b")), ("static", ("#fcae91", "#fb6a4a", "#99000d"))):
-        for width, color in zip(llms, colors):
-            points = []
-            for name, tokens in BUDGET.items():
-                if name.startswith(how):
-                    points.append((tokens, 100 * mean_of(rows[f"width {width}: {name}"])["all"]))
-            curves.append(look.Curve(f"{how}, language model of width {width}", color, points))
-    save(look.draw_curves(curves, "tokens that a picture takes"), "budget.png")
+    panels = [draw_budget(rows, llms, column) for column in ("2: what", "4: what", "9: what", "all")]
+    save(look.tile(panels), "budget.png")
     print("held-out accuracy in percent by number of objects")
     return rows
+
+
+def draw_budget(rows, widths, column):
+    """One column of the table over the tokens that a picture takes: asked in blue, static in red, the darker the wider."""
+    curves = []
+    for how, colors in (("full", ("#9ecae1", "#4292c6", "#08306b")), ("static", ("#fcae91", "#fb6a4a", "#99000d"))):
+        names = [name for name in BUDGET if name.startswith(how)]
+        for width, color in zip(widths, colors):
+            points = [(BUDGET[name], 100 * mean_of(rows[f"width {width}: {name}"])[column]) for name in names]
+            curves.append(look.Curve(f"{how}, language model of width {width}", color, points))
+    return look.draw_curves(curves, f"tokens that a picture takes; percent right, {column}")
 
 
 @torch.no_grad()

@@ -272,6 +272,16 @@ def draw_curves(curves, x_name, log_x=False, log_y=False):
     return page
 
 
+def tile(pages, columns=2):
+    """Pages of one size → one page, with so many of them beside each other."""
+    width, height = pages[0].size
+    whole = Image.new("RGB", (columns * width, math.ceil(len(pages) / columns) * height), "white")
+    for i, page in enumerate(pages):
+        row, column = divmod(i, columns)
+        whole.paste(page, (column * width, row * height))
+    return whole
+
+
 def read_log(path):
     """A run's log.csv → {column: [(step, loss), …]} of its three columns of losses. UserError if it is none.
 
