@@ -1105,7 +1105,7 @@ EXPERIMENTS = {
     "exercises": Experiment(exercises, "mini", 1, 5, "the exercises of the README, solved"),
     "smollm2": Experiment(ablation, "smollm2", 1, 250,
         "ablation with a published language model; after tests/lab/smollm2.py"),
-    "chat-smollm2": Experiment(chat, "smollm2", 1, 100, "full in its own chat template; after smollm2"),
+    "chat-smollm2": Experiment(chat, "smollm2", 1, 140, "full in its own chat template; after smollm2"),
     "swap-smollm2": Experiment(swap, "smollm2", 1, 13, "the same as swap with it; these four after smollm2"),
     "hallucination-smollm2": Experiment(hallucination, "smollm2", 1, 20, "the same as hallucination with it"),
     "requests-smollm2": Experiment(requests, "smollm2", 1, 6, "the same as requests with it"),
