@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import open_clip
 import safetensors.torch
 import torch
@@ -40,7 +41,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -385,9 +385,8 @@ class LMEye(nn.Module):
     @classmethod
     def from_settings(cls, settings):
         """Load both frozen models as the settings name them; the layers are new. In eval mode. UserError if that fails."""
-        device, dtype = device_and_dtype(settings.precision)
-        llm, tokenizer = load_llm(settings.llm, device, dtype)
-        return cls(settings, llm, tokenizer, *load_clip(settings.clip, device, dtype))
+        where = device_and_dtype(settings.precision)
+        return cls(settings, *load_llm(settings.llm, *where), *load_clip(settings.clip, *where))
 
 
 class TokenLosses(torch.autograd.Function):
@@ -432,10 +431,13 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 
 def pad(rows, side="right"):
-    """Lists of token ids of any lengths → (ids, mask), each (B, longest), with the padding at that side."""
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    ones = [torch.ones_like(row) for row in rows]
-    return pad_sequence(rows, True, padding_side=side), pad_sequence(ones, True, padding_side=side)
+    """Token ids of B texts of any lengths → (ids, mask), each (B, longest), with the padding at that side."""
+    longest = max(len(row) for row in rows)
+    ids, mask = np.zeros((2, len(rows), longest), np.int64)
+    for i, row in enumerate(rows):
+        places = slice(len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[i, places], mask[i, places] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 # ---- The frozen models ---------------------------------------------------------------------------------------
@@ -460,13 +462,11 @@ def load_llm(name, device, dtype):
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # what a foreign folder or an absent network raises is not ours to foresee
         raise UserError(f"--llm {name}: can't be loaded ({reason(error, name)})") from error
-    absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    if absent:
-        raise UserError(f"--llm {name}: {len(absent)} weights are missing or of another shape: {', '.join(absent[:3])}")
     weights = (*llm.state_dict(), *llm.base_model.state_dict())  # by their names, with the prefix "model." and without
-    scales = sorted(key for key in found["unexpected_keys"] if key.startswith(weights))  # fc1.weight_scale
-    if scales:  # what transformers does not know how to undo it passes over
-        raise UserError(f"--llm {name}: its weights are compressed in an unknown way ({scales[0]}): take it as it was trained")
+    scales = [key for key in found["unexpected_keys"] if key.startswith(weights)]  # fc1.weight_scale: it is compressed
+    wrong = sorted(map(str, [*scales, *found["missing_keys"], *found["mismatched_keys"]]))
+    if wrong:
+        raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape or compressed: {', '.join(wrong[:3])}")
     known, embeddings = set(tokenizer("Image: Question: Answer:").input_ids), len(llm.get_input_embeddings().weight)
     if known <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with {tokenizer.eos_token} "
