@@ -267,15 +267,20 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
     assert fails_in_one_line(run("train.py", "--stage", 1, "--preset", "mini", "--out", "file", cwd=tmp_path))
 
 
-def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
-    model = tiny_model()
+def break_losses(model, bad, monkeypatch):
+    """The losses of these batches, from 1 on, are not finite."""
     real, calls = model.loss_sum, []
 
     def sometimes(f, tokens):
         calls.append(1)
-        return real(f, tokens) * (float("nan") if len(calls) in (2, 3) else 1)
+        return real(f, tokens) * (float("nan") if len(calls) in bad else 1)
 
     monkeypatch.setattr(model, "loss_sum", sometimes)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    model = tiny_model()
+    break_losses(model, (2, 3), monkeypatch)
     start(model, tmp_path / "a")
     assert [row["skipped"] for row in log_of(tmp_path / "a")] == ["0", "1", "2", "2", "2", "2"]
     assert all(p.isfinite().all() for p in model.adapter(2).values())
@@ -300,13 +305,7 @@ def test_after_many_steps_that_are_not_finite_the_run_stops_with_advice(tmp_path
 def test_a_run_whose_last_steps_are_not_finite_is_no_success(tmp_path, monkeypatch, bad, fails):
     """A single one may be of fp16's scaler."""
     model = tiny_model()
-    real, calls = model.loss_sum, []
-
-    def sometimes(f, tokens):
-        calls.append(1)
-        return real(f, tokens) * (float("nan") if len(calls) in bad else 1)
-
-    monkeypatch.setattr(model, "loss_sum", sometimes)
+    break_losses(model, bad, monkeypatch)
     if fails:
         with pytest.raises(UserError, match="2 steps in a row"):
             start(model, tmp_path / "a")

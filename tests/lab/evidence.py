@@ -241,6 +241,14 @@ def held_out_picture(world, i):
     return data.Member(str(data_folder(world) / "pictures.zip"), f"val/{i:06d}.png")
 
 
+def encoded(world, model, records):
+    """Records that an experiment makes → Dataset; what is left out is printed."""
+    skips = []
+    dataset = data.encode(model, records, skips, home(world) / "features")
+    data.report_skips(skips)
+    return dataset
+
+
 # Which word of the miniature's captions names what: "two small red circles at the left on a blue background"
 CAPTION_WORDS = {"number": 0, "size": 1, "color": 2, "shape": 3, "place": 6, "background": 9}
 
@@ -430,11 +438,13 @@ def markdown(rows):
     return "\n".join(lines)
 
 
-def seeing(found):
-    """What `measure_runs` gives, without the blind shares → the rows of a table."""
+def rows_of(found):
+    """What `measure_runs` gives → the rows of a table; where `full` was also shown other pictures, that is row "blind"."""
     rows = {}
     for row, of_row in found.items():
         rows[row] = [measured.seeing for measured in of_row]
+    if "full" in found and found["full"][0].blind:
+        rows["blind"] = [measured.blind for measured in found["full"]]
     return rows
 
 
@@ -464,10 +474,7 @@ def with_blind(world, seeds, **options):
     runs = {}
     for name in COMPARED[world]:
         runs[name] = runs_of(world, name, range(seeds), blind=name == "full", **options)
-    found = measure_runs(runs)
-    rows = seeing(found)
-    rows["blind"] = [measured.blind for measured in found["full"]]
-    return rows
+    return rows_of(measure_runs(runs))
 
 
 def ablation(world, seeds):
@@ -476,10 +483,15 @@ def ablation(world, seeds):
     return rows
 
 
+def compared(world, seeds, names):
+    """The rows of a table of these models as they are."""
+    return rows_of(measure_runs({name: runs_of(world, name, range(seeds)) for name in names}))
+
+
 def chat(world, seeds):
     """Does it matter how a question is framed, for a language model that was taught to chat?"""
     names = ("full", "full, in its chat template")
-    rows = seeing(measure_runs({name: runs_of(world, name, range(seeds)) for name in names}))
+    rows = compared(world, seeds, names)
     print("held-out accuracy in percent")
     return rows
 
@@ -606,9 +618,7 @@ def boards(world, seeds):
         runs[f"{name} (one seed)"] = runs_of(world, name, [0])
     for name in ("full", "static, 2 tokens"):
         runs[f"{name}, 7,000 steps, 20,000 pictures (one seed)"] = runs_of(world, name, [0], steps=7000, pictures=20_000)
-    found = measure_runs(runs)
-    shares_of = seeing(found)
-    shares_of["blind"] = [measured.blind for measured in found["full"]]
+    shares_of = rows_of(measure_runs(runs))
     shares_of["for comparison: the language model reads the caption"] = [text_ceiling(world)]
     shares_of["for comparison: a linear probe of f"] = [probe_ceiling()]
     print("held-out accuracy in percent by number of objects")
@@ -623,9 +633,8 @@ def oracles(world, seeds):
 def connectors(world, seeds):
     times = [f"{name} {ratio:.2f}" for name, ratio in first_token_times(world, CONNECTORS).items()]
     print(f"time from a picture's features to the first token, {CONNECTORS[0]} = 1: {', '.join(times)}")
-    rows, skips = compared_by_objects(world, seeds, CONNECTORS), []
-    trap = data.encode(new_model(world, "full", 0), trap_of_boards(world), skips, home(world) / "features")
-    data.report_skips(skips)
+    rows = compared_by_objects(world, seeds, CONNECTORS)
+    trap = encoded(world, new_model(world, "full", 0), trap_of_boards(world))
     for name, of_row in rows.items():
         for seed, of_seed in enumerate(of_row):
             model = trained(world, name, seed)
@@ -652,7 +661,7 @@ def trap_of_boards(world):
 
 
 def compared_by_objects(world, seeds, names):
-    rows = rows_by_objects(seeing(measure_runs({name: runs_of(world, name, range(seeds)) for name in names})))
+    rows = rows_by_objects(compared(world, seeds, names))
     print(f"held-out accuracy in percent by number of objects; trained in phase 2: {sizes(world, names)}")
     return rows
 
@@ -690,7 +699,7 @@ def depth(world, seeds):
     for name in ("full", "norequest", "static, 2 tokens"):
         for of_depth, layers in BOARDS.items():
             runs[f"{name}, {layers} layers"] = runs_of(of_depth, name, range(seeds))
-    rows = rows_by_objects(seeing(measure_runs(runs)))
+    rows = rows_by_objects(rows_of(measure_runs(runs)))
     print("held-out accuracy in percent by number of objects, and by layers of CLIP's text transformer")
     return rows
 
@@ -706,7 +715,7 @@ def budget(world, seeds):
         for name in BUDGET:
             runs[f"width {width}: {name}"] = runs_of(world, name, range(seeds), llm=llm)
     print(f"the language models read the true caption\n\n{markdown(ceilings)}\n")
-    rows = rows_by_objects(seeing(measure_runs(runs)))
+    rows = rows_by_objects(rows_of(measure_runs(runs)))
     panels = [draw_budget(rows, llms, column) for column in ("2: what", "4: what", "9: what", "all")]
     save(look.tile(panels), "budget.png")
     print("held-out accuracy in percent by number of objects")
@@ -819,7 +828,7 @@ def scaling(world, seeds):
     for more in ("N=1", "N=10", "Q=2", "Q=4"):
         runs[more] = runs_of(world, f"full, {more}", range(seeds))
     rows = {}
-    for row, shares_of_row in seeing(measure_runs(runs)).items():
+    for row, shares_of_row in rows_of(measure_runs(runs)).items():
         rows[row] = [{"LMEye": share["all"]} for share in shares_of_row]
     for row, llm in models.items():
         for of_seed in rows[row]:
@@ -839,13 +848,12 @@ ASKED = {  # worded alike for all pictures: what a request says of the picture i
 def requests(world, seeds):
     model, untrained = trained(world, "full", 0), new_model(world, "full", 0)
     untrained.load(phase_1_of(world) / CHECKPOINT)
-    records, scenes, skips = [], [], []
+    records, scenes = [], []
     for i, scene in enumerate(shapes.HELD_OUT):
         for category, question in ASKED.items():
             records.append(data.Record(held_out_picture("mini", i), (question,), "", category))
             scenes.append(scene)
-    asked = data.encode(model, records, skips, home(world) / "features")
-    data.report_skips(skips)
+    asked = encoded(world, model, records)
     request, v = requests_and_v(model, asked)
     vectors = {"request": request, "v": v, "f": asked.f(range(len(records))),
                "request, before phase 2": requests_and_v(untrained, asked)[0]}
@@ -969,9 +977,7 @@ def hallucination(world, seeds):
     """
     tests, encoder = {}, new_model(world, "full", 0)
     for how in ("random", "popular", "adversarial", "the trap"):
-        skips = []
-        tests[how] = data.encode(encoder, absent_records(how), skips, home(world) / "features")
-        data.report_skips(skips)
+        tests[how] = encoded(world, encoder, absent_records(how))
     rows = {}
     for name in COMPARED[world]:
         rows[name] = []
@@ -1070,7 +1076,7 @@ def compare(world, seeds):
 def exercises(world, seeds):
     runs = {name: runs_of(world, name, range(seeds)) for name in ("full", *EXERCISES)}
     print("held-out accuracy in percent")
-    return seeing(measure_runs(runs))
+    return rows_of(measure_runs(runs))
 
 
 # ---- The command line ----------------------------------------------------------------------------------------
