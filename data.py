@@ -677,13 +677,15 @@ def encode(model, records, skips, folder=None):
         questions = [record.question for record in part] if part[0].turns else None
         question_ids, answer_ids = model.token_ids(questions, [record.answer for record in part])
         for i, (record, question, answer) in enumerate(zip(part, question_ids, answer_ids), start):
-            longest = len(answer)
+            longest, reason = len(answer), unreadable.get(picture[i], "")
             if record.choices:
-                longest = max(len(ids) for ids in model.token_ids(None, record.choices)[1])
+                lengths = [len(ids) for ids in model.token_ids(None, record.choices)[1]]
+                longest = max(lengths)
+                if min(lengths) < 2:  # eos alone
+                    reason = "a choice that the language model has no token for"
             while len(question) + longest > model.max_text_tokens and len(record.turns) > 1 and not record.choices:
                 record = record._replace(turns=record.turns[2:])
                 question = model.token_ids([record.question], [""])[0][0]
-            reason = unreadable.get(picture[i], "")
             if not reason and len(question) + longest > model.max_text_tokens:
                 reason = "longer than the language model's context"
             if reason:

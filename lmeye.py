@@ -2,7 +2,7 @@ r"""LMEye: a frozen language model asks a frozen CLIP about a picture (arXiv 230
 
 A static mapping hands the language model one picture token and hopes that it holds everything. LMEye lets the
 model *ask*: it reads the question, its hidden state becomes a request, the request meets the picture inside
-CLIP's own frozen text transformer, and what comes out is handed back as one more token.
+CLIP's own frozen text transformer, and what comes out is handed back as one more token (or Q).
 
     picture ──► frozen CLIP image tower ──► f ──► align, + img ──► <img>                           1. see
     [bos]Image:<img>\nQuestion: {question}<img-d> ──► frozen LM ──► h ──► request ──► r            2. ask
@@ -18,7 +18,7 @@ Phase 1 (`--stage 1`) trains `align` and `img` on captions, phase 2 the others o
 
 Steps 2 and 4 are two passes of the LM in the paper, over one beginning. Attention is causal: nothing before <img-d>
 depends on what stands there. So the beginning is run once, and its keys and values serve both (where `align` trains,
-autograd adds up what both send back). Those of <img-d> are dropped; step 4 runs <img-d> anew, and what follows it.
+autograd adds up what both send back). Keys and values of <img-d> are dropped: step 4 runs it anew, and what follows.
 
 Axes, in the shape comments of this file:
     B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
@@ -79,7 +79,7 @@ class Tokens(NamedTuple):
 class LMEye(nn.Module):
     """Four linear layers and two vectors between a frozen language model and a frozen CLIP.
 
-    `f` is always the picture feature of `encode_image`, (B, C). `questions` is a list of B strings, or (but in
+    `f` is always the picture feature of `encode_image`, (B, C). `questions` is a list of B strings, or (except in
     `score`) None for captions: the answer then follows the picture at once, as in phase 1, and nothing is asked.
     """
 
@@ -104,8 +104,8 @@ class LMEye(nn.Module):
 
         N, Q = settings.n_features, settings.n_slots
         longest = len(self.text.positional_embedding) - 3  # beside SOS, the request and EOS
-        if not (1 <= N <= longest and 1 <= Q <= 100 and 0 <= settings.dropout < 1):
-            raise UserError(f"out of range: --n-features 1 to {longest} with this CLIP, --n-slots 1 to 100, --dropout below 1")
+        if not (1 <= N <= longest and 1 <= Q <= 100 and 0 <= settings.dropout < 1 and settings.interaction in INTERACTIONS):
+            raise UserError(f"out of range: --n-features (1 to {longest}), --n-slots (to 100), --dropout (to 1) or --interaction")
         words = self.embed(torch.linspace(0, len(tokenizer) - 1, 1000, device=self.device).long())  # some of them
         D, W = words.shape[1], self.text.positional_embedding.shape[1]
         C = self.encode_words(self.text.token_embedding(self.sos_eos)[None]).shape[1]
@@ -118,7 +118,7 @@ class LMEye(nn.Module):
         self.context = (getattr(config, "original_max_position_embeddings", None)
                         or getattr(config, "max_position_embeddings", None) or 2048)
         self.max_text_tokens = self.context - len(self.image_ids) - 1 - Q - len(self.answer_ids)  # question and answer
-        self.spread = words.float().std().item()  # of a word's numbers: the two vectors begin as words do
+        self.spread = words.float().std().item()  # of words' numbers: the two vectors begin as large
         self.img = nn.Parameter(self.spread * torch.randn(D))
         self.img_d = nn.Parameter(self.spread * torch.randn(D))
         self.dropout = nn.Dropout(settings.dropout)
@@ -178,7 +178,6 @@ class LMEye(nn.Module):
 
     def prefill(self, f, question, question_mask):
         """Steps 1 to 4 up to the answer → (x, mask, cache): the caller runs the LM over x (B, T, D) on top of the cache.
-
         With <img-d> the cache holds all that precedes it and x begins there; for captions and `static` there is no
         cache, and x is everything. `mask` covers both.
         """
@@ -188,18 +187,18 @@ class LMEye(nn.Module):
         if question.shape[1] == 0:
             return x, mask, None  # a caption: the answer follows the picture at once
 
-        order = mask.argsort(dim=1, stable=True)  # all padding to the left: a sliding window counts it
+        order = mask.argsort(dim=1, stable=True)  # all padding to the left: inside, a sliding window would count it
         x, mask = x.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
         cache = None
         if self.settings.interaction != "static":
             slots, mask_with_slots = self.img_d.expand(B, Q, -1), F.pad(mask, (0, Q), value=1)
-            if torch.is_grad_enabled():  # in two runs: with align and img frozen, the first builds no graph
+            if torch.is_grad_enabled():  # in two runs: the first needs no graph where align is frozen
                 _, cache = self.run_llm(x, mask)
                 h, cache = self.run_llm(slots, mask_with_slots, cache)
             else:  # one is faster
                 h, cache = self.run_llm(torch.cat([x, slots], 1), mask_with_slots)
             cache.crop(-Q)  # forget <img-d>: the keys and values of all that precedes it serve the second pass
-            v = self.interact(f, self.ask(h[:, -1]))  # the state at the last slot: of several, it has read most
+            v = self.interact(f, self.ask(h[:, -1]))  # the state at the last slot, which attends to the others
             x, mask = self.tell(v), mask_with_slots
         x = torch.cat([x, self.embed(self.answer_ids).expand(B, -1, -1)], 1)
         return x, F.pad(mask, (0, len(self.answer_ids)), value=1), cache
@@ -208,10 +207,10 @@ class LMEye(nn.Module):
         """Run the frozen LM over embeddings x (B, T, D) → (last hidden states (B, T, D), cache with x appended). `mask`
         covers what the cache holds and x. Positions count real tokens only (BLOOM takes them from the mask itself)."""
         if cache is None:
-            cache = transformers.DynamicCache()  # keeps all: one that follows a sliding window can't be shortened
+            cache = transformers.DynamicCache()  # without a config: a cache with a sliding window can't be cropped
         options = {self.cache_name: cache}
         if self.takes_positions:
-            options["position_ids"] = (mask.cumsum(1)[:, -x.shape[1]:] - 1).clamp(min=0)
+            options["position_ids"] = (mask.cumsum(1)[:, mask.shape[1] - x.shape[1]:] - 1).clamp(min=0)
         out = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, use_cache=True, **options)
         return out.last_hidden_state, cache
 
@@ -227,7 +226,7 @@ class LMEye(nn.Module):
 
     def loss_sum(self, f, tokens):
         """The same, summed over tokens, from Tokens: what a training loop with accumulation needs."""
-        labelled = tokens.answer_mask.flatten().nonzero()[:, 0]  # places in B·T', found on the CPU: a GPU would be waited for
+        labelled = tokens.answer_mask.flatten().nonzero()[:, 0]  # places in B·T'; on a GPU this would wait
         f, question, question_mask, answer, answer_mask, labelled = self.to_device(f, *tokens, labelled)
         x, mask, cache = self.prefill(f, question, question_mask)
         x_answer = torch.cat([x, self.embed(answer[:, :-1])], 1)
@@ -240,7 +239,6 @@ class LMEye(nn.Module):
     @torch.no_grad()
     def stream(self, f, questions=None, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         """Yield the answers' tokens, (B,) at a time, at most max_tokens, until all rows end; an ended one repeats eos.
-
         temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens; `generator` makes sampling repeatable.
         """
         B, eos = len(f), self.tokenizer.eos_token_id
@@ -254,7 +252,7 @@ class LMEye(nn.Module):
             ended |= (token == eos) | (mask.sum(1) >= self.context - 1)  # or the context is full
             if ended.all():
                 return
-            x, mask = self.embed(token)[:, None], torch.cat([mask, ~ended[:, None]], 1)
+            x, mask = self.embed(token)[:, None], torch.cat([mask, (~ended).long()[:, None]], 1)
 
     def generate(self, f, questions=None, **options):
         """Answers to `questions` about the pictures `f`, or captions: a list of B strings. Options as `stream`."""
@@ -265,16 +263,17 @@ class LMEye(nn.Module):
     def score(self, f, questions, choices):
         """Σ log p of each choice's tokens, without eos, after its question (read once): (B, K) for B lists of K."""
         B, K = len(choices), len(choices[0])
-        if any(len(row) != K or isinstance(row, str) for row in choices):
-            raise UserError("score takes a list of choices for each question, all of one length")
+        if isinstance(questions, str) or any(len(row) != K or isinstance(row, str) for row in choices):
+            raise UserError("score takes a list of questions and a list of choices for each, all of one length")
         every_choice = [choice for row in choices for choice in row]
         every_question = [question for question in questions for _ in range(K)]
         tokens = self.tokens(every_question, every_choice)  # (B·K, …); raises where a pair is too long
+        if tokens.answer_mask.sum(1).min() < 2:
+            raise UserError("score: a choice is empty, or has only letters that the tokenizer has no token for")
         scored = F.pad(tokens.answer_mask[:, 1:], (0, 1))  # a token counts if another follows it: not eos, not padding
         places = scored.flatten().nonzero()[:, 0]
-        question, question_mask = self.tokens(questions, [""] * B)[:2]
         f, question, question_mask, ids, ids_mask, places = self.to_device(
-            f, question, question_mask, tokens.answer, tokens.answer_mask, places)
+            f, tokens.question[::K], tokens.question_mask[::K], tokens.answer, tokens.answer_mask, places)
 
         x, mask, cache = self.prefill(f, question, question_mask)
         first, cache = self.run_llm(x, mask, cache)
@@ -297,7 +296,6 @@ class LMEye(nn.Module):
 
     def token_ids(self, questions, answers):
         """Texts → two lists of lists of token ids: of the questions (empty for captions), of the answers with eos.
-
         Each part is tokenised by itself, so that a question's tokens can't depend on its answer's.
         """
         question_ids = [[] for _ in answers]
@@ -307,7 +305,9 @@ class LMEye(nn.Module):
         return question_ids, [ids + [self.tokenizer.eos_token_id] for ids in answer_ids]
 
     def tokens(self, questions, answers):
-        """Texts → Tokens, on the CPU. UserError if a record exceeds the LM's context."""
+        """Texts → Tokens, on the CPU. UserError if a record exceeds the LM's context, or if the lists do not fit."""
+        if isinstance(questions, str) or (questions is not None and len(questions) != len(answers)):
+            raise UserError("a list with one question for each picture or answer is needed")
         question_ids, answer_ids = self.token_ids(questions, answers)
         longest = max(len(q) + len(a) for q, a in zip(question_ids, answer_ids))
         if longest > self.max_text_tokens:
@@ -324,7 +324,7 @@ class LMEye(nn.Module):
         return self.image_ids.device  # also after `model.to(…)`
 
     def to_device(self, *tensors):
-        """The same on the model's device. From pinned memory a GPU fetches them itself, and nothing waits for it."""
+        """The same on the model's device. From pinned memory the copy to a GPU is asynchronous."""
         if self.device.type == "cuda":
             tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
         return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
@@ -339,7 +339,7 @@ class LMEye(nn.Module):
         return self
 
     def adapter(self, stage):
-        """{name: parameter} of what a model has after this stage; the layers that it does not use are left out."""
+        """{name: parameter} of all that a file of this stage holds, stage 1's as well; layers that are not used are left out."""
         parts = ["align", "img"]
         if stage == 2 and self.settings.interaction != "static":
             parts += ["decompose", "transmit", "img_d"]
@@ -349,9 +349,8 @@ class LMEye(nn.Module):
 
     def set_trained(self, stage, train_align=False):
         """Make exactly the tensors of this stage trainable → {name: parameter}.
-
             stage 1            align, img
-            stage 2, full      request, decompose, transmit, img_d (norequest: no request); with train_align all six
+            stage 2, full      request, decompose, transmit, img_d (norequest: no request); train_align adds align, img
             stage 2, static    align, img: there is nothing else
         """
         trained = self.adapter(stage)
@@ -391,7 +390,6 @@ class LMEye(nn.Module):
 
 class TokenLosses(torch.autograd.Function):
     """The cross-entropy of each token: states h (n, D), targets (n,), the LM's frozen head → losses (n,), fp32.
-
     The logits of a whole batch would be the largest tensors of a step, and the head is frozen: so each chunk's gradient
     with respect to h is taken at once, and its logits are gone before the next chunk's are computed.
     """
@@ -400,8 +398,8 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, targets, head):
         losses, gradients = [], []
-        needed, n = ctx.needs_input_grad[0], max(1, TokenLosses.LOGITS // len(head.weight))
-        for part, target in zip(h.split(n), targets.split(n)):
+        needed, chunk = ctx.needs_input_grad[0], max(1, TokenLosses.LOGITS // len(head.weight))
+        for part, target in zip(h.split(chunk), targets.split(chunk)):
             with torch.set_grad_enabled(needed):
                 part = part.detach().requires_grad_(needed)
                 loss = F.cross_entropy(head(part).float(), target, reduction="none")
@@ -424,7 +422,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(-1, descending=True)
     p = logits.softmax(-1)
-    p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)  # the tokens before it already hold top_p
+    if top_p < 1:  # at 1 rounding errors would drop the least likely ones
+        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)  # the tokens before it already hold top_p
     if top_k:
         p[:, top_k:] = 0  # the likeliest come first
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
@@ -453,7 +452,7 @@ def device_and_dtype(precision):
 
 def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or local folder, by transformers. UserError if that fails, or if weights
-    are missing (transformers would make them up at random) or compressed, or if the tokenizer is none."""
+    are missing (transformers would make them up at random) or compressed, or if the tokenizer does not fit."""
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
         raise UserError(f"--llm {name}: no such folder, and not a hub name, ORGANISATION/NAME, as facebook/opt-1.3b is")
     try:
@@ -462,13 +461,13 @@ def load_llm(name, device, dtype):
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # what a foreign folder or an absent network raises is not ours to foresee
         raise UserError(f"--llm {name}: can't be loaded ({reason(error, name)})") from error
-    weights = (*llm.state_dict(), *llm.base_model.state_dict())  # by their names, with the prefix "model." and without
-    scales = [key for key in found["unexpected_keys"] if key.startswith(weights)]  # fc1.weight_scale: it is compressed
+    known = (*llm.state_dict(), *llm.base_model.state_dict())  # names of weights, with the prefix "model." and without
+    scales = [key for key in found["unexpected_keys"] if key.startswith(known)]  # as fc1.weight_scale: it is compressed
     wrong = sorted(map(str, [*scales, *found["missing_keys"], *found["mismatched_keys"]]))
     if wrong:
         raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape or compressed: {', '.join(wrong[:3])}")
-    known, embeddings = set(tokenizer("Image: Question: Answer:").input_ids), len(llm.get_input_embeddings().weight)
-    if known <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
+    ids, embeddings = set(tokenizer("Image: Question: Answer:").input_ids), len(llm.get_input_embeddings().weight)
+    if ids <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with {tokenizer.eos_token} "
                         f"as end of text, and the model {embeddings}; are all its files in the folder?")
     return llm.to(device), tokenizer
@@ -511,8 +510,9 @@ def read_adapter(path):
             header = json.loads(file.metadata()["lmeye"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         settings = Settings(**header["settings"])
-        settings.dropout = float(settings.dropout)
-        wrong = [name for name, usual in vars(Settings()).items() if type(getattr(settings, name)) is not type(usual)]
+        settings.dropout = float(settings.dropout)  # JSON has no difference between 0 and 0.0
+        usual = vars(Settings())
+        wrong = [name for name in usual if type(getattr(settings, name)) is not type(usual[name])]
         if wrong or header["stage"] not in (1, 2) or settings.interaction not in INTERACTIONS:
             raise ValueError(f"its header is off: {', '.join(wrong) or 'stage or interaction'}")
         fingerprint = torch.tensor(header["fingerprint"], dtype=torch.float32).flatten()
@@ -543,7 +543,7 @@ def printable(text):
 
 
 def run(main):
-    """Run a program's `main()`: on a UserError, a file's error, too little memory one line and status 2; on Ctrl-C 130."""
+    """Run a program's `main()`: on a UserError, a file's error, a full GPU one line and status 2; on Ctrl-C 130."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):
@@ -552,7 +552,7 @@ def run(main):
     try:
         main()
     except (UserError, OSError, UnicodeError, torch.OutOfMemoryError) as error:
-        advice = "lower --max-batch-tokens: " if isinstance(error, torch.OutOfMemoryError) else ""
+        advice = "lower --max-batch-tokens, or take smaller models: " if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"{Path(sys.argv[0]).name}: {advice}{printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

@@ -292,6 +292,15 @@ def test_words_that_the_tokenizer_has_no_token_for_are_counted(tmp_path):
     assert [skip.reason for skip in skips] == ["words in an answer that the language model has no token for"] * 2
 
 
+def test_choices_without_a_token_are_left_out(tmp_path):
+    save_picture(tmp_path / "a.jpg", "red")
+    records, skips = [], []
+    for choices in (("red", "blue"), ("red", " ")):
+        records.append(Record(str(tmp_path / "a.jpg"), ("what?",), "red", choices=choices))
+    assert data.encode(tiny_model(), records, skips).records == records[:1]
+    assert [skip.reason for skip in skips] == ["a choice that the language model has no token for"]
+
+
 def test_features_belong_to_their_records(tmp_path):
     model = tiny_model()
     for i, color in enumerate(("red", "green", "blue")):

@@ -155,11 +155,37 @@ def test_scores_equal_those_of_whole_passes(family):
 
 
 def test_choices_that_are_no_lists_of_one_length_are_refused():
-    """Three lists of two in the mean would be taken for three lists of two."""
+    """Three lists of two in the mean would be taken for three lists of two, a string for a list of letters."""
     model = tiny_model()
     for choices in ([["red", "blue"], ["red", "blue", "green"], ["red"]], ["yes", "no!", "one"]):
-        with pytest.raises(UserError, match="a list of choices for each question, all of one length"):
+        with pytest.raises(UserError, match="a list of choices for each, all of one length"):
             model.score(features(model), QUESTIONS, choices)
+    with pytest.raises(UserError, match="a list of choices for each, all of one length"):
+        model.score(features(model), "how", [["red", "blue"]] * 3)
+
+
+def test_a_choice_without_a_token_is_refused():
+    """Its likelihood would be 1, more than any other's."""
+    model = tiny_model()
+    for empty in ("", " "):
+        with pytest.raises(UserError, match="a choice is empty"):
+            model.score(features(model), QUESTIONS, [["red", "blue"], ["red", empty], ["one", "two"]])
+
+
+def test_a_question_for_each_picture_is_needed():
+    model = tiny_model()
+    f = features(model)
+    for questions in ("how", "what is it?", ["what?"], QUESTIONS + ["what?"]):
+        with pytest.raises(UserError, match="a list with one question for each"):
+            model.generate(f, questions)
+        with pytest.raises(UserError, match="a list with one question for each"):
+            model.loss(f, questions, ANSWERS)
+
+
+def test_an_interaction_that_there_is_not_is_refused():
+    """It would ask, and its request be neither trained nor saved."""
+    with pytest.raises(UserError, match="--interaction"):
+        tiny_model(interaction="Full")
 
 
 def test_a_choice_that_does_not_fit_behind_its_question_is_refused():
@@ -259,6 +285,15 @@ def test_tokens_are_drawn_as_often_as_temperature_top_k_and_top_p_say(options, s
     drawn = sample_token(logits, *options, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20_000
     assert torch.allclose(drawn, torch.tensor(shares, dtype=torch.float32), atol=0.015)
     assert (drawn > 0).tolist() == [share > 0 for share in shares]
+
+
+def test_without_top_p_every_token_can_be_drawn(monkeypatch):
+    """Rounded, the sum of the likelier ones reaches 1 before the least likely tokens."""
+    seen = []
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: seen.append(p) or p.argmax(-1, keepdim=True))
+    logits = 3 * torch.randn(1, 50_000, generator=torch.Generator().manual_seed(0))
+    sample_token(logits, 1.0, 0, 1.0, None)
+    assert (seen[0] > 0).all()
 
 
 @pytest.mark.parametrize("n_slots", (1, 3))
