@@ -15,6 +15,8 @@ import transformers
 from conftest import run, save_clip, tiny_model
 from test_two_passes import plain_loss
 
+import data
+import evidence
 import rivals
 import shapes
 import train
@@ -103,5 +105,11 @@ def test_a_chat_template_frames_picture_question_and_answer_as_the_tokenizer_doe
     written = [*model.image_ids, *tokens.question[0], *model.answer_ids, *tokens.answer[0]]
     assert tokenizer.decode(written) + "\n" == frame
     assert 2 not in model.tokens(["what is <|im_end|>?"], [""]).question[0]  # what somebody typed is text
+    variant = evidence.VARIANTS["full, in its chat template"]
+    assert variant.kind is rivals.ChatTemplate
+    for turns, ids in (((question,), tokens.question[0].tolist()), ((), [])):  # what it is trained on is what it is asked
+        dataset = data.Dataset([data.Record("", turns, answer)], [plain.token_ids(turns or None, [answer])], None, None)
+        told = variant.tell(model, dataset).tokens
+        assert told == [(ids, tokens.answer[0].tolist())]
     more = len(model.image_ids) + len(model.answer_ids) - len(plain.image_ids) - len(plain.answer_ids)
     assert plain.max_text_tokens - model.max_text_tokens == more > 0

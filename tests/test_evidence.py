@@ -209,6 +209,33 @@ def test_a_run_is_complete_only_when_its_state_is_gone(tmp_path):
     assert not evidence.is_complete(tmp_path)
 
 
+def test_a_kept_model_of_another_recipe_is_refused_and_one_of_this_is_taken(tmp_path):
+    model, recipe = tiny_model(), evidence.RECIPES["mini"][2]
+    made = {"steps": recipe["steps"], "batch size": recipe["batch_size"], "learning rate": recipe["lr"], "seed": 1}
+    model.save(tmp_path / "adapter.safetensors", 2)
+    kept = model.img_d.detach().clone()
+    for what, other in (("steps", 7), ("batch size", 7), ("learning rate", 0.7), ("seed", 7)):
+        (tmp_path / "run.json").write_text(json.dumps(made | {what: other}))
+        with pytest.raises(UserError, match=f"was trained with {what} {other}, and is to have {made[what]}"):
+            evidence.train_phase(2, model, "mini", "full", tmp_path, 1)
+    (tmp_path / "run.json").write_text(json.dumps(made))
+    model.img_d.data += 1
+    evidence.train_phase(2, model, "mini", "full", tmp_path, 1)
+    assert torch.equal(model.img_d, kept)
+
+
+@pytest.mark.parametrize("name, trains_align", (("full", False), ("full, align trained", True)))
+def test_phase_2_trains_align_where_it_says_so(name, trains_align, tmp_path, monkeypatch):
+    model, seen = tiny_model(), {}
+    monkeypatch.setattr(evidence, "datasets", lambda *args: (asked(model, 8), asked(model, 8)))
+    monkeypatch.setattr(evidence, "RECIPES", {"mini": {1: dict(steps=2, batch_size=4, lr=0.01), 2: dict(steps=2, batch_size=4, lr=0.01)}})
+    for stage in (1, 2):
+        before = model.align.weight.detach().clone()
+        evidence.train_phase(stage, model, "mini", name, tmp_path / str(stage), 0)
+        seen[stage] = not torch.equal(model.align.weight, before)
+    assert seen == {1: True, 2: trains_align}
+
+
 def test_a_caption_of_the_miniature_gives_its_scene_back():
     assert all(evidence.scene_of(shapes.describe(scene)) == scene for scene in shapes.SCENES)
 

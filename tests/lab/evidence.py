@@ -3,7 +3,8 @@
     python tests/lab/evidence.py                        what there is, what each shows, and how long it takes
     python tests/lab/evidence.py ablation               one of them: prints tables, and says where its pictures lie
     python tests/lab/evidence.py ablation --seeds 1     with fewer models than the lab book's
-    python tests/lab/evidence.py swap --out s0 s1 s2    on several miniatures: what differs from one set of frozen
+    python tests/lab/evidence.py swap --out s0/out s1/out s2/out
+                                                        on several miniatures: what differs from one set of frozen
                                                         models to the next moves results more than phase 2's seeds do
 
 All work on the miniature below out/, whose first stage has to be there: python train.py --stage 1 --preset mini. What
@@ -84,6 +85,7 @@ class Variant(NamedTuple):
     n_slots: int = 1
     tell: Callable = rivals.tell_nothing  # (model, Dataset) → the Dataset that it is trained and measured on
     own_phase_1: bool = False  # phase 1 is of its own: other layers, or another Dataset
+    train_align: bool = False  # phase 2 goes on training `align` and `img`
 
 
 FOUR = ("full", "norequest", "static", "static, 2 tokens")  # those that are compared
@@ -102,7 +104,7 @@ EXERCISES = {
     "no text transformer": rivals.NoTextTransformer,
 }
 VARIANTS = {
-    "full": Variant(), "norequest": Variant("norequest"), "static": Variant("static"),
+    "full": Variant(), "full, align trained": Variant(train_align=True), "norequest": Variant("norequest"), "static": Variant("static"),
     "static, 2 tokens": Variant("static", rivals.picture_tokens(2), own_phase_1=True),
     "static, 5 tokens": Variant("static", rivals.picture_tokens(5), own_phase_1=True),
     "static, 8 tokens": Variant("static", rivals.picture_tokens(8), own_phase_1=True),
@@ -115,7 +117,7 @@ VARIANTS = {
     "full, the text transformer thawed": Variant(kind=rivals.TextTransformerThawed),
     "all three, N=9": Variant(kind=rivals.RequestToldAndThawed, n_features=9, tell=tell_question_and_scene,
                               own_phase_1=True),
-    "full, in its chat template": Variant(kind=rivals.ChatTemplate, own_phase_1=True),
+    "full, in its chat template": Variant(kind=rivals.ChatTemplate, tell=rivals.tell_in_own_tokens, own_phase_1=True),
     "full, request without a bias": Variant(kind=rivals.RequestWithoutBias),
     "static, curved": Variant("static", rivals.CurvedPicture, own_phase_1=True),
     "static, patches in 2 tokens": Variant("static", rivals.patch_tokens(2), tell=rivals.tell_patches, own_phase_1=True),
@@ -139,7 +141,7 @@ RECIPES = {
 # Learning rates of phase 2 that are not the default. Those of the miniature are the best of `tune`. On boards, of what
 # `tune-board` tries, `static` alone has its best; the others keep the default, 0.01. What has a transformer to train has
 # 0.003: of 0.001 and 0.003 the better in 800 steps for the thawed one and for the Q-Former that reads the question.
-LR = {"mini": {"full": 5e-3, "static, 2 tokens": 2e-2, "a slot without a request": 2e-2},
+LR = {"mini": {"full": 5e-3, "full, align trained": 5e-3, "static, 2 tokens": 2e-2, "a slot without a request": 2e-2},
       "board": {"static": 1.2e-2, "full, the text transformer thawed": 3e-3, "all three, N=9": 3e-3, "Q-Former": 3e-3,
                 "Q-Former that reads the question": 3e-3}, "smollm2": {}}
 for world in BOARDS:
@@ -272,16 +274,24 @@ def is_complete(folder):
     return (folder / CHECKPOINT).is_file() and not (folder / train.STATE).exists()
 
 
-def train_phase(stage, model, world, folder, seed, lr=None, limit=None, pictures=None, steps=None,
-                tell=rivals.tell_nothing):
-    """Train a phase by its recipe, or on the first `limit` records; goes on where it was broken off."""
-    recipe = RECIPES[world][stage]
+def train_phase(stage, model, world, name, folder, seed, lr=None, limit=None, pictures=None, steps=None):
+    """Train a phase by its recipe, or on the first `limit` records; goes on where it was broken off, and takes what is
+    complete as it is. UserError if that was trained by another recipe."""
+    recipe, variant = RECIPES[world][stage], VARIANTS[name]
+    steps, lr = steps or recipe["steps"], lr or recipe["lr"]
+    if is_complete(folder):
+        run = json.loads((folder / "run.json").read_text("utf-8"))
+        for what, value in (("steps", steps), ("batch size", recipe["batch_size"]), ("learning rate", lr), ("seed", seed)):
+            if run[what] != value:
+                raise UserError(f"{folder}: was trained with {what} {run[what]}, and is to have {value}: rename or remove it")
+        model.load(folder / CHECKPOINT)
+        return
     dataset, val = datasets(world, stage, pictures)
-    dataset, val = tell(model, dataset), tell(model, val)
+    dataset, val = variant.tell(model, dataset), variant.tell(model, val)
     if limit:
         dataset = dataset.take(np.arange(len(dataset.records)) < limit)
-    train.train_adapter(model, stage, dataset, val, folder, steps or recipe["steps"], recipe["batch_size"],
-                        lr or recipe["lr"], seed=seed, resume=True)
+    train.train_adapter(model, stage, dataset, val, folder, steps, recipe["batch_size"], lr, seed=seed,
+                        train_align=variant.train_align and stage == 2, resume=True)
     (folder / train.STATE).unlink()
 
 
@@ -298,17 +308,12 @@ def trained(world, name, seed, lr=None, llm="llm", limit=None, pictures=None, st
             label += f"-{option}{value}"
     folder = OUT / "evidence" / world / label
     model = new_model(world, name, seed, llm)
-    if is_complete(folder):
-        model.load(folder / CHECKPOINT)
-        return model
-
-    phase_1, tell = phase_1_of(world), VARIANTS[name].tell
-    if llm != "llm" or VARIANTS[name].own_phase_1:
-        phase_1 = folder.with_name(f"{label}-phase-1")
-        if not is_complete(phase_1):
-            train_phase(1, model, world, phase_1, seed, LR_PHASE_1.get(name), tell=tell)
-    model.load(phase_1 / CHECKPOINT)
-    train_phase(2, model, world, folder, seed, lr, limit, pictures, steps, tell)
+    if not is_complete(folder):
+        if llm != "llm" or VARIANTS[name].own_phase_1:
+            train_phase(1, model, world, name, folder.with_name(f"{label}-phase-1"), seed, LR_PHASE_1.get(name))
+        else:
+            model.load(phase_1_of(world) / CHECKPOINT)
+    train_phase(2, model, world, name, folder, seed, lr, limit, pictures, steps)
     return model.eval()
 
 
@@ -403,7 +408,7 @@ def prepare(world, pictures):
     if world == "smollm2" and not frozen_models(world)[0].is_dir():
         raise UserError(f"{frozen_models(world)[0]} is missing: run  python tests/lab/smollm2.py --out {OUT.parent}")
     if not is_complete(phase_1_of(world)):
-        train_phase(1, new_model(world, "full", seed_of_set()), world, phase_1_of(world), seed_of_set())
+        train_phase(1, new_model(world, "full", seed_of_set()), world, "full", phase_1_of(world), seed_of_set())
     datasets(world, 2, pictures)  # once, here, and not by several processes at once
 
 
@@ -490,10 +495,14 @@ def compared(world, seeds, names):
 
 def chat(world, seeds):
     """Does it matter how a question is framed, for a language model that was taught to chat?"""
-    names = ("full", "full, in its chat template")
-    rows = compared(world, seeds, names)
     print("held-out accuracy in percent")
-    return rows
+    return compared(world, seeds, ("full", "full, in its chat template"))
+
+
+def align(world, seeds):
+    """`static` trains `align` on questions, `full` only on captions: is that what static tokens gain by?"""
+    print("held-out accuracy in percent")
+    return compared(world, seeds, ("full", "full, align trained", "static", "static, 2 tokens"))
 
 
 def sizes(world, names):
@@ -507,9 +516,13 @@ def sizes(world, names):
 
 def hints(world, seeds):
     """The same with a language model that never read anything in the place of <img-d>."""
+    return with_other_llm(world, seeds, llm_without_hints())
+
+
+def llm_without_hints():
     llm = "llm-without-hints"
     make_llm(OUT / "evidence" / llm, hint_share=0.0)
-    return with_other_llm(world, seeds, llm)
+    return llm
 
 
 def more_hints(world, seeds):
@@ -819,12 +832,13 @@ LLM_STEPS = 550  # of the miniature's own language model
 
 
 def scaling(world, seeds):
-    runs = {"width 128, 2 layers, N=5, Q=1": runs_of(world, "full", range(seeds))}
+    lr = RECIPES[world][2]["lr"]  # for all rows, where `full` has another elsewhere
+    runs = {"width 128, 2 layers, N=5, Q=1": runs_of(world, "full", range(seeds), lr=lr)}
     models = {"width 128, 2 layers, N=5, Q=1": "llm"}
     for width, layers in SIZES:
         llm, row = f"llm-{width}x{layers}", f"width {width}, {layers} layers"
         make_llm(OUT / "evidence" / llm, steps=LLM_STEPS, width=width, layers=layers)
-        runs[row], models[row] = runs_of(world, "full", range(seeds), llm=llm), llm
+        runs[row], models[row] = runs_of(world, "full", range(seeds), lr=lr, llm=llm), llm
     for more in ("N=1", "N=10", "Q=2", "Q=4"):
         runs[more] = runs_of(world, f"full, {more}", range(seeds))
     rows = {}
@@ -969,7 +983,11 @@ def draw_scatter(panels, labels, size=420):
 # ---- What is not there, captions, side by side, exercises ----------------------------------------------------
 
 
-def hallucination(world, seeds):
+def hallucination_without_hints(world, seeds):
+    return hallucination(world, seeds, llm_without_hints())
+
+
+def hallucination(world, seeds, llm="llm"):
     """POPE (Li et al., arXiv 2305.10355): half of the questions are about what is there, half about what is absent.
 
     That is chosen at random, as the most frequent of what is absent, or as what most often comes with what is there.
@@ -982,7 +1000,7 @@ def hallucination(world, seeds):
     for name in COMPARED[world]:
         rows[name] = []
         for seed in range(seeds):
-            model, of_seed = trained(world, name, seed), {}
+            model, of_seed = trained(world, name, seed, llm=llm), {}
             for how, test in tests.items():
                 scores, texts = sample.predict_and_score(model, test, how)
                 of_seed[f"{how}: right"] = float(np.nanmean(scores["all"]))
@@ -1074,7 +1092,8 @@ def compare(world, seeds):
 
 
 def exercises(world, seeds):
-    runs = {name: runs_of(world, name, range(seeds)) for name in ("full", *EXERCISES)}
+    lr = RECIPES[world][2]["lr"]  # for all rows, where `full` has another elsewhere
+    runs = {name: runs_of(world, name, range(seeds), lr=lr) for name in ("full", *EXERCISES)}
     print("held-out accuracy in percent")
     return rows_of(measure_runs(runs))
 
@@ -1100,6 +1119,8 @@ EXPERIMENTS = {
         "whose truth is told where another question's request is put into the answer"),
     "hallucination": Experiment(hallucination, "mini", 2, 1,
         "yes/no questions about what is absent, as POPE chooses them"),
+    "hallucination-without-hints": Experiment(hallucination_without_hints, "mini", 2, 1, "the same after hints"),
+    "align": Experiment(align, "mini", 2, 2, "full that trains align in phase 2, as static does"),
     "requests": Experiment(requests, "mini", 1, 1,
         "what a linear and a nearest-neighbour probe find in a request, and in v"),
     "captions": Experiment(captions, "mini", 1, 1, "what captions get right after phase 1 alone, word by word"),
@@ -1141,9 +1162,9 @@ def main():
     if args.seeds is not None and not 1 <= args.seeds <= 100:
         parser.error("--seeds has to be from 1 to 100")
     if args.experiment is None:
-        print("minutes  seeds  experiment             (about, on two cores; what was trained is kept, and not trained again)")
+        print("minutes  seeds  experiment                    (about, on two cores; what was trained is kept, and not trained again)")
         for name, experiment in EXPERIMENTS.items():
-            print(f"{experiment.minutes:7}{experiment.seeds:7}  {name:21}  {experiment.shows}")
+            print(f"{experiment.minutes:7}{experiment.seeds:7}  {name:28}  {experiment.shows}")
         return
     experiment, of_sets = EXPERIMENTS[args.experiment], {}
     seeds = args.seeds or experiment.seeds

@@ -6,7 +6,8 @@
     CurvedPicture … q_former   other ways to bring a picture into a language model
     ChatTemplate   another frame around the same question
 
-`tell_…` change the Dataset that a model is trained and measured on, where it has to know more than CLIP's feature.
+`tell_…` change the Dataset that a model is trained and measured on, where it has to know more than CLIP's feature, or
+reads other tokens.
 """
 
 import numpy as np
@@ -313,3 +314,10 @@ class ChatTemplate(LMEye):
         if questions is not None:
             question_ids = self.ids(["\n" + question for question in questions])
         return question_ids, [ids + [self.tokenizer.eos_token_id] for ids in self.ids(list(answers))]
+
+
+def tell_in_own_tokens(model, dataset):
+    """The same records in the tokens of this model, where it writes them in another way than `LMEye`."""
+    questions = [record.question for record in dataset.records] if dataset.records[0].turns else None
+    question_ids, answer_ids = model.token_ids(questions, [record.answer for record in dataset.records])
+    return dataset._replace(tokens=list(zip(question_ids, answer_ids)))
