@@ -527,9 +527,13 @@ def llm_without_hints():
 
 def more_hints(world, seeds):
     """The same with a language model that read hints behind <img> as well, where a second picture token will stand."""
+    return with_other_llm(world, seeds, llm_with_more_hints())
+
+
+def llm_with_more_hints():
     llm = "llm-with-more-hints"
     make_llm(OUT / "evidence" / llm, world=world_in_phrases())
-    return with_other_llm(world, seeds, llm)
+    return llm
 
 
 def with_other_llm(world, seeds, llm):
@@ -987,6 +991,10 @@ def hallucination_without_hints(world, seeds):
     return hallucination(world, seeds, llm_without_hints())
 
 
+def hallucination_with_more_hints(world, seeds):
+    return hallucination(world, seeds, llm_with_more_hints())
+
+
 def hallucination(world, seeds, llm="llm"):
     """POPE (Li et al., arXiv 2305.10355): half of the questions are about what is there, half about what is absent.
 
@@ -1119,7 +1127,8 @@ EXPERIMENTS = {
         "whose truth is told where another question's request is put into the answer"),
     "hallucination": Experiment(hallucination, "mini", 2, 1,
         "yes/no questions about what is absent, as POPE chooses them"),
-    "hallucination-without-hints": Experiment(hallucination_without_hints, "mini", 2, 1, "the same after hints"),
+    "hallucination-without-hints": Experiment(hallucination_without_hints, "mini", 2, 1, "the same with the language models of hints; after hints"),
+    "hallucination-more-hints": Experiment(hallucination_with_more_hints, "mini", 2, 1, "the same with those of more-hints; after more-hints"),
     "align": Experiment(align, "mini", 2, 2, "full that trains align in phase 2, as static does"),
     "requests": Experiment(requests, "mini", 1, 1,
         "what a linear and a nearest-neighbour probe find in a request, and in v"),
