@@ -100,7 +100,6 @@ class Sample(NamedTuple):
 
 def read_records(paths, images, stage, answered=True):
     """Records of files and folders, told apart by content → (list of Record, list of Skip).
-
     The names of pictures are joined to the folders or zip archives `images`; without any, to the data file's folder.
     Stage 1 takes captions, stage 2 makes a record of each turn of a conversation, the earlier turns in its prompt.
     With answered=False, for an evaluation, VQA's questions without annotations become records with the answer "".
@@ -194,7 +193,8 @@ def decode_text(content, where):
     try:
         text = content.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8") from error
+        raise UserError(f"{where}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and zips "
+                        "of them, belong to --images)") from error
     if "\0" in text:
         raise UserError(f"{where}: holds zero bytes, as UTF-16 without a byte order mark does: save it as UTF-8")
     return text
@@ -512,13 +512,15 @@ class Place(NamedTuple):
     names: dict | None = None
 
 
-open_zip = functools.lru_cache(zipfile.ZipFile)  # an archive is opened once
+open_zip = functools.cache(zipfile.ZipFile)  # an archive is opened once
 
 
 def open_place(path):
     """A folder or zip archive of --images → Place. UserError if it is neither."""
     if path.is_dir():
         return Place(str(path))
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: no such folder or zip archive")
     try:
         with open(path, "rb") as file:
             refuse_pointer(file.read(100), path)
@@ -642,7 +644,7 @@ class Dataset(NamedTuple):
         return Dataset(records, tokens, self.features, self.picture[rows])
 
     def fingerprint(self):
-        """A short hash of all texts and features, in their order: what a run was trained on."""
+        """A short hash of turns, answers and features, in their order: what a run was trained on."""
         digest = hashlib.blake2b(digest_size=8)
         for record in self.records:
             digest.update(repr((record.turns, record.answer)).encode())
@@ -653,20 +655,21 @@ class Dataset(NamedTuple):
 
 def encode(model, records, skips, folder=None):
     """Features and tokens of records → Dataset. With `folder`, the features are kept in a file there.
-
     From prompts of more than MAX_TURNS turns, or beyond the language model's context, the oldest turns are left out. Words
-    without a token, which small tokenizers have, can't be learned.
-    Records are left out whose picture can't be read, or whose question and answer, or longest choice, still exceed the
-    context. All that is appended to `skips`, records with their keys. UserError if no record remains.
+    without a token, which small tokenizers have, can't be learned. Records are left out whose picture can't be read, or
+    whose question and answer, or longest choice, still exceed the context. All that is appended to `skips`, records with
+    their keys. UserError if no record remains.
     """
     images = list(dict.fromkeys(record.image for record in records))  # each once, in order
     row = {image: i for i, image in enumerate(images)}
     picture = np.array([row[record.image] for record in records])
     features = encode_images(model, images, folder)
     unreadable = {}
-    for i in np.flatnonzero(np.isnan(features[:, 0])):
+    for i in np.flatnonzero(~np.isfinite(features).all(1)):
         try:  # once more: the file may have come back since
-            features[i] = model.encode_image(model.preprocess(load_image(images[i]))[None]).cpu().numpy()
+            features[i] = model.encode_image(model.preprocess(load_image(images[i]))[None]).half().cpu().numpy()
+            if not np.isfinite(features[i]).all():
+                unreadable[i] = "a picture whose CLIP features are not finite in half precision: try --precision fp32"
         except UserError as reason:
             unreadable[i] = str(reason)
     features.flags.writeable = False  # what is written there stands in the file
@@ -704,7 +707,6 @@ def encode(model, records, skips, folder=None):
 
 def encode_images(model, images, folder=None, batch_size=128):
     """CLIP features of pictures (P, C), float16, mapped from a file; the row of one that can't be read is NaN.
-
     The file is written batch by batch. Its name is a hash of the CLIP and of the pictures, and its length tells how
     far it is, so a pass that was broken off goes on from the last whole batch. Without `folder` it is a temporary one.
     """
@@ -723,7 +725,7 @@ def encode_images(model, images, folder=None, batch_size=128):
                 rows = np.full((len(pixels), C), np.nan, np.float16)
                 good = [i for i, picture in enumerate(pixels) if picture is not None]
                 if good:
-                    rows[good] = model.encode_image(torch.stack([pixels[i] for i in good])).cpu().numpy()
+                    rows[good] = model.encode_image(torch.stack([pixels[i] for i in good])).half().cpu().numpy()
                 file.write(rows.tobytes())
                 bar.update(len(pixels))
         file.flush()
@@ -778,7 +780,7 @@ def hold_out(dataset, share=0.02, max_pictures=500, min_pictures=50):
 
 
 def shuffled(dataset):
-    """The same records, each with some other picture: a model that does not look loses nothing by it."""
+    """The same records, each with some other picture (if there is one): a model that does not look loses nothing by it."""
     pictures = np.random.default_rng(0).permutation(np.unique(dataset.picture))
     other = dict(zip(pictures, np.roll(pictures, 1)))
     return dataset._replace(picture=np.array([other[i] for i in dataset.picture]))
@@ -797,7 +799,6 @@ def batches(dataset, size, max_batch_tokens=None, seed=0):
 
 def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
     """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
-
     A batch has at most `size` records, and, padding included, `max_batch_tokens` tokens (unless one record has more).
     Records of like length come together: each stretch of `window` batches of the shuffled records is halved by the
     side, question or answer, whose lengths differ most, until the parts are batches; these come in random order.
@@ -840,7 +841,6 @@ COCO_PICTURES = "http://images.cocodataset.org/zips/train2017.zip"  # those of s
 
 def published(stage, out, agreed):
     """Have the published data of a stage below `out` → ([records], [pictures]) for `read_records`.
-
     States size and place first, and downloads only if `agreed`. UserError without that, without the hub or room on the
     disk, and where COCO's pictures are missing, with the command that fetches them.
     """

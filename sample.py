@@ -7,7 +7,7 @@
     python sample.py --data questions.json --images val.zip   an evaluation: a table, the answers, result files
 
 The newest checkpoint below --out answers, unless --checkpoint names another. One that has only seen stage 1 writes
-captions. Answers and tables go to the standard output, notes, progress and errors to the standard error.
+captions. Answers and tables go to the standard output, progress, errors and notes about answers to the standard error.
 """
 
 import argparse
@@ -122,9 +122,8 @@ def json_line(row):
 
 
 def predict_and_score(model, dataset, name="answers", blind=False, max_batch_tokens=4096):
-    """Let a model speak about the records of a Dataset → ({column: (R,) scores}, R texts). With `blind`, it is shown
-    other records' pictures: what it still gets right, it did not see. A score is NaN where a column does not concern a
-    record. Progress is shown under `name`."""
+    """Let a model speak about the records of a Dataset → ({column: (R,) scores}, R texts), NaN where a column does not
+    concern a record. With `blind`, it is shown other records' pictures: what it still gets right, it did not see."""
     model.eval()
     records, shown = dataset.records, data.shuffled(dataset) if blind else dataset
     scores, texts = defaultdict(lambda: np.full(len(records), np.nan)), [""] * len(records)
@@ -151,7 +150,7 @@ def predict_and_score(model, dataset, name="answers", blind=False, max_batch_tok
 
 def batches_by_length(model, dataset, max_batch_tokens):
     """Rows of a Dataset in batches of one kind (captions, questions, choices) whose texts, with padding and answers, have
-    at most max_batch_tokens; the largest come first, so that memory that does not suffice is found out at once."""
+    at most max_batch_tokens; the largest of a kind come first: memory that does not suffice is found out early."""
     sizes = []  # of each record: its kind, and the tokens that it takes
     for record, (question, _) in zip(dataset.records, dataset.tokens):
         K, longest = len(record.choices), MAX_TOKENS
@@ -377,8 +376,10 @@ def parse_args():
                             ("temperature", 0, 100), ("top_p", 0, 1), ("seed", 0, 10 ** 9)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} has to be from {low} to {high}")
-    if bool(args.inputs) == bool(args.data):
-        parser.error("either pictures are needed, or --data with records to evaluate on")
+    if bool(args.inputs) == bool(args.data) or (args.images and not args.data):
+        parser.error("either pictures are needed, or --data with records to evaluate on, and --images of these")
+    if (args.top_k or args.top_p < 1) and not args.temperature:
+        parser.error("--top-k and --top-p need a --temperature above 0: at 0 the likeliest token is taken")
     if args.data and (args.temperature or args.top_k or args.top_p < 1 or args.max_tokens != MAX_TOKENS or args.questions):
         parser.error("an evaluation takes the likeliest answers to what --data asks: no --questions, no flags of drawing")
     return args
@@ -396,7 +397,6 @@ def main():
     one = len(pictures) == 1 and not args.questions
     if one:
         picture = data.load_image(pictures[0])  # a wrong one is told before models are loaded
-
     checkpoint = Path(args.checkpoint or newest(args))
     if args.data:
         stage = lmeye.read_adapter(checkpoint)[0]

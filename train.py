@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -121,7 +122,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             scaler.update()
             optimizer.zero_grad()
 
-            done, stopping, now = step + 1, stop.is_set(), time.perf_counter()
+            done, now = step + 1, time.perf_counter()
             log["seconds"] += now - clock
             log["seconds in steps"] += now - began
             clock = now
@@ -145,6 +146,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                 write_log(folder / "log.csv", log["lines"])
             if validated:
                 tqdm.write(own_words(model, val))
+            stopping = stop.is_set()
             if done == steps or done % save_every == 0 or stopping:
                 save_state(state, done, run, adapter, optimizer, scaler, log)
             if stopping:
@@ -175,10 +177,11 @@ def reach_to_rate(reach, model, dataset):
 
 @torch.no_grad()
 def mean_loss(model, dataset, max_batch_tokens, max_records=256):
-    """Loss per token of the answers of a Dataset, over at most `max_records` taken evenly from it. While it is the same
-    with the pictures shuffled, the model does not look."""
+    """Loss per token of the answers of a Dataset, over at most `max_records` drawn from it, always the same. While it
+    is the same with the pictures shuffled, the model does not look."""
     model.eval()
-    part = dataset.take(np.arange(len(dataset.records)) % math.ceil(len(dataset.records) / max_records) == 0)
+    drawn = np.random.default_rng(0).permutation(len(dataset.records))[:max_records]
+    part = dataset.take(np.isin(np.arange(len(dataset.records)), drawn))
     total = count = 0
     for rows in data.plan_epoch(part, 64, max_batch_tokens, 0, 0):
         f, tokens = part.batch(rows)
@@ -446,7 +449,7 @@ def run_stage(args, settings, home, folder, before, defaults):
         images = val_images = [sample.below(args.out, defaults["images"])]
     elif not paths:
         paths, images = data.published(args.stage, args.out, args.download)
-    records, skips = data.read_records(paths, images, args.stage)  # its mistakes are told before models are loaded
+    records, skips = data.read_records(paths, images, args.stage)  # its mistakes are told before models are loaded (but missing pictures)
     val_records, val_skips = data.read_records(val_paths, val_images, args.stage) if val_paths else ([], [])
 
     torch.manual_seed(args.seed)
@@ -465,7 +468,8 @@ def run_stage(args, settings, home, folder, before, defaults):
     n_train, n_val = len(train.records), (len(val.records) if val else 0)
     note = "" if val else " (too few pictures)"
     if val_paths:
-        shared = {record.image for record in train.records} & {record.image for record in val.records}
+        trained_on = {os.path.abspath(str(record.image)) for record in train.records}
+        shared = trained_on & {os.path.abspath(str(record.image)) for record in val.records}
         note = f"; {len(shared):,} of their pictures are trained on as well" if shared else ""
     print(f"data: {n_train:,} records to train on, {n_val:,} to validate on{note}")
     data.report_skips(skips + val_skips)
@@ -482,7 +486,7 @@ def run_stage(args, settings, home, folder, before, defaults):
     about = {"command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "started from": str(before),
              "data": [str(path) for path in paths], "images": [str(path) for path in images or []],
              "val": [str(path) for path in val_paths or []], "records": n_train, "val records": n_val,
-             "left out": len(skips) + len(val_skips), "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
+             "left out or shortened": len(skips) + len(val_skips), "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
              "versions": {module.__name__: module.__version__ for module in (torch, transformers, open_clip)}}
     train_adapter(model, args.stage, train, val, folder, steps, batch_size, lr, max_batch_tokens=args.max_batch_tokens,
                   accumulate=args.accumulate, seed=args.seed, train_align=args.train_align, resume=args.resume,

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -290,6 +291,31 @@ def test_words_that_the_tokenizer_has_no_token_for_are_counted(tmp_path):
     records = [Record(str(tmp_path / "a.jpg"), ("what?",), answer) for answer in answers]
     assert len(data.encode(tiny_model(), records, skips).records) == 4
     assert [skip.reason for skip in skips] == ["words in an answer that the language model has no token for"] * 2
+
+
+@pytest.mark.parametrize("wrong", (float("nan"), float("inf"), 1e6))
+def test_features_that_are_not_finite_are_left_out_and_told(wrong, tmp_path, monkeypatch):
+    """As those of a CLIP in fp16 that overflows; 1e6 is beyond float16, in which features are kept."""
+    model, paths = tiny_model(), []
+    for i, color in enumerate(("red", "blue", "green")):
+        save_picture(tmp_path / f"{i}.png", color)
+        paths.append(str(tmp_path / f"{i}.png"))
+    broken, real = model.preprocess(data.load_image(paths[1])), model.encode_image
+
+    def encode_image(pixels):
+        f = real(pixels)
+        for row, picture in zip(f, pixels):
+            if torch.equal(picture, broken):
+                row[5] = wrong  # one number alone
+        return f
+
+    monkeypatch.setattr(model, "encode_image", encode_image)
+    skips, records = [], [Record(path, (), "red") for path in paths]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = data.encode(model, records, skips)
+    assert [record.image for record in dataset.records] == [paths[0], paths[2]]
+    assert len(skips) == 1 and "not finite" in skips[0].reason
 
 
 def test_choices_without_a_token_are_left_out(tmp_path):

@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -223,6 +225,19 @@ def test_a_run_says_how_it_was_trained_and_what_its_numbers_are(tmp_path):
     assert float(rows[-1]["val_loss_shuffled"]) == pytest.approx(train.mean_loss(model, data.shuffled(some), 4096), abs=1e-4)
 
 
+def test_the_mean_loss_is_over_records_of_all_kinds(tmp_path, monkeypatch):
+    """Records come in periods: two of VCR's to each question, seven of the miniature's to each picture."""
+    model, seen = tiny_model(), []
+    monkeypatch.setattr(model, "loss_sum", lambda f, tokens: seen.extend(tokens.question[:, -1].tolist()) or torch.ones(()))
+    for period in (2, 4, 7):
+        kinds = [np.array([5 + i % period]) for i in range(1000)]
+        dataset = data.Dataset([None] * 1000, [(kind, kind) for kind in kinds], np.zeros((1, 24), np.float16), np.zeros(1000, int))
+        seen.clear()
+        train.mean_loss(model, dataset, 4096)
+        counts = np.bincount(seen)[5:]
+        assert len(seen) == 256 and len(counts) == period and counts.min() > 0.6 * 256 / period
+
+
 def test_the_mean_loss_is_over_tokens_and_the_same_in_small_batches():
     model = tiny_model()
     some = dataset(model, 2, n=8)
@@ -250,3 +265,18 @@ def test_dropout_falls_on_the_decomposed_features_alone_and_only_in_training(mon
     assert torch.equal(plain[:, 1:N + 1], whole) and 0.45 < kept.float().mean() < 0.55
     assert torch.allclose(dropped[:, 1:N + 1][kept], 2 * whole[kept])
     assert torch.equal(dropped[:, [0, N + 1, N + 2]], plain[:, [0, N + 1, N + 2]])
+
+
+def test_a_stop_during_the_last_validation_is_obeyed(tmp_path, monkeypatch):
+    """Not taken for done: the state stays, and --resume has the evaluation left to do."""
+    model = tiny_model()
+    some = dataset(model, 2, n=8)
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    monkeypatch.setattr(train, "mean_loss", stopped)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1 of 1"):
+        train.train_adapter(model, 2, some, some, tmp_path / "run", 1, 4, 1e-3)
+    assert (tmp_path / "run" / train.STATE).exists() and (tmp_path / "run" / CHECKPOINT).exists()
