@@ -97,8 +97,8 @@ BUDGET = {"static": 1, "static, 2 tokens": 2, "static, 5 tokens": 5, "static, 8 
 ORACLES = ("full", "norequest", "static, 2 tokens", "full, the request is told", "full, v is told", "full, f is told",
            "full, the text transformer thawed", "all three, N=9")
 CONNECTORS = ("static", "static, curved", "static, 2 tokens", "static, 5 tokens", "a slot without a request", "full",
-              "full, request without a bias", "static, patches in 2 tokens", "static, 16 patches", "Q-Former",
-              "Q-Former that reads the question", "full, a word of each patch")
+              "full, align trained", "full, request without a bias", "static, patches in 2 tokens", "static, 16 patches",
+              "Q-Former", "Q-Former that reads the question", "full, a word of each patch")
 EXERCISES = {
     "a curved decomposition": rivals.CurvedDecomposition, "two rounds of requests": rivals.TwoRounds,
     "the request read after the first layer": rivals.EarlierRequest, "no picture in <img>": rivals.NoPictureToken,
@@ -1137,10 +1137,13 @@ EXPERIMENTS = {
         "whose truth is told where another question's request is put into the answer"),
     "hallucination": Experiment(hallucination, "mini", 2, 1,
         "yes/no questions about what is absent, as POPE chooses them"),
-    "hallucination-without-hints": Experiment(hallucination_without_hints, "mini", 2, 1, "the same with the language models of hints; after hints"),
-    "hallucination-more-hints": Experiment(hallucination_with_more_hints, "mini", 2, 1, "the same with those of more-hints; after more-hints"),
+    "hallucination-without-hints": Experiment(hallucination_without_hints, "mini", 2, 1,
+        "the same with the language models of hints; after hints"),
+    "hallucination-more-hints": Experiment(hallucination_with_more_hints, "mini", 2, 1,
+        "the same with those of more-hints; after more-hints"),
     "align": Experiment(align, "mini", 2, 4, "with align trained in phase 2, as static trains it"),
-    "align-without-hints": Experiment(align_without_hints, "mini", 2, 5, "the same with the language models of hints; after hints"),
+    "align-without-hints": Experiment(align_without_hints, "mini", 2, 5,
+        "the same with the language models of hints; after hints"),
     "requests": Experiment(requests, "mini", 1, 1,
         "what a linear and a nearest-neighbour probe find in a request, and in v"),
     "captions": Experiment(captions, "mini", 1, 1, "what captions get right after phase 1 alone, word by word"),
@@ -1162,7 +1165,7 @@ EXPERIMENTS = {
     "oracles": Experiment(oracles, "board", 2, 15,
         "boards, with one part of the method told what it has to find out; after board"),
     "connectors": Experiment(connectors, "board", 1, 15,
-        "boards, by twelve ways to bring a picture into a language model; after board"),
+        "boards, by thirteen ways to bring a picture into a language model; after board"),
     "depth": Experiment(depth, "board", 1, 25,
         "boards, with two, four and six layers in CLIP's text transformer; after board"),
     "budget": Experiment(budget, "board", 1, 45,
