@@ -1204,9 +1204,10 @@ def main():
     if len(args.out) > 1 and of_sets:
         print(f"mean over {len(args.out)} sets of frozen models ± 95% interval over them\n\n{markdown(of_sets)}\n")
         gains = {}
-        for name in of_sets:
-            if name not in ("full", "blind") and "full" in of_sets:
-                gains[f"full − {name}"] = differences(of_sets["full"], of_sets[name])
+        for one in ("full", "full, align trained"):
+            for other in of_sets:
+                if one in of_sets and other not in (one, "blind"):
+                    gains[f"{one} − {other}"] = differences(of_sets[one], of_sets[other])
         if gains:
             print(f"differences, set by set\n\n{markdown(gains)}")
 

@@ -345,14 +345,14 @@ class Interval(NamedTuple):
 
 
 def read_differences(path):
-    """The rows "full − …" of the tables of evidence.py in a file → {row: {column: Interval}}. Shares of answers that
+    """The rows "one − other" of the tables of evidence.py in a file → {row: {column: Interval}}. Shares of answers that
     are "yes" are left out. UserError if there are none, or if one has no interval."""
     rows, columns = {}, []
     for number, line in enumerate(data.read_text(path).splitlines(), 1):
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("| |"):
             columns = cells[1:]
-        elif line.startswith("| full − "):
+        elif " − " in cells[0]:
             found = rows.setdefault(cells[0], {})
             for column, cell in zip(columns, cells[1:]):
                 try:
@@ -389,9 +389,9 @@ def draw_differences(rows):
     for value in range(low, high + 1, 10):
         canvas.line((at(value), top, at(value), page.height - 36), "black" if value == 0 else "#dddddd")
         canvas.text((at(value), page.height - 30), f"{value:+d}" if value else "0", "black", font, "ma")
-    canvas.text((left, 12), "points by which `full` is ahead of others (right of 0) or behind them, with 95% intervals:", "black", font)
+    canvas.text((left, 12), "points by which the first is ahead of the second (right of 0) or behind it, with 95% intervals:", "black", font)
     for i, row in enumerate(rows):
-        canvas.text((left, 32 + 18 * i), row.removeprefix("full − "), colors[row], font)
+        canvas.text((left, 32 + 18 * i), row, colors[row], font)
     for i, column in enumerate(columns):
         canvas.text((left - 12, top + group * i + group / 2), column, "black", font, "rm")
         for k, (row, found) in enumerate(rows.items()):
