@@ -97,8 +97,9 @@ BUDGET = {"static": 1, "static, 2 tokens": 2, "static, 5 tokens": 5, "static, 8 
 ORACLES = ("full", "norequest", "static, 2 tokens", "full, the request is told", "full, v is told", "full, f is told",
            "full, the text transformer thawed", "all three, N=9")
 CONNECTORS = ("static", "static, curved", "static, 2 tokens", "static, 5 tokens", "a slot without a request", "full",
-              "full, align trained", "full, request without a bias", "static, patches in 2 tokens", "static, 16 patches",
-              "Q-Former", "Q-Former that reads the question", "full, a word of each patch")
+              "full, align trained", "norequest, align trained", "full, request without a bias",
+              "static, patches in 2 tokens", "static, 16 patches", "Q-Former", "Q-Former that reads the question",
+              "full, a word of each patch")
 EXERCISES = {
     "a curved decomposition": rivals.CurvedDecomposition, "two rounds of requests": rivals.TwoRounds,
     "the request read after the first layer": rivals.EarlierRequest, "no picture in <img>": rivals.NoPictureToken,
@@ -525,7 +526,7 @@ def sizes(world, names):
     """How many numbers each trains in phase 2, as text."""
     found = []
     for name in names:
-        trained_tensors = new_model(world, name, 0).set_trained(2).values()
+        trained_tensors = new_model(world, name, 0).set_trained(2, VARIANTS[name].train_align).values()
         found.append(f"{name} {sum(p.numel() for p in trained_tensors):,}")
     return ", ".join(found) + " numbers"
 
@@ -1165,7 +1166,7 @@ EXPERIMENTS = {
     "oracles": Experiment(oracles, "board", 2, 15,
         "boards, with one part of the method told what it has to find out; after board"),
     "connectors": Experiment(connectors, "board", 1, 15,
-        "boards, by thirteen ways to bring a picture into a language model; after board"),
+        "boards, by fourteen ways to bring a picture into a language model; after board"),
     "depth": Experiment(depth, "board", 1, 25,
         "boards, with two, four and six layers in CLIP's text transformer; after board"),
     "budget": Experiment(budget, "board", 1, 45,
