@@ -389,9 +389,9 @@ def draw_differences(rows):
     for value in range(low, high + 1, 10):
         canvas.line((at(value), top, at(value), page.height - 36), "black" if value == 0 else "#dddddd")
         canvas.text((at(value), page.height - 30), f"{value:+d}" if value else "0", "black", font, "ma")
-    canvas.text((left, 12), "points by which the first is ahead of the second (right of 0) or behind it, with 95% intervals:", "black", font)
+    canvas.text((left, 12), "points by which one is ahead of another (right of 0) or behind it, with 95% intervals:", "black", font)
     for i, row in enumerate(rows):
-        canvas.text((left, 32 + 18 * i), row, colors[row], font)
+        canvas.text((left, 32 + 18 * i), row.replace(" − ", " against "), colors[row], font)  # the font has no minus
     for i, column in enumerate(columns):
         canvas.text((left - 12, top + group * i + group / 2), column, "black", font, "rm")
         for k, (row, found) in enumerate(rows.items()):
