@@ -669,7 +669,7 @@ def encode(model, records, skips, folder=None):
         try:  # once more: the file may have come back since
             features[i] = model.encode_image(model.preprocess(load_image(images[i]))[None]).half().cpu().numpy()
             if not np.isfinite(features[i]).all():
-                unreadable[i] = "a picture whose CLIP features are not finite in half precision: try --precision fp32"
+                unreadable[i] = "a picture whose CLIP features are not finite, or beyond 65,504: try --precision fp32"
         except UserError as reason:
             unreadable[i] = str(reason)
     features.flags.writeable = False  # what is written there stands in the file

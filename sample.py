@@ -378,10 +378,10 @@ def parse_args():
             parser.error(f"--{name.replace('_', '-')} has to be from {low} to {high}")
     if bool(args.inputs) == bool(args.data) or (args.images and not args.data):
         parser.error("either pictures are needed, or --data with records to evaluate on, and --images of these")
-    if (args.top_k or args.top_p < 1) and not args.temperature:
-        parser.error("--top-k and --top-p need a --temperature above 0: at 0 the likeliest token is taken")
     if args.data and (args.temperature or args.top_k or args.top_p < 1 or args.max_tokens != MAX_TOKENS or args.questions):
         parser.error("an evaluation takes the likeliest answers to what --data asks: no --questions, no flags of drawing")
+    if (args.top_k or args.top_p < 1) and not args.temperature:
+        parser.error("--top-k and --top-p need a --temperature above 0: at 0 the likeliest token is taken")
     return args
 
 

@@ -449,7 +449,7 @@ def run_stage(args, settings, home, folder, before, defaults):
         images = val_images = [sample.below(args.out, defaults["images"])]
     elif not paths:
         paths, images = data.published(args.stage, args.out, args.download)
-    records, skips = data.read_records(paths, images, args.stage)  # its mistakes are told before models are loaded (but missing pictures)
+    records, skips = data.read_records(paths, images, args.stage)  # most mistakes are told before models are loaded
     val_records, val_skips = data.read_records(val_paths, val_images, args.stage) if val_paths else ([], [])
 
     torch.manual_seed(args.seed)
@@ -486,7 +486,8 @@ def run_stage(args, settings, home, folder, before, defaults):
     about = {"command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "started from": str(before),
              "data": [str(path) for path in paths], "images": [str(path) for path in images or []],
              "val": [str(path) for path in val_paths or []], "records": n_train, "val records": n_val,
-             "left out or shortened": len(skips) + len(val_skips), "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
+             "left out or shortened": len(skips) + len(val_skips), "device": str(model.device),
+             "date": time.strftime("%Y-%m-%d %H:%M"),
              "versions": {module.__name__: module.__version__ for module in (torch, transformers, open_clip)}}
     train_adapter(model, args.stage, train, val, folder, steps, batch_size, lr, max_batch_tokens=args.max_batch_tokens,
                   accumulate=args.accumulate, seed=args.seed, train_align=args.train_align, resume=args.resume,

@@ -381,6 +381,12 @@ def test_values_out_of_range_are_named(flag, value):
     assert result.returncode == 2 and flag in result.stderr.splitlines()[-1]  # above it, the usage names all flags
 
 
+@pytest.mark.parametrize("flags", (("--top-k", 5), ("--top-p", 0.5), ("--images", ".")))
+def test_flags_that_would_do_nothing_are_refused(flags, tmp_path):
+    result = run("sample.py", "a.jpg", "what?", *flags, cwd=tmp_path)
+    assert result.returncode == 2 and flags[0] in result.stderr.splitlines()[-1]
+
+
 def test_temperatures_next_to_zero_take_the_likeliest_token(trained):
     folder, flags = trained
     answers = {run("sample.py", "pictures/red.jpg", "what color is it?", *flags, "--temperature", t, cwd=folder).stdout

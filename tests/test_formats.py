@@ -465,6 +465,9 @@ def test_data_that_is_not_there_is_named_itself(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="no such file"):  # not waited for
         read_records([tmp_path / "pipe"], None, 1)
+    (tmp_path / "a.json").write_text('{"image": "a.jpg", "caption": "a cat"}')
+    with pytest.raises(UserError, match="pipe: no such folder or zip"):
+        read_records([tmp_path / "a.json"], [tmp_path / "pipe"], 1)
 
 
 def test_links_in_a_shard_are_not_followed(tmp_path):
