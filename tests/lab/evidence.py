@@ -507,12 +507,6 @@ def with_trap(world, rows, records, **options):
     return rows
 
 
-def chat(world, seeds):
-    """Does it matter how a question is framed, for a language model that was taught to chat?"""
-    print("held-out accuracy in percent")
-    return compared(world, seeds, ("full", "full, in its chat template"))
-
-
 def align(world, seeds, llm="llm"):
     """`static` trains `align` on questions, `full` only on captions: is that what static tokens gain by?"""
     print("held-out accuracy in percent; in the last column that on the trap of `hallucination`")
@@ -1157,7 +1151,6 @@ EXPERIMENTS = {
     "exercises": Experiment(exercises, "mini", 1, 5, "the exercises of the README, solved"),
     "smollm2": Experiment(ablation, "smollm2", 1, 200,
         "three rows of ablation with a published language model; after tests/lab/smollm2.py"),
-    "chat-smollm2": Experiment(chat, "smollm2", 1, 140, "full in its own chat template; after smollm2"),
     "swap-smollm2": Experiment(swap, "smollm2", 1, 13, "the same as swap with it; these three after smollm2"),
     "hallucination-smollm2": Experiment(hallucination, "smollm2", 1, 20, "the same as hallucination with it"),
     "requests-smollm2": Experiment(requests, "smollm2", 1, 6, "the same as requests with it"),
