@@ -337,7 +337,7 @@ def test_a_gpu_that_is_too_small_is_told_in_one_line_and_the_run_goes_on(home, t
     with monkeypatch.context() as patch:
         patch.setattr(lmeye.LMEye, "loss_sum", full)
         result = run("train.py", *stage(home, 1), cwd=tmp_path)
-    assert fails_in_one_line(result) and "--max-batch-tokens, or take smaller models: CUDA out of memory" in result.stderr
+    assert fails_in_one_line(result) and "lower --max-batch-tokens, or take smaller models: CUDA out of memory" in result.stderr
 
     model = tiny_model()
     calls, real = [], model.loss_sum
