@@ -1,35 +1,47 @@
 r"""LMEye: a frozen language model asks a frozen CLIP about a picture (arXiv 2305.03701, version 1).
 
-A static mapping hands the language model one picture token and hopes that it holds everything. LMEye lets the
-model *ask*: it reads the question, its hidden state becomes a request, the request meets the picture inside
-CLIP's own frozen text transformer, and what comes out is handed back as one more token (or Q).
+Models like LLaVA turn a picture into tokens once, before the question is known. LMEye lets the language model (LM)
+read the question first and then *ask* for what it needs:
 
-    picture ──► frozen CLIP image tower ──► f ──► align, + img ──► <img>                           1. see
-    [bos]Image:<img>\nQuestion: {question}<img-d> ──► frozen LM ──► h ──► request ──► r            2. ask
-                             (in this pass <img-d> is the vector img_d)
-    f ──► decompose ──► f₁ … f_N
-    [SOS, f₁ … f_N, r, EOS] ──► frozen CLIP text transformer ──► v                                 3. interact
-    <img-d> becomes transmit(v) + img_d, and the LM reads on: \nAnswer: {answer}[eos]              4. tell
-    Captions have no question, so nothing is asked: [bos]Image:<img> {caption}[eos]
+    1. see        CLIP turns the picture into one vector f.          <img> = align(f) + img
+    2. ask        The LM reads  [bos]Image:<img>\nQuestion: {question}<img-d>  where a learned vector, img_d, stands
+                  in for <img-d>, the place of what the picture will answer. Its last hidden state there is h.
+                                                                     r = request(h)
+    3. interact   CLIP's own text transformer reads picture and request as if they were words.
+                  f_1 … f_N = decompose(f)                           v = CLIP_text([SOS, f_1 … f_N, r, EOS])
+    4. tell       The LM reads the prompt again, now with            <img-d> = transmit(v) + img_d
+                  and after it  \nAnswer: {answer}[eos]  whose tokens carry the loss.
 
-Trained: the four linear layers `align`, `request`, `decompose`, `transmit` and two vectors, `img` and `img_d`.
-Frozen: every weight of the LM and of CLIP; gradients flow through the LM and CLIP's text transformer, not into them.
-Phase 1 (`--stage 1`) trains `align` and `img` on captions, phase 2 the others on instructions: see `set_trained`.
+Both models are frozen; four linear layers and two vectors are trained. Phase 1 (`--stage 1`) trains `align` and `img`
+on captions, [bos]Image:<img> {caption}[eos], where nothing is asked; phase 2 trains the others on questions.
+"Frozen" means that weights don't change. It does not stop gradients: they pass from the loss through the LM (second
+pass), `transmit` and CLIP's text transformer to `request`, and on through the LM (first pass) to img_d. Only the
+picture tower runs without gradients.
 
-Steps 2 and 4 are two passes of the LM in the paper, over one beginning. Attention is causal: nothing before <img-d>
-depends on what stands there. So the beginning is run once, and its keys and values serve both (where `align` trains,
-autograd adds up what both send back). Keys and values of <img-d> are dropped: step 4 runs it anew, and what follows.
+Below, `plain_loss` is the method as the paper tells it, for one record. The class LMEye is the same for a batch, and
+faster. Loading, its checks, files and errors come last.
 
-Axes, in the shape comments of this file:
-    B records   T tokens, T' of the answer   K choices   D width of the LM's embeddings   V size of its vocabulary
-    C CLIP's joint space   W width of its text tower   S side of its pictures   N decomposed features   Q <img-d> slots
+In numbers, for "what is on the table?" with OPT-1.3b and CLIP ViT-L/14:
+    f (1, 768)   <img> (1, 1, 2048)   prompt before <img-d> (1, 13, 2048)   h (1, 2048)   r (1, 768)
+    words of CLIP (1, 8, 768)   v (1, 768)   <img-d> (1, 1, 2048)
+Trained: align 1.57 M, request 1.57 M, decompose 2.95 M, transmit 1.57 M and two vectors: 7.68 M, of which 1.58 M in
+phase 1 and 6.10 M in phase 2. Frozen: 1.3 billion (OPT) and 0.43 billion (CLIP).
+
+Axes in the shape comments, with the sizes of these two models:
+    B   records of a batch                     T   tokens; T' those of the answer
+    C   width of CLIP's features, 768          N   vectors that `decompose` makes, 5
+    D   width of the LM, 2048                  Q   <img-d> slots, 1
+    W   width of CLIP's text side, 768         P   <img> tokens, 1
+    V   size of the LM's vocabulary, 50272     K   choices of a question
 """
 
 import inspect
 import json
+import logging
+import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,215 +51,286 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
+from PIL import Image
 from torch import nn
 
 
 @dataclass
 class Settings:
-    """What must be known to build a model. Each is a flag of train.py, too: `n_features` is `--n-features`."""
+    """What a checkpoint stores so that its model can be rebuilt. Each is a flag of train.py, too."""
     preset: str = "opt-1.3b"  # a row of PRESETS, or a name for models of your own
     llm: str = "facebook/opt-1.3b"  # causal language model: a hub name or a local folder
-    clip: str = "ViT-L-14:openai"  # as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME, local-dir:FOLDER
-    interaction: str = "full"  # or static: no <img-d>, the picture token must do; norequest: the request is zero
-    n_features: int = 5  # N, into how many words of CLIP's the picture is decomposed
-    n_slots: int = 1  # Q, how many <img-d> slots carry the answer to the request back
-    dropout: float = 0.5  # on the decomposed features
-    precision: str = "auto"  # of the frozen weights: bf16, fp16 or fp32; auto: see device_and_dtype
+    clip: str = "ViT-L-14:openai"  # open_clip's NAME:TAG, NAME:FILE, hf-hub:ORG/NAME, or a folder
+    variant: str = "lmeye"  # or a control. norequest: the request is zero. static: there is no <img-d>
+    n_features: int = 5  # N: number of vectors that `decompose` makes from the picture
+    n_slots: int = 1  # Q: number of <img-d> slots
+    n_image_tokens: int = 1  # P: number of <img> tokens
+    dropout: float = 0.5  # on the N vectors, in training
+    precision: str = "auto"  # of the frozen weights: bf16, fp16, fp32, or auto (see device_and_dtype)
 
 
 PRESETS = {
-    "mini": Settings("mini", "out/mini/llm", "local-dir:out/mini/clip", dropout=0.0),  # for a laptop, in minutes
+    "mini": Settings("mini", "out/mini/llm", "local-dir:out/mini/clip", dropout=0.0),
+    "smollm2": Settings("smollm2", "out/smollm2", "local-dir:out/mini/clip", dropout=0.0),
     "opt-1.3b": Settings("opt-1.3b"),
     "bloomz-7b1": Settings("bloomz-7b1", "bigscience/bloomz-7b1", n_slots=5),
 }
-INTERACTIONS = ("full", "static", "norequest")
-IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"  # the template: for training, generation and scoring
+VARIANTS = ("lmeye", "norequest", "static")
+IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"  # one template for training and all else
+
+
+# ---- The method, plainly ---------------------------------------------------------------------------------------
+
+
+def plain_loss(model, f, question, answer):
+    """The method as section 3 of the paper tells it: two whole passes of the language model, nothing clever.
+
+    Takes the feature f (1, C) of one picture, a question and an answer. Returns the loss, a scalar, and what it was
+    computed from: the logits before each token of the answer (T', V) and the state h (1, D). `LMEye.forward` computes
+    the same for a batch; when models are loaded, `check_llm` compares the two.
+    """
+    def embed(ids):  # token ids → word vectors of the LM (1, T, D)
+        return model.embed(torch.tensor([ids], dtype=torch.long, device=model.device))
+
+    # 1. See: the picture becomes a word, between "[bos]Image:" and the question.
+    image = model.embed(model.image_words)[None]
+    question = embed(model.question_ids([question])[0])
+    prompt = torch.cat([image, model.see(f), question], 1)
+
+    # 2. Ask: the LM reads all that and then <img-d>. Its last state becomes the request.
+    img_d = model.img_d.expand(1, model.settings.n_slots, -1)
+    x = torch.cat([prompt, img_d], 1).to(model.llm.dtype)
+    h = model.llm.base_model(inputs_embeds=x).last_hidden_state[:, -1]
+    r = model.ask(h)
+
+    # 3. Interact: CLIP's text transformer reads picture and request as one sentence.
+    v = model.interact(f, r)
+
+    # 4. Tell: what came out takes the place of <img-d>. The LM reads everything again, and then the answer.
+    answer = model.answer_ids([answer])[0]  # ends with eos
+    answer_words = model.embed(model.answer_words)[None]  # "\nAnswer:"
+    x = torch.cat([prompt, model.tell(v), answer_words, embed(answer[:-1])], 1).to(model.llm.dtype)
+    logits = model.llm(inputs_embeds=x).logits[0, -len(answer):].float()
+    return F.cross_entropy(logits, torch.tensor(answer, device=model.device)), logits, h
+
+
+# ---- The method, for batches -----------------------------------------------------------------------------------
 
 
 class Tokens(NamedTuple):
-    """Token ids with their masks (1 real, 0 padding). For captions `question` has no columns."""
-    question: torch.Tensor  # (B, T) left-padded
+    """Token ids of a batch, with masks: 1 for a token, 0 for padding. The marked ones carry the loss:
+
+        [bos] Image : <img> \\n Question :  what  color ? <img-d> \\n Answer :  red  [eos]
+                                                                               ^^^  ^^^^^
+    """
+    question: torch.Tensor  # (B, T), padded on the left; None for captions
     question_mask: torch.Tensor
-    answer: torch.Tensor  # (B, T') right-padded, eos included
+    answer: torch.Tensor  # (B, T'), padded on the right; eos included
     answer_mask: torch.Tensor
 
-
-# ---- The method ----------------------------------------------------------------------------------------------
+    def lengths(self):
+        """Tokens of each record, without padding: (B,)."""
+        return self.answer_mask.sum(1) + (0 if self.question is None else self.question_mask.sum(1))
 
 
 class LMEye(nn.Module):
     """Four linear layers and two vectors between a frozen language model and a frozen CLIP.
 
-    `f` is always the picture feature of `encode_image`, (B, C). `questions` is a list of B strings, or (except in
-    `score`) None for captions: the answer then follows the picture at once, as in phase 1, and nothing is asked.
+    `f` is always the picture feature of `encode_image`, (B, C). `questions` is a list of B texts, or None for
+    captions.
     """
 
     def __init__(self, settings, llm, tokenizer, clip, preprocess, clip_tokenizer):
         super().__init__()
-        self.settings, self.preprocess = settings, preprocess
+        self.settings, self.preprocess = settings, preprocess  # PIL picture → pixels (3, side, side)
         self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
-        self.llm, self.clip = llm.requires_grad_(False).eval(), clip.requires_grad_(False).eval()
-        self.text = getattr(clip, "text", clip)  # open_clip.CLIP keeps its text transformer flat, others in .text
-        if getattr(self.text, "attn_mask", None) is None:
-            raise UserError(f"--clip {settings.clip}: can't be used: its text transformer is not causal")
-        accepted = inspect.signature(llm.base_model.forward).parameters
-        self.takes_positions = "position_ids" in accepted
-        self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache"  # since transformers 5.24
+        self.llm = llm.requires_grad_(False).eval()
+        self.clip = clip.requires_grad_(False).eval()
+        self.clip_text = getattr(clip, "text", clip)  # open_clip.CLIP has the text layers itself
+        check_settings(self)
 
-        # [bos] where the model's own tokenizer writes one; SOS and EOS as CLIP's tokenizer frames an empty text.
+        # The fixed words of the prompt. bos stands where the LM's own tokenizer writes one; CLIP's tokenizer frames
+        # an empty text with SOS and EOS.
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
-        self.register_buffer("image_ids", torch.tensor(bos + self.ids(IMAGE)), persistent=False)
-        self.register_buffer("answer_ids", torch.tensor(self.ids(ANSWER)), persistent=False)
+        self.register_buffer("image_words", torch.tensor(bos + self.ids_of([IMAGE])[0]), persistent=False)
+        self.register_buffer("answer_words", torch.tensor(self.ids_of([ANSWER])[0]), persistent=False)
         self.register_buffer("sos_eos", clip_tokenizer([""])[0, :2].clone(), persistent=False)
         self.to(llm.device)
 
-        N, Q = settings.n_features, settings.n_slots
-        longest = len(self.text.positional_embedding) - 3  # beside SOS, the request and EOS
-        if not (1 <= N <= longest and 1 <= Q <= 100 and 0 <= settings.dropout < 1 and settings.interaction in INTERACTIONS):
-            raise UserError(f"out of range: --n-features (1 to {longest}), --n-slots (to 100), --dropout (to 1) or --interaction")
-        words = self.embed(torch.linspace(0, len(tokenizer) - 1, 1000, device=self.device).long())  # some of them
-        D, W = words.shape[1], self.text.positional_embedding.shape[1]
-        C = self.encode_words(self.text.token_embedding(self.sos_eos)[None]).shape[1]
-        self.align = nn.Linear(C, D)  # the picture, as a word of the language model
-        self.request = nn.Linear(D, W)  # the model's state, as a word of CLIP's
-        self.decompose = nn.Linear(C, N * W)  # the picture, as N words of CLIP's
-        self.transmit = nn.Linear(C, D * Q)  # CLIP's answer, as Q words of the language model
-        # Beyond its original limit Phi-3 rotates all keys anew, and cached ones are wrong; BLOOM was trained on 2,048 tokens.
-        config = llm.config.get_text_config()
-        self.context = (getattr(config, "original_max_position_embeddings", None)
-                        or getattr(config, "max_position_embeddings", None) or 2048)
-        self.max_text_tokens = self.context - len(self.image_ids) - 1 - Q - len(self.answer_ids)  # question and answer
-        self.spread = words.float().std().item()  # of words' numbers: the two vectors begin as large
-        self.img = nn.Parameter(self.spread * torch.randn(D))
-        self.img_d = nn.Parameter(self.spread * torch.randn(D))
-        self.dropout = nn.Dropout(settings.dropout)
-        weights = []
-        for p in (*llm.parameters(), *clip.parameters()):
-            weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())  # the first and the middle one
-        self.fingerprint = torch.cat(weights).cpu()  # tells models of one shape apart
-        self.to(self.device).eval()
+        some_ids = torch.linspace(0, len(tokenizer) - 1, 1000, device=llm.device).long()
+        some_words = self.embed(some_ids).float()  # (1000, D), spread over the vocabulary
+        sos_eos = self.clip_text.token_embedding(self.sos_eos)[None]  # (1, 2, W)
+        D, W, C = some_words.shape[1], sos_eos.shape[2], self.encode_words(sos_eos).shape[1]
+        N, Q, P = settings.n_features, settings.n_slots, settings.n_image_tokens
 
-    # -- 1. see: the picture becomes one feature, the feature becomes the <img> token
-    #       f = CLIP_image(picture)        <img> = align f + img
+        # All that is trained.
+        self.align = nn.Linear(C, P * D)  # CLIP's feature → word vectors of the LM
+        self.request = nn.Linear(D, W)  # the LM's state → a word vector of CLIP
+        self.decompose = nn.Linear(C, N * W)  # CLIP's feature → N word vectors of CLIP
+        self.transmit = nn.Linear(C, Q * D)  # CLIP's text feature → word vectors of the LM
+        self.word_std = some_words.std().item()
+        self.img = nn.Parameter(self.word_std * torch.randn(D))  # as large as the LM's own words
+        self.img_d = nn.Parameter(self.word_std * torch.randn(D))
+
+        self.dropout = nn.Dropout(settings.dropout)
+        self.context = context_length(llm)
+        self.max_text_tokens = self.context - len(self.image_words) - P - Q - len(self.answer_words)
+        self.vocabulary = max(tokenizer.get_vocab().values()) + 1  # the LM's head may have more rows
+        self.identity = identity(self)
+        self.to(llm.device).eval()
+
+    # -- 1. See: the picture becomes a word of the language model
 
     @torch.no_grad()
     def encode_image(self, pixels):
-        """Pixels (B, 3, S, S), as `preprocess` makes them → f (B, C): projected, not normalised, fp32."""
-        pixels = self.to_device(pixels)[0].to(self.text.transformer.get_cast_dtype())  # that of both towers of CLIP
-        return self.clip.encode_image(pixels).float()
+        """Pixels (B, 3, side, side) from `preprocess` → f (B, C), fp32: CLIP's feature, not normalised."""
+        dtype = self.clip_text.transformer.get_cast_dtype()  # both towers of CLIP compute in it
+        return self.clip.encode_image(self.to_device(pixels)[0].to(dtype)).float()
 
     def see(self, f):
-        return (self.align(f) + self.img)[:, None]  # (B, 1, D)
+        """f (B, C) → the word vectors of <img> (B, P, D)."""
+        return self.align(f).unflatten(-1, (self.settings.n_image_tokens, -1)) + self.img
 
-    # -- 2. ask: the last hidden state at <img-d> becomes a vector in the space of CLIP's words
-    #       h = LM([bos] Image: <img> Question: … <img-d>), its last state        r = request h
+    # -- 2. Ask: the LM has read picture and question; its state says what it wants to know
 
     def ask(self, h):
-        r = self.request(h.float())  # (B, D) → (B, W)
-        return torch.zeros_like(r) if self.settings.interaction == "norequest" else r  # its place stays, but empty
+        """The LM's last hidden state at <img-d>, h (B, D) → the request r (B, W)."""
+        r = self.request(h.float())
+        if self.settings.variant == "norequest":  # the control: the same layers, but nothing is asked
+            r = torch.zeros_like(r)
+        return r
 
-    # -- 3. interact: request and picture meet as words of one sentence in CLIP's text transformer
-    #       f₁ … f_N = decompose f        v = CLIP_text([SOS, f₁ … f_N, r, EOS]), at EOS, projected
+    # -- 3. Interact: picture and request meet as the words of one CLIP sentence
 
     def interact(self, f, r):
+        """f (B, C) and r (B, W) → v (B, C), what CLIP's text transformer makes of both.
+
+        The order of the words decides what can happen. The transformer is causal and is read at EOS: the features
+        never see the request, the request sees all features, and EOS sees everything.
+        """
         features = self.dropout(self.decompose(f)).unflatten(-1, (self.settings.n_features, -1))  # (B, N, W)
-        sos, eos = self.text.token_embedding(self.sos_eos).expand(len(f), -1, -1).split(1, dim=1)  # (B, 1, W) each
-        return self.encode_words(torch.cat([sos, features, r[:, None], eos], 1))  # v (B, C)
+        sos, eos = self.clip_text.token_embedding(self.sos_eos).expand(len(f), -1, -1).split(1, dim=1)
+        return self.encode_words(torch.cat([sos, features, r[:, None], eos], 1))
 
     def encode_words(self, words):
-        """CLIP's text path from word vectors on, (B, T, W) → (B, C), with its mask cut to T. The state is read at the last
-        place: there are no token ids to look for EOS among. Equals `clip.encode_text` where the words are the token
-        embeddings of a text that ends with its EOS (`check_clip` in train.py compares)."""
-        text, T = self.text, words.shape[1]
+        """CLIP's text transformer over word vectors (B, T, W) → its text feature (B, C).
+
+        This is `clip.encode_text` without the look-up of words: T places instead of 77, and the state is read at the
+        last one, where EOS stands. `check_clip` compares the two.
+        """
+        text, T = self.clip_text, words.shape[1]
         x = (words + text.positional_embedding[:T]).to(text.transformer.get_cast_dtype())
-        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:T, :T])[:, -1])
-        if isinstance(text.text_projection, nn.Linear):
+        x = text.transformer(x, attn_mask=text.attn_mask[:T, :T])
+        x = text.ln_final(x[:, -1])
+        if isinstance(text.text_projection, nn.Linear):  # in open_clip it is a layer, a matrix or absent
             x = text.text_projection(x)
         elif text.text_projection is not None:
             x = x @ text.text_projection
         return x.float()
 
-    # -- 4. tell: what came out stands in the place of <img-d>, and the language model reads on
-    #       <img-d> = transmit v + img_d
+    # -- 4. Tell: what came out takes the place of <img-d>
 
     def tell(self, v):
-        return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d  # (B, Q, D)
+        """v (B, C) → the word vectors that replace <img-d> (B, Q, D).
 
-    # -- The two passes of the language model
+        img_d is used twice. In step 2 it is the place-holder that the LM reads when it asks; here it is what all
+        answers share, as `img` is what all pictures share.
+        """
+        return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d
 
-    def prefill(self, f, question, question_mask):
-        """Steps 1 to 4 up to the answer → (x, mask, cache): the caller runs the LM over x (B, T, D) on top of the cache.
-        With <img-d> the cache holds all that precedes it and x begins there; for captions and `static` there is no
-        cache, and x is everything. `mask` covers both.
+    # -- Both passes of the language model
+
+    def read_prompt(self, f, question, question_mask):
+        """Run steps 1 to 4 → (x, mask, cache): what the LM still has to read before the answer.
+
+        Plainly, the LM reads the prompt twice, with another <img-d>. But attention is causal: changing <img-d> can't
+        change the states of the words before it. So their keys and values are kept in the cache, step 4 goes on from
+        there, and gradients flow back through both uses. x (B, T, D) begins at <img-d>, or where there is no cache
+        (for captions and `static`) at the very beginning. The mask covers the cache and x.
         """
         B, Q = len(f), self.settings.n_slots
-        x = torch.cat([self.embed(self.image_ids).expand(B, -1, -1), self.see(f), self.embed(question)], 1)
-        mask = F.pad(question_mask, (x.shape[1] - question.shape[1], 0), value=1)  # padding now lies behind <img>
-        if question.shape[1] == 0:
-            return x, mask, None  # a caption: the answer follows the picture at once
+        x = torch.cat([self.embed(self.image_words).expand(B, -1, -1), self.see(f)], 1)
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device=self.device)
+        if question is None:  # a caption follows the picture at once
+            return x, mask, None
+        x = torch.cat([x, self.embed(question)], 1)
+        x, mask = padding_first(x, torch.cat([mask, question_mask], 1))
 
-        order = mask.argsort(dim=1, stable=True)  # all padding to the left: inside, a sliding window would count it
-        x, mask = x.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
         cache = None
-        if self.settings.interaction != "static":
-            slots, mask_with_slots = self.img_d.expand(B, Q, -1), F.pad(mask, (0, Q), value=1)
-            if torch.is_grad_enabled():  # in two runs: the first needs no graph where align is frozen
+        if self.settings.variant != "static":  # in that control <img> is all that the LM sees of the picture
+            img_d, mask_with_slots = self.img_d.expand(B, Q, -1), F.pad(mask, (0, Q), value=1)
+            if torch.is_grad_enabled():
                 _, cache = self.run_llm(x, mask)
-                h, cache = self.run_llm(slots, mask_with_slots, cache)
-            else:  # one is faster
-                h, cache = self.run_llm(torch.cat([x, slots], 1), mask_with_slots)
-            cache.crop(-Q)  # forget <img-d>: the keys and values of all that precedes it serve the second pass
-            v = self.interact(f, self.ask(h[:, -1]))  # the state at the last slot, which attends to the others
+                h, cache = self.run_llm(img_d, mask_with_slots, cache)
+            else:  # one call is faster; two let the first do without gradients where `align` is frozen
+                h, cache = self.run_llm(torch.cat([x, img_d], 1), mask_with_slots)
+            cache.crop(-Q)  # forget <img-d>, keep what stands before it
+            v = self.interact(f, self.ask(h[:, -1]))  # the last slot has seen the others
             x, mask = self.tell(v), mask_with_slots
-        x = torch.cat([x, self.embed(self.answer_ids).expand(B, -1, -1)], 1)
-        return x, F.pad(mask, (0, len(self.answer_ids)), value=1), cache
+        x = torch.cat([x, self.embed(self.answer_words).expand(B, -1, -1)], 1)
+        return x, F.pad(mask, (0, len(self.answer_words)), value=1), cache
 
     def run_llm(self, x, mask, cache=None):
-        """Run the frozen LM over embeddings x (B, T, D) → (last hidden states (B, T, D), cache with x appended). `mask`
-        covers what the cache holds and x. Positions count real tokens only (BLOOM takes them from the mask itself)."""
+        """The LM over word vectors x (B, T, D), behind what the cache holds → (states (B, T, D), cache).
+
+        The mask covers the cache and x. A token's position is the number of tokens before it: padding does not
+        count. (BLOOM takes no positions; it computes them from the mask.)
+        """
         if cache is None:
-            cache = transformers.DynamicCache()  # without a config: a cache with a sliding window can't be cropped
-        options = {self.cache_name: cache}
-        if self.takes_positions:
-            options["position_ids"] = (mask.cumsum(1)[:, mask.shape[1] - x.shape[1]:] - 1).clamp(min=0)
-        out = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, use_cache=True, **options)
-        return out.last_hidden_state, cache
+            cache = transformers.DynamicCache()  # without the LM's config, for sliding windows can't be cropped
+        accepted = inspect.signature(self.llm.base_model.forward).parameters
+        options = {"past_key_values" if "past_key_values" in accepted else "cache": cache, "use_cache": True}
+        if "position_ids" in accepted:
+            options["position_ids"] = (mask.cumsum(1)[:, -x.shape[1]:] - 1).clamp(min=0)
+        output = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, **options)
+        return output.last_hidden_state, cache
 
-    def logits(self, h):
-        return self.llm.get_output_embeddings()(h).float()  # (…, V)
+    # -- The loss
 
-    # -- Loss
+    def forward(self, f, tokens):
+        """f (B, C) and Tokens → the cross-entropy of all answers with their eos, summed: a scalar, fp32."""
+        h, targets = self.answer_states(f, tokens)
+        return chunked_cross_entropy(h, targets, self.llm.get_output_embeddings()).sum()
 
-    def loss(self, f, questions, answers):
-        """Cross-entropy of the answers and their eos, averaged over tokens; a scalar, fp32."""
-        tokens = self.tokens(questions, answers)
-        return self.loss_sum(f, tokens) / tokens.answer_mask.sum()
-
-    def loss_sum(self, f, tokens):
-        """The same, summed over tokens, from Tokens: what a training loop with accumulation needs."""
-        labelled = tokens.answer_mask.flatten().nonzero()[:, 0]  # places in B·T'; on a GPU this would wait
-        f, question, question_mask, answer, answer_mask, labelled = self.to_device(f, *tokens, labelled)
-        x, mask, cache = self.prefill(f, question, question_mask)
+    def answer_states(self, f, tokens):
+        """→ (the LM's state before each of the n tokens of all answers (n, D), these tokens (n,))."""
+        places = tokens.answer_mask.flatten().nonzero()[:, 0]  # found on the CPU: a GPU would have to wait
+        f, question, question_mask, answer, answer_mask, places = self.to_device(f, *tokens, places)
+        x, mask, cache = self.read_prompt(f, question, question_mask)
         x_answer = torch.cat([x, self.embed(answer[:, :-1])], 1)
         h, _ = self.run_llm(x_answer, torch.cat([mask, answer_mask[:, :-1]], 1), cache)
-        h = h[:, x.shape[1] - 1:].flatten(0, 1)  # (B·T', D): the state before each token of the answer
-        return TokenLosses.apply(h[labelled], answer.flatten()[labelled], self.llm.get_output_embeddings()).sum()
+        h = h[:, x.shape[1] - 1:].flatten(0, 1)  # (B·T', D): each state predicts the token that follows it
+        return h[places], answer.flatten()[places]
 
-    # -- Generation and scoring
+    def loss(self, f, questions, answers):
+        """The same from texts, averaged over the answers' tokens: f (B, C), two lists of B texts → a scalar."""
+        tokens = self.tokenize(questions, answers)
+        return self(f, tokens) / tokens.answer_mask.sum()
+
+    # -- Answers, and the likelihood of given ones
+
+    def logits(self, h):
+        """States (…, D) → logits of the next token (…, V), fp32."""
+        return self.llm.get_output_embeddings()(h).float()
 
     @torch.no_grad()
-    def stream(self, f, questions=None, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-        """Yield the answers' tokens, (B,) at a time, at most max_tokens, until all rows end; an ended one repeats eos.
-        temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens; `generator` makes sampling repeatable.
+    def stream(self, f, questions=None, max_tokens=64, temperature=0.0, top_k=0, generator=None):
+        """Yield the answers token by token, ids (B,) at a time; an answer that has ended repeats eos.
+
+        temperature 0 takes the likeliest token. Above, one is drawn, of the top_k likeliest only unless top_k is 0;
+        a `generator` makes that repeatable. UserError if the numbers are not finite.
         """
-        B, eos = len(f), self.tokenizer.eos_token_id
-        f, question, question_mask = self.to_device(f, *self.tokens(questions, [""] * B)[:2])  # answers are yet to come
-        x, mask, cache = self.prefill(f, question, question_mask)
-        ended = torch.zeros(B, dtype=torch.bool, device=self.device)
+        eos = self.tokenizer.eos_token_id
+        tokens = self.tokenize(questions, [""] * len(f))  # the answers are what is looked for
+        f, question, question_mask = self.to_device(f, tokens.question, tokens.question_mask)
+        x, mask, cache = self.read_prompt(f, question, question_mask)
+        ended = torch.zeros(len(f), dtype=torch.bool, device=self.device)
         for _ in range(max_tokens):
             h, cache = self.run_llm(x, mask, cache)
-            token = sample_token(self.logits(h[:, -1]), temperature, top_k, top_p, generator).masked_fill(ended, eos)
+            logits = self.logits(h[:, -1])[:, :self.vocabulary]
+            if not logits.max().isfinite():  # NaN is the largest of all
+                raise UserError("the language model's logits are not finite: use --precision fp32, or bf16")
+            token = choose_token(logits, temperature, top_k, generator).masked_fill(ended, eos)
             yield token
             ended |= (token == eos) | (mask.sum(1) >= self.context - 1)  # or the context is full
             if ended.all():
@@ -255,106 +338,97 @@ class LMEye(nn.Module):
             x, mask = self.embed(token)[:, None], torch.cat([mask, (~ended).long()[:, None]], 1)
 
     def generate(self, f, questions=None, **options):
-        """Answers to `questions` about the pictures `f`, or captions: a list of B strings. Options as `stream`."""
+        """f (B, C) and B questions (or None) → a list of B answers (or captions). Options as for `stream`."""
         tokens = torch.stack(list(self.stream(f, questions, **options)), 1)  # (B, T)
         return [self.decode(row) for row in tokens.tolist()]
 
     @torch.no_grad()
     def score(self, f, questions, choices):
-        """Σ log p of each choice's tokens, without eos, after its question (read once): (B, K) for B lists of K."""
-        B, K = len(choices), len(choices[0])
+        """f (B, C), B questions, B lists of K texts → log p of each text as the answer, without eos: (B, K)."""
+        K = len(choices[0])
         if isinstance(questions, str) or any(len(row) != K or isinstance(row, str) for row in choices):
             raise UserError("score takes a list of questions and a list of choices for each, all of one length")
-        every_choice = [choice for row in choices for choice in row]
         every_question = [question for question in questions for _ in range(K)]
-        tokens = self.tokens(every_question, every_choice)  # (B·K, …); raises where a pair is too long
+        tokens = self.tokenize(every_question, [choice for row in choices for choice in row])  # (B·K, …)
         if tokens.answer_mask.sum(1).min() < 2:
             raise UserError("score: a choice is empty, or has only letters that the tokenizer has no token for")
-        scored = F.pad(tokens.answer_mask[:, 1:], (0, 1))  # a token counts if another follows it: not eos, not padding
-        places = scored.flatten().nonzero()[:, 0]
-        f, question, question_mask, ids, ids_mask, places = self.to_device(
-            f, tokens.question[::K], tokens.question_mask[::K], tokens.answer, tokens.answer_mask, places)
+        h, targets = self.answer_states(f.repeat_interleave(K, 0), tokens)
+        log_p = torch.zeros(tokens.answer.shape, device=self.device)
+        log_p[tokens.answer_mask > 0] = -chunked_cross_entropy(h, targets, self.llm.get_output_embeddings())
+        log_p[tokens.answer == self.tokenizer.eos_token_id] = 0
+        return log_p.sum(1).view(-1, K)
 
-        x, mask, cache = self.prefill(f, question, question_mask)
-        first, cache = self.run_llm(x, mask, cache)
-        cache.batch_repeat_interleave(K)
-        mask = torch.cat([mask.repeat_interleave(K, 0), ids_mask[:, :-1]], 1)
-        rest, _ = self.run_llm(self.embed(ids[:, :-1]), mask, cache)
-        h = torch.cat([first[:, -1:].repeat_interleave(K, 0), rest], 1).flatten(0, 1)  # (B·K·T', D): before each token
-        logp = torch.zeros(len(h), device=self.device)
-        logp[places] = -TokenLosses.apply(h[places], ids.flatten()[places], self.llm.get_output_embeddings())
-        return logp.view(B, K, -1).sum(2)
+    # -- Texts and tokens
 
-    # -- Text, tokens, embeddings
+    def ids_of(self, texts):
+        """Token ids of each text. What looks like a special token in one, "</s>", is read as text."""
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    def ids(self, text):
-        """Token ids of a text, or of each of a list. What looks like a special token in it, "</s>", is read as text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    def question_ids(self, questions):
+        """Token ids of each question as the prompt has it."""
+        return self.ids_of([QUESTION + question for question in questions])
 
-    def embed(self, ids):
-        return self.llm.get_input_embeddings()(ids)  # (…, D)
+    def answer_ids(self, answers):
+        """Token ids of each answer or caption, with eos."""
+        return [ids + [self.tokenizer.eos_token_id] for ids in self.ids_of([" " + text for text in answers])]
 
-    def token_ids(self, questions, answers):
-        """Texts → two lists of lists of token ids: of the questions (empty for captions), of the answers with eos.
-        Each part is tokenised by itself, so that a question's tokens can't depend on its answer's.
-        """
-        question_ids = [[] for _ in answers]
-        if questions is not None:
-            question_ids = self.ids([QUESTION + question for question in questions])
-        answer_ids = self.ids([" " + answer for answer in answers])
-        return question_ids, [ids + [self.tokenizer.eos_token_id] for ids in answer_ids]
-
-    def tokens(self, questions, answers):
-        """Texts → Tokens, on the CPU. UserError if a record exceeds the LM's context, or if the lists do not fit."""
+    def tokenize(self, questions, answers):
+        """Texts → Tokens, on the CPU. Each text is tokenised by itself, so that a question's tokens can't depend on
+        its answer's. UserError if a record exceeds the LM's context, or if the lists don't fit."""
         if isinstance(questions, str) or (questions is not None and len(questions) != len(answers)):
             raise UserError("a list with one question for each picture or answer is needed")
-        question_ids, answer_ids = self.token_ids(questions, answers)
-        longest = max(len(q) + len(a) for q, a in zip(question_ids, answer_ids))
+        question_ids = None if questions is None else self.question_ids(questions)
+        tokens = collate(question_ids, self.answer_ids(answers))
+        longest = tokens.lengths().max()
         if longest > self.max_text_tokens:
-            raise UserError(f"{longest} tokens, but the language model's context has room for {self.max_text_tokens}: "
-                            "shorten question or answer")
-        return Tokens(*pad(question_ids, side="left"), *pad(answer_ids))
+            raise UserError(f"{longest} tokens, but the language model's context has room for "
+                            f"{self.max_text_tokens}: shorten question or answer")
+        return tokens
 
     def decode(self, ids):
-        """Token ids of an answer → text. (An ended answer repeats eos, which is left out.)"""
+        """Token ids of an answer → text, without eos."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def embed(self, ids):
+        """Token ids (…) → word vectors of the LM (…, D)."""
+        return self.llm.get_input_embeddings()(ids)
 
     @property
     def device(self):
-        return self.image_ids.device  # also after `model.to(…)`
+        return self.image_words.device
 
     def to_device(self, *tensors):
-        """The same on the model's device. From pinned memory the copy to a GPU is asynchronous."""
+        """Tensors, or None → the same on the model's device. A GPU's copies from pinned memory don't wait."""
         if self.device.type == "cuda":
-            tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+            tensors = [t if t is None or t.is_cuda else t.pin_memory() for t in tensors]
+        return [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
 
     # -- What is trained, saved and loaded
 
     def train(self, mode=True):
-        """As nn.Module.train, but the frozen parts stay in eval: their dropout must not wake up."""
+        """As nn.Module.train, but the frozen models stay in eval mode, in which they have no dropout."""
         super().train(mode)
         self.llm.eval()
         self.clip.eval()
         return self
 
     def adapter(self, stage):
-        """{name: parameter} of all that a file of this stage holds, stage 1's as well; layers that are not used are left out."""
+        """{name: parameter} of all that the model uses in this stage: what its checkpoint holds."""
         parts = ["align", "img"]
-        if stage == 2 and self.settings.interaction != "static":
+        if stage == 2 and self.settings.variant != "static":
             parts += ["decompose", "transmit", "img_d"]
-            if self.settings.interaction == "full":
+            if self.settings.variant == "lmeye":
                 parts.append("request")
         return {name: p for name, p in self.named_parameters() if name.split(".")[0] in parts}
 
     def set_trained(self, stage, train_align=False):
-        """Make exactly the tensors of this stage trainable → {name: parameter}.
-            stage 1            align, img
-            stage 2, full      request, decompose, transmit, img_d (norequest: no request); train_align adds align, img
-            stage 2, static    align, img: there is nothing else
+        """Let exactly the tensors of this stage be trained → {name: parameter}.
+
+            stage 1, and stage 2 of `static`   align, img
+            stage 2                            request, decompose, transmit, img_d; `train_align` adds align, img
         """
         trained = self.adapter(stage)
-        if stage == 2 and self.settings.interaction != "static" and not train_align:
+        if stage == 2 and self.settings.variant != "static" and not train_align:
             for name in self.adapter(1):
                 del trained[name]
         for name, p in self.named_parameters():
@@ -362,75 +436,87 @@ class LMEye(nn.Module):
         return trained
 
     def save(self, path, stage):
-        """Write the adapter to a safetensors file, with settings and stage in its metadata, atomically."""
-        header = {"stage": stage, "settings": asdict(self.settings), "fingerprint": self.fingerprint.tolist()}
+        """Write a checkpoint, atomically: a safetensors file with settings and stage in its metadata."""
+        header = {"stage": stage, "settings": asdict(self.settings), "identity": self.identity}
         tensors = {name: p.detach().cpu() for name, p in self.adapter(stage).items()}
         write_atomically(path, safetensors.torch.save(tensors, {"lmeye": json.dumps(header)}))
 
     def load(self, path):
-        """Load an adapter into this model → its stage. UserError if it belongs to another model or shape."""
-        stage, saved, weights, tensors = read_adapter(path)
-        if weights.shape != self.fingerprint.shape or not torch.allclose(weights, self.fingerprint, 0.01, 1e-6):
-            raise UserError(f"{path}: was trained with --llm {saved.llm} --clip {saved.clip}; the weights of --llm "
-                            f"{self.settings.llm} --clip {self.settings.clip} are others")
+        """Load a checkpoint into this model → its stage. UserError if it belongs to other models or shapes."""
+        stage, saved, theirs, tensors = read_adapter(path)
+        for part, numbers in self.identity.items():
+            same_size = len(theirs.get(part, ())) == len(numbers)
+            if not (same_size and np.allclose(theirs[part], numbers, rtol=0.01, atol=1e-6)):
+                raise UserError(f"{path}: was trained with --llm {saved.llm} --clip {saved.clip}; the {part} of "
+                                f"--llm {self.settings.llm} --clip {self.settings.clip} are others")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         needed = {name: tuple(p.shape) for name, p in self.adapter(stage).items()}
         for name in shapes | needed:
             if shapes.get(name) != needed.get(name):
-                raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, this model needs {needed.get(name)}")
-        self.load_state_dict(tensors, strict=False)  # the frozen models stay as they are
+                raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, not {needed.get(name)}")
+        self.load_state_dict(tensors, strict=False)  # the frozen models are not in the file
         return stage
 
     @classmethod
     def from_settings(cls, settings):
-        """Load both frozen models as the settings name them; the layers are new. In eval mode. UserError if that fails."""
+        """Load both frozen models and check that the method works with them. The layers are new."""
         where = device_and_dtype(settings.precision)
-        return cls(settings, *load_llm(settings.llm, *where), *load_clip(settings.clip, *where))
+        model = cls(settings, *load_llm(settings.llm, *where), *load_clip(settings.clip, *where))
+        check_clip(model)
+        check_llm(model)
+        return model
 
 
-class TokenLosses(torch.autograd.Function):
-    """The cross-entropy of each token: states h (n, D), targets (n,), the LM's frozen head → losses (n,), fp32.
-    The logits of a whole batch would be the largest tensors of a step, and the head is frozen: so each chunk's gradient
-    with respect to h is taken at once, and its logits are gone before the next chunk's are computed.
+# ---- Helpers of the class --------------------------------------------------------------------------------------
+
+
+def padding_first(x, mask):
+    """Move the padding of x (B, T, D) and mask (B, T) to the far left. A question's padding stands between <img> and
+    the question, where models with ALiBi or a sliding window would count it as distance."""
+    order = mask.argsort(dim=1, stable=True)
+    return x.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
+
+
+LOGITS_AT_ONCE = 25_000_000  # of a chunk: 500 tokens of OPT's vocabulary, 100 of BLOOM's
+
+
+def chunked_cross_entropy(h, targets, head):
+    """States h (n, D), the tokens that follow (n,), the LM's frozen head → the loss of each (n,), fp32.
+
+    The logits of a whole batch would be the largest tensors of a step. The head is frozen, so all that must be kept
+    of a chunk is g, the gradient of its loss with respect to its states. It is taken at once, and the logits are
+    gone. What is added to the loss is zero and has the gradient g.
     """
-    LOGITS = 25_000_000  # of a chunk, at most: 500 tokens of OPT's, 100 of BLOOM's
-
-    @staticmethod
-    def forward(ctx, h, targets, head):
-        losses, gradients = [], []
-        needed, chunk = ctx.needs_input_grad[0], max(1, TokenLosses.LOGITS // len(head.weight))
-        for part, target in zip(h.split(chunk), targets.split(chunk)):
-            with torch.set_grad_enabled(needed):
-                part = part.detach().requires_grad_(needed)
-                loss = F.cross_entropy(head(part).float(), target, reduction="none")
-                if needed:
-                    gradients.append(torch.autograd.grad(loss.sum(), part)[0])
-            losses.append(loss.detach())
-        if needed:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx, weight):  # (n,): the gradient with respect to each loss
-        gradient = ctx.saved_tensors[0]
-        return (gradient * weight[:, None]).to(gradient.dtype), None, None
+    losses, size = [], max(1, LOGITS_AT_ONCE // len(head.weight))
+    for part, target in zip(h.split(size), targets.split(size)):
+        x = part.detach().requires_grad_(part.requires_grad)
+        loss = F.cross_entropy(head(x).float(), target, reduction="none")
+        if part.requires_grad:
+            (g,) = torch.autograd.grad(loss.sum(), x)
+            zero = (part.float() - x.detach().float()) * g.float()
+            loss = loss.detach() + zero.sum(-1)
+        losses.append(loss)
+    return torch.cat(losses)
 
 
-def sample_token(logits, temperature, top_k, top_p, generator):
-    """Choose the next token from logits (B, V) → (B,)."""
-    if temperature < 0.01:  # 0, or so near that it is taken for 0
+def choose_token(logits, temperature, top_k, generator):
+    """Logits of the next token (B, V) → the token chosen (B,)."""
+    if temperature < 0.01:  # dividing by less would overflow
         return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(-1, descending=True)
-    p = logits.softmax(-1)
-    if top_p < 1:  # at 1 rounding errors would drop the least likely ones
-        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)  # the tokens before it already hold top_p
     if top_k:
-        p[:, top_k:] = 0  # the likeliest come first
-    return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
+        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-def pad(rows, side="right"):
-    """Token ids of B texts of any lengths → (ids, mask), each (B, longest), with the padding at that side."""
+def collate(question_ids, answer_ids):
+    """Token ids of B questions (None for captions) and of B answers, lists of lists → Tokens."""
+    questions = (None, None) if question_ids is None else pad(question_ids, "left")
+    return Tokens(*questions, *pad(answer_ids, "right"))
+
+
+def pad(rows, side):
+    """Token ids of B texts of any lengths → (ids, mask), both (B, longest)."""
     longest = max(len(row) for row in rows)
     ids, mask = np.zeros((2, len(rows), longest), np.int64)
     for i, row in enumerate(rows):
@@ -439,11 +525,36 @@ def pad(rows, side="right"):
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-# ---- The frozen models ---------------------------------------------------------------------------------------
+def context_length(llm):
+    """The number of tokens that the LM can read. Models with "longrope", as Phi-3, rotate all keys anew beyond an
+    original length, and cached ones are then wrong: they are used up to it. BLOOM was trained on 2,048 tokens."""
+    config = llm.config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    original = getattr(config, "original_max_position_embeddings", None)
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            original = rope.get("original_max_position_embeddings") or original
+    return original or getattr(config, "max_position_embeddings", None) or 2048
+
+
+def identity(model):
+    """Numbers that tell frozen models, tokenizers and preprocessings apart: {what: list}."""
+    weights = []
+    for p in (*model.llm.parameters(), *model.clip.parameters()):
+        weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())  # the first and the middle one
+    picture = Image.linear_gradient("L").resize((256, 128)).convert("RGB")
+    pixels = model.preprocess(picture)  # (3, side, side)
+    step = max(1, pixels.shape[-1] // 4)
+    return {"weights": torch.cat(weights).tolist(), "pixels": pixels[:, ::step, ::step].flatten().tolist(),
+            "token ids": model.ids_of(["Image: how many red things are there?\n3, or: none!"])[0]}
+
+
+# ---- The frozen models: loading them, and the check that the method works with them ----------------------------
 
 
 def device_and_dtype(precision):
-    """(device, dtype of the frozen weights) for a `precision` setting; the device is a CUDA GPU if there is one."""
+    """(device, dtype of the frozen weights): a CUDA GPU if there is one. `auto` is bf16 on a GPU that computes with
+    it, fp16 on others, fp32 on a CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -451,34 +562,44 @@ def device_and_dtype(precision):
 
 
 def load_llm(name, device, dtype):
-    """(causal LM, tokenizer) from a hub name or local folder, by transformers. UserError if that fails, or if weights
-    are missing (transformers would make them up at random) or compressed, or if the tokenizer does not fit."""
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
+    """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, if weights
+    are missing (transformers would make them up), compressed or ignored, or if the tokenizer does not fit."""
+    first = name.split("/")[0]
+    if not Path(name).is_dir() and (name.count("/") != 1 or first in ("", ".", "..", "~") or Path(first).is_dir()):
         raise UserError(f"--llm {name}: no such folder, and not a hub name, ORGANISATION/NAME, as facebook/opt-1.3b is")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         llm, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-    except Exception as error:  # what a foreign folder or an absent network raises is not ours to foresee
-        raise UserError(f"--llm {name}: can't be loaded ({reason(error, name)})") from error
-    known = (*llm.state_dict(), *llm.base_model.state_dict())  # names of weights, with the prefix "model." and without
-    scales = [key for key in found["unexpected_keys"] if key.startswith(known)]  # as fc1.weight_scale: it is compressed
-    wrong = sorted(map(str, [*scales, *found["missing_keys"], *found["mismatched_keys"]]))
+    except Exception as error:  # a foreign folder or a missing network may raise anything
+        raise UserError(f"--llm {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
+    # The file may hold weights for which the model has no place. In a layer that exists they change what it should
+    # compute: a bias that config.json does not name, the scale of compressed weights, LoRA's matrices.
+    layers = [name for name, layer in (*llm.named_modules(), *llm.base_model.named_modules())
+              if name and list(layer.parameters(recurse=False))]
+    ignored = sorted(found["unexpected_keys"])
+    wrong = [key for key in ignored if key.startswith(tuple(f"{layer}." for layer in layers))]
+    wrong += sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if wrong:
-        raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape or compressed: {', '.join(wrong[:3])}")
-    ids, embeddings = set(tokenizer("Image: Question: Answer:").input_ids), len(llm.get_input_embeddings().weight)
+        raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape, compressed, or ignored by "
+                        f"the layer that they belong to: {', '.join(wrong[:3])}")
+    if ignored:
+        print(f"note: --llm {name}: {len(ignored)} weights are not used: {', '.join(ignored[:3])}", file=sys.stderr)
+    ids, embeddings = set(tokenizer(IMAGE + QUESTION + ANSWER).input_ids), len(llm.get_input_embeddings().weight)
     if ids <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
-        raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with {tokenizer.eos_token} "
-                        f"as end of text, and the model {embeddings}; are all its files in the folder?")
+        raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with "
+                        f"{tokenizer.eos_token} as end of text, and the model {embeddings}; are all files there?")
     return llm.to(device), tokenizer
 
 
 def load_clip(name, device, dtype):
-    """(CLIP, preprocess: PIL picture → (3, S, S) pixels, tokenizer) by open_clip. UserError if that fails.
-    OpenAI's weights were trained with QuickGELU and give silently different features without it (open_clip issue 771):
-    a TAG knows, so it decides. With a FILE the name does: ViT-L-14-quickgelu:FILE for OpenAI's."""
+    """(CLIP, preprocess, tokenizer), by open_clip. UserError if that fails. OpenAI's weights were trained with
+    QuickGELU and give silently different features without it (open_clip issue 771): a TAG knows, so it decides; with
+    a FILE the name does, as in ViT-L-14-quickgelu:FILE."""
     model, _, tag = name.partition(":")
-    if model in ("local-dir", "hf-hub"):  # these have no tag
+    if Path(name).is_dir():
+        model, tag = f"local-dir:{name}", ""
+    elif model in ("local-dir", "hf-hub"):  # these have no tag
         model, tag = name, ""
     quick_gelu = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
@@ -487,36 +608,120 @@ def load_clip(name, device, dtype):
             model, tag or None, precision=precision, device=device, force_quick_gelu=quick_gelu)
         return clip, preprocess, open_clip.get_tokenizer(model)
     except Exception as error:
-        raise UserError(f"--clip {name}: can't be loaded ({reason(error, name.removeprefix('local-dir:'))})") from error
+        raise UserError(f"--clip {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
 
 
-def reason(error, folder):
-    """An error in one line; where a folder has git-lfs pointers (texts of a few lines) in place of weights, that."""
-    for path in Path(folder).glob("*"):
-        if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-            return f"{path.name} is a git-lfs pointer in place of the file: run  git lfs pull  in {folder}"
-    return f"{type(error).__name__}: {str(error)[:300]}"
+def check_settings(model):
+    """UserError if a setting is out of range, or if CLIP or the tokenizer lacks what the prompt needs."""
+    settings = model.settings
+    if getattr(model.clip_text, "attn_mask", None) is None:
+        raise UserError(f"--clip {settings.clip}: can't be used: its text transformer is not causal")
+    most = {"n_features": len(model.clip_text.positional_embedding) - 3, "n_slots": 100, "n_image_tokens": 100}
+    for name, highest in most.items():
+        if not 1 <= getattr(settings, name) <= highest:
+            raise UserError(f"--{name.replace('_', '-')} has to be from 1 to {highest}")
+    if not 0 <= settings.dropout < 1 or settings.variant not in VARIANTS:
+        raise UserError("--dropout has to be from 0 to below 1, and --variant one of " + ", ".join(VARIANTS))
+    for text in (IMAGE, QUESTION, ANSWER):
+        if not model.ids_of([text])[0]:
+            raise UserError(f"--llm {settings.llm}: its tokenizer has no token for {text!r}, a part of every prompt")
 
 
-# ---- Files, and errors ---------------------------------------------------------------------------------------
+@torch.no_grad()
+def check_clip(model):
+    """UserError if CLIP's text path over word vectors is not what CLIP computes from a text."""
+    ids = model.clip_tokenizer(["image: one two"]).to(model.device)  # (1, 77), padded
+    length = (ids[0] == model.sos_eos[1]).int().argmax() + 1  # up to the first EOS
+    mine = model.encode_words(model.clip_text.token_embedding(ids[:, :length]))
+    if not same(mine, model.clip.encode_text(ids), model.clip_text.transformer.get_cast_dtype()):
+        raise UserError(f"--clip {model.settings.clip}: this kind of CLIP can't be used: its text transformer is not "
+                        "causal, or is not read at the end of a text")
+
+
+def check_llm(model):
+    """UserError unless a batch of two gives the language model's own numbers, those of `plain_loss`.
+
+    Seen to fail: a head that is not all there is to the logits, padding that leaks into states, a cache that can't be
+    shortened, attention that is not causal. Logits are compared, not losses: while weights are small, a loss is ln V
+    whatever the model does. The variants share the passes of `lmeye`.
+    """
+    settings, fault = model.settings, None
+    model.settings = replace(settings, variant="lmeye")
+    try:
+        fault = find_fault(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a foreign model may raise anything
+        fault = f"it can't be run on vectors with a cache ({type(error).__name__}: {printable(str(error))[:300]})"
+    finally:
+        model.settings = settings
+    if fault:
+        raise UserError(f"--llm {settings.llm}: this kind of language model can't be used: {fault}")
+
+
+def find_fault(model):
+    """What is wrong with the language model, in words, or None: see `check_llm`."""
+    llm, head = model.llm, model.llm.get_output_embeddings()
+    questions = ["what color is it?", "is the background red? how many things are there?"]
+    answers = ["red", "yes it is on a red background"]
+    f = torch.randn(2, model.align.in_features, generator=torch.Generator().manual_seed(0)).to(model.device)
+    with torch.no_grad():
+        plain = [plain_loss(model, f[i:i + 1], questions[i], answers[i]) for i in range(2)]
+    plain_logits, plain_h = torch.cat([logits for _, logits, _ in plain]), torch.cat([h for _, _, h in plain])
+    if not (plain_logits.isfinite().all() and plain_h.isfinite().all()):
+        advice = ": fp16 ends at 65,504, so use --precision fp32, or bf16 on a GPU that has it"
+        return "its states are not finite" + (advice if llm.dtype == torch.float16 else "")
+
+    size = 30 / plain_logits.std()  # as large as the logits of trained models: a soft cap shows there
+    x = model.embed(model.answer_words)[None].to(llm.dtype)
+    with torch.no_grad(), head.register_forward_pre_hook(lambda layer, inputs: (inputs[0] * size,)):
+        own_logits = llm(inputs_embeds=x).logits
+        states = llm.base_model(inputs_embeds=x).last_hidden_state
+        if not same(model.logits(states), own_logits, llm.dtype):
+            return "its head alone does not give its logits"
+
+    asked = []  # the state at <img-d>
+    with model.request.register_forward_pre_hook(lambda layer, inputs: asked.append(inputs[0].detach())):
+        states, targets = model.answer_states(f, model.tokenize(questions, answers))
+    logits = model.logits(states.detach())
+    centred = [part - part.mean(-1, keepdim=True) for part in (logits, plain_logits)]
+    if not (same(asked[0], plain_h, llm.dtype) and same(*centred, llm.dtype)):
+        return "padding, its cache or later words change its numbers"
+    chunked_cross_entropy(states, targets, head).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return None if all(g.isfinite().all() for g in gradients) else "its gradients are not finite"
+
+
+def same(mine, theirs, dtype):
+    """Whether two tensors are equal but for rounding, by the length of their difference. Right models stay below a
+    tenth of the limit, wrong ones were never seen below 0.49."""
+    difference = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+    return difference.item() < (1e-3 if dtype == torch.float32 else 0.1)  # NaN is not
+
+
+# ---- Files, and errors -----------------------------------------------------------------------------------------
 
 CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
 
 def read_adapter(path):
-    """An adapter file → (stage, Settings, fingerprint, {name: tensor}), nothing of it executed. UserError if it is none."""
+    """A checkpoint → (stage, Settings, identity, {name: tensor}); nothing in it is executed. UserError if it is none."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["lmeye"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if "interaction" in header["settings"]:
+            raise ValueError("an earlier version wrote it, with other names: train it again")
         settings = Settings(**header["settings"])
         settings.dropout = float(settings.dropout)  # JSON has no difference between 0 and 0.0
         usual = vars(Settings())
         wrong = [name for name in usual if type(getattr(settings, name)) is not type(usual[name])]
-        if wrong or header["stage"] not in (1, 2) or settings.interaction not in INTERACTIONS:
-            raise ValueError(f"its header is off: {', '.join(wrong) or 'stage or interaction'}")
-        fingerprint = torch.tensor(header["fingerprint"], dtype=torch.float32).flatten()
-        return header["stage"], settings, fingerprint, tensors
+        if wrong or header["stage"] not in (1, 2) or settings.variant not in VARIANTS:
+            raise ValueError(f"its header is off: {', '.join(wrong) or 'stage or variant'}")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("some of its numbers are not finite")
+        return header["stage"], settings, dict(header["identity"]), tensors
     except Exception as error:  # anything may stand in a file
         raise UserError(f"{path}: is not a checkpoint of this program ({type(error).__name__}: {error})") from error
 
@@ -526,11 +731,14 @@ def write_atomically(path, data):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:  # a full disk's does not name the file
+        raise UserError(f"{path}: can't be written ({error.strerror})") from error
 
 
 class UserError(Exception):
@@ -538,21 +746,33 @@ class UserError(Exception):
 
 
 def printable(text):
-    """Text in one line, without what a terminal obeys: anything may stand in a file. (Joiners hold letters together.)"""
+    """Text in one line without what a terminal obeys: anything may stand in a file. (Joiners belong to letters.)"""
     return "".join(c for c in " ".join(text.split()) if c.isprintable() or c in "\u200c\u200d")
 
 
-def run(main):
-    """Run a program's `main()`: on a UserError, a file's error, a full GPU one line and status 2; on Ctrl-C 130."""
-    transformers.logging.set_verbosity_error()
+def note_of_library(record):
+    """Put what a library logs in one line → whether it is for the user: warnings, and positions that open_clip resizes.
+    (transformers' list of missing weights is not: load_llm refuses those.)"""
+    record.msg, record.args = f"note: {printable(record.getMessage())[:300]}", ()
+    return (record.levelno >= logging.WARNING and "LOAD REPORT" not in record.msg) or "Resizing" in record.msg
+
+
+def run_main(main):
+    """Run a program's `main()`: a UserError, a file's error or full memory is one line and status 2, Ctrl-C 130."""
+    notes = logging.StreamHandler()
+    notes.addFilter(note_of_library)
+    logging.basicConfig(level=logging.INFO, handlers=[notes], force=True)
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
     transformers.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # letters it lacks; each line at once
+        if hasattr(stream, "reconfigure"):  # for letters that a terminal lacks; and each line appears at once
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except (UserError, OSError, UnicodeError, torch.OutOfMemoryError) as error:
-        advice = "lower --max-batch-tokens, or take smaller models: " if isinstance(error, torch.OutOfMemoryError) else ""
+    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        advice = "out of memory; lower --max-batch-tokens, or take smaller models: " if full else ""
         print(f"{Path(sys.argv[0]).name}: {advice}{printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

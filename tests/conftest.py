@@ -158,7 +158,7 @@ def run(program, *flags, cwd=".", stdin=""):
         patch.setattr(sys, "argv", [program, *map(str, flags)])
         patch.setattr(sys, "stdin", io.StringIO(stdin))
         try:
-            lmeye.run(main)
+            lmeye.run_main(main)
         except SystemExit as end:
             status = end.code or 0
     return Result(status, out.getvalue(), err.getvalue())

@@ -76,14 +76,14 @@ def test_its_prompt_has_no_bos_its_answers_end_and_its_numbers_are_those_of_two_
     llm, tokenizer = load_llm(str(home / "llm"), "cpu", torch.float32)
     assert tokenizer("").input_ids == [] and tokenizer.eos_token_id == tokenizer.pad_token_id
     model = LMEye(Settings(llm="a/b", dropout=0.0), llm, tokenizer, base.clip, None, base.clip_tokenizer)
-    assert tokenizer.decode(model.image_ids) == "Image:"
+    assert tokenizer.decode(model.image_words) == "Image:"
     questions, answers = ["what color is it?", "are they red or <|im_end|>?"], ["red", "no, blue circles"]
-    tokens = model.tokens(questions, answers)
+    tokens = model.tokenize(questions, answers)
     assert (tokens.question == 2).sum() == 0  # the end of a chat's turn that somebody typed is text
     lengths = [len(ids) for ids in model.token_ids(None, answers)[1]]
     assert tokens.answer_mask.sum(1).tolist() == lengths  # padding, the same token, is not learned,
     assert [row[length - 1] for row, length in zip(tokens.answer.tolist(), lengths)] == [2, 2]  # and the end is
-    train.check_llm(model)
+    lmeye.check_llm(model)
     model.set_trained(2)
     f, questions = torch.randn(2, 24), ["what color is it?", "are they red or not?"]
     loss, plain = model.loss(f, questions, answers), plain_loss(model, f, questions, answers)
@@ -99,17 +99,17 @@ def test_a_chat_template_frames_picture_question_and_answer_as_the_tokenizer_doe
     parts = Settings(llm="a/b", dropout=0.0), llm, tokenizer, base.clip, None, base.clip_tokenizer
     model, plain = rivals.ChatTemplate(*parts), LMEye(*parts)
     question, answer = "what color is it?", "red"
-    tokens = model.tokens([question], [answer])
+    tokens = model.tokenize([question], [answer])
     frame = tokenizer.apply_chat_template([{"role": "user", "content": "\n" + question},
                                            {"role": "assistant", "content": answer}], tokenize=False)
-    written = [*model.image_ids, *tokens.question[0], *model.answer_ids, *tokens.answer[0]]
+    written = [*model.image_words, *tokens.question[0], *model.answer_words, *tokens.answer[0]]
     assert tokenizer.decode(written) + "\n" == frame
-    assert 2 not in model.tokens(["what is <|im_end|>?"], [""]).question[0]  # what somebody typed is text
+    assert 2 not in model.tokenize(["what is <|im_end|>?"], [""]).question[0]  # what somebody typed is text
     variant = evidence.VARIANTS["full, in its chat template"]
     assert variant.kind is rivals.ChatTemplate
     for turns, ids in (((question,), tokens.question[0].tolist()), ((), [])):  # what it is trained on is what it is asked
         dataset = data.Dataset([data.Record("", turns, answer)], [plain.token_ids(turns or None, [answer])], None, None)
         told = variant.tell(model, dataset).tokens
         assert told == [(ids, tokens.answer[0].tolist())]
-    more = len(model.image_ids) + len(model.answer_ids) - len(plain.image_ids) - len(plain.answer_ids)
+    more = len(model.image_words) + len(model.answer_words) - len(plain.image_words) - len(plain.answer_ids)
     assert plain.max_text_tokens - model.max_text_tokens == more > 0

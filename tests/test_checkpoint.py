@@ -16,7 +16,7 @@ from lmeye import LMEye, UserError
 
 @pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "norequest"), (2, "static")])
 def test_what_is_saved_is_loaded(tmp_path, stage, interaction):
-    model, other = tiny_model(interaction=interaction), tiny_model(interaction=interaction)
+    model, other = tiny_model(variant=variant), tiny_model(variant=variant)
     for p in model.adapter(2).values():
         torch.nn.init.normal_(p)
     model.save(tmp_path / "a.safetensors", stage)
@@ -27,9 +27,9 @@ def test_what_is_saved_is_loaded(tmp_path, stage, interaction):
 
 
 def test_layers_that_are_not_used_are_not_saved():
-    assert set(tiny_model(interaction="norequest").adapter(2)) == set(tiny_model().adapter(2)) - {
+    assert set(tiny_model(variant="norequest").adapter(2)) == set(tiny_model().adapter(2)) - {
         "request.weight", "request.bias"}
-    assert set(tiny_model(interaction="static").adapter(2)) == {"align.weight", "align.bias", "img"}
+    assert set(tiny_model(variant="static").adapter(2)) == {"align.weight", "align.bias", "img"}
 
 
 @pytest.mark.parametrize("other, reason", [
@@ -37,7 +37,7 @@ def test_layers_that_are_not_used_are_not_saved():
     (dict(family="opt-350m"), "others"),
     (dict(n_features=4), "decompose"),
     (dict(n_slots=2), "transmit"),
-    (dict(interaction="norequest"), "request"),
+    (dict(variant="norequest"), "request"),
 ])
 def test_a_file_of_another_model_is_refused_in_one_line_and_nothing_is_loaded(tmp_path, other, reason):
     tiny_model().save(tmp_path / "a.safetensors", 2)

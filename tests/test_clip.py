@@ -29,7 +29,7 @@ def test_text_path_equals_encode_text_in_a_published_architecture(name):
     clip = open_clip.create_model(name).eval()
     ids = open_clip.get_tokenizer(name)(["two small red circles on a blue background"])
     model = tiny_model()
-    model.text = clip
+    model.clip_text = clip
     words = clip.token_embedding(ids[:, :ids.argmax() + 1])
     assert torch.allclose(model.encode_words(words), clip.encode_text(ids), rtol=1e-4, atol=1e-5)
 
@@ -77,5 +77,5 @@ def test_a_clip_whose_text_transformer_is_not_causal_or_read_elsewhere_than_at_e
     with pytest.raises(lmeye.UserError, match="causal"):
         odd = lmeye.LMEye(model.settings, model.llm, model.tokenizer, open_clip.CLIP(**config).eval(), None,
                           model.clip_tokenizer)
-        train.check_clip(odd)
-    train.check_clip(model)
+        lmeye.check_clip(odd)
+    lmeye.check_clip(model)

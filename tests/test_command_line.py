@@ -274,10 +274,10 @@ def test_a_question_fits_where_it_can_be_asked_and_no_longer(question_tokens, fi
     question = "red" + " red" * (room + question_tokens)
     assert sample.fits(model, question) == fit
     if fit:
-        model.tokens([question], [""])
+        model.tokenize([question], [""])
     else:
         with pytest.raises(UserError, match="context has room for"):
-            model.tokens([question], [""])
+            model.tokenize([question], [""])
 
 
 def test_in_a_batch_a_bad_picture_or_question_has_an_error_and_the_others_their_answers(trained, tmp_path):
@@ -329,7 +329,7 @@ def test_a_terminal_that_lacks_a_letter_gets_an_escape(trained):
 
 def test_each_line_is_in_a_log_file_as_soon_as_it_is_printed(tmp_path):
     """As a run's lines in `nohup python train.py … > log`. (`os._exit` writes nothing that a buffer still holds.)"""
-    program = "import os, lmeye, tqdm; lmeye.run(lambda: (tqdm.tqdm.write('step 1'), os._exit(0)))"
+    program = "import os, lmeye, tqdm; lmeye.run_main(lambda: (tqdm.tqdm.write('step 1'), os._exit(0)))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.stdout == "step 1\n"

@@ -105,7 +105,7 @@ def test_the_programs_keep_to_the_gpu(home, bf16, monkeypatch):
         started = done(home, *stage(1, "--steps", 2, *out))
         assert "on cuda, frozen weights in " + ("bfloat16" if bf16 else "float16") in started.stdout
         for interaction in ("norequest", "static", "full"):
-            done(home, *stage(2, "--steps", 2, "--interaction", interaction, "--accumulate", 2, *out))
+            done(home, *stage(2, "--steps", 2, "--variant", interaction, "--accumulate", 2, *out))
         done(home, "sample.py", "--data", "choices.jsonl", *out)
         ask = ["sample.py", "0.png", "what color is it?", "--max-tokens", 5, *out]
         drawn = [done(home, *ask, "--temperature", 1, "--top-p", 0.9, "--seed", 3).stdout for _ in range(2)]
@@ -168,7 +168,7 @@ def test_the_lab_s_own_models_keep_to_the_gpu(model_on_gpu, name):
     evidence, rivals = pytest.importorskip("evidence"), pytest.importorskip("rivals")
     kind = rivals.picture_tokens(2) if name == "PictureTokens" else getattr(rivals, name)
     with pretend.gpu():
-        model = model_on_gpu(kind, interaction="static" if name == "PictureTokens" else "full")
+        model = model_on_gpu(kind, variant="static" if name == "PictureTokens" else "full")
         model.set_trained(2)
         model.loss(torch.randn(2, 24), ["what color are they?", "is it red?"], ["red", "no"]).backward()
         assert model.generate(torch.randn(1, 24), ["is it red?"], max_tokens=2)
@@ -182,7 +182,7 @@ def test_looking_inside_keeps_to_the_gpu(home, model_on_gpu, tmp_path):
     with pretend.gpu():
         checkpoint = tmp_path / "out" / "llm+clip" / "stage2" / CHECKPOINT
         model_on_gpu().save(checkpoint, 2)
-        model_on_gpu(interaction="static").save(tmp_path / "out" / "llm+clip" / "stage2-static" / CHECKPOINT, 2)
+        model_on_gpu(variant="static").save(tmp_path / "out" / "llm+clip" / "stage2-static" / CHECKPOINT, 2)
         page = tmp_path / "page.png"
         done(home, "look.py", "answer", "0.png", "what color is it?", "--checkpoint", checkpoint, "--out", page)
     assert page.is_file()
@@ -223,7 +223,7 @@ def test_how_often_a_step_waits_for_the_gpu(model_on_gpu, stage_, interaction, p
     monkeypatch.setattr(train, "save_state", lambda path, *parts: Path(path).write_bytes(b""))
     counted = []
     with pretend.gpu() as waits:
-        model = model_on_gpu(interaction=interaction, precision=precision)
+        model = model_on_gpu(variant=variant, precision=precision)
         assert all(isinstance(p, pretend.Gpu) for p in [*model.parameters(), *model.buffers()])
         for steps in (1, 3):
             folder = tmp_path / str(steps)

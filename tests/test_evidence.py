@@ -99,7 +99,7 @@ def test_requests_and_v_are_those_that_the_method_computes():
     for i in (0, 1, 299):  # each alone, up to <img-d>, in one pass without a cache
         f = dataset.f([i])
         words = torch.tensor([dataset.tokens[i][0]])
-        x = [model.embed(model.image_ids)[None], model.see(f), model.embed(words), model.img_d[None, None]]
+        x = [model.embed(model.image_words)[None], model.see(f), model.embed(words), model.img_d[None, None]]
         h = model.llm.base_model(inputs_embeds=torch.cat(x, 1)).last_hidden_state[:, -1]
         torch.testing.assert_close(request[i:i + 1], model.request(h), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(v[i:i + 1], model.interact(f, model.request(h)), rtol=1e-4, atol=1e-4)
@@ -109,7 +109,7 @@ def test_requests_and_v_are_those_that_the_method_computes():
 
 
 def test_one_picture_token_of_several_is_static_itself():
-    base = tiny_model(interaction="static")
+    base = tiny_model(variant="static")
     one = built(rivals.picture_tokens(1), base)
     one.load_state_dict(base.state_dict())
     f = torch.randn(2, 24)
@@ -117,7 +117,7 @@ def test_one_picture_token_of_several_is_static_itself():
 
 
 def test_two_picture_tokens_stand_side_by_side_and_both_are_read():
-    base = tiny_model(interaction="static")
+    base = tiny_model(variant="static")
     two, f = built(rivals.picture_tokens(2), base), torch.randn(2, 24)
     assert two.see(f).shape == (2, 2, 64) and two.max_text_tokens == base.max_text_tokens - 1
     D, before = 64, two.loss(f, QUESTIONS, ANSWERS).item()
@@ -159,12 +159,12 @@ def test_the_second_round_asks_from_what_came_back():
     base = tiny_model()
     model, f = built(rivals.TwoRounds, base), torch.randn(1, 24)
     words = torch.tensor([model.ids("\nQuestion: " + QUESTIONS[0])])
-    before = torch.cat([model.embed(model.image_ids)[None], model.see(f), model.embed(words)], 1)
+    before = torch.cat([model.embed(model.image_words)[None], model.see(f), model.embed(words)], 1)
     slot = model.img_d[None, None]
     for _ in range(2):
         h = model.llm.base_model(inputs_embeds=torch.cat([before, slot], 1)).last_hidden_state[:, -1]
         slot = model.tell(model.interact(f, model.ask(h)))
-    x = torch.cat([before, slot, model.embed(model.answer_ids)[None]], 1)
+    x = torch.cat([before, slot, model.embed(model.answer_words)[None]], 1)
     expected = model.llm(inputs_embeds=x).logits[0, -1].log_softmax(-1)
     token = model.ids(" red")[0]
     assert model.score(f, QUESTIONS[:1], [["red"]]).item() == pytest.approx(expected[token].item(), abs=1e-4)
@@ -179,7 +179,7 @@ def test_the_earlier_request_is_read_after_the_first_layer():
     with torch.no_grad():
         model.generate(f, QUESTIONS[:1], max_tokens=2)
         words = torch.tensor([model.ids("\nQuestion: " + QUESTIONS[0])])
-        x = [model.embed(model.image_ids)[None], model.see(f), model.embed(words), model.img_d[None, None]]
+        x = [model.embed(model.image_words)[None], model.see(f), model.embed(words), model.img_d[None, None]]
         states = model.llm(inputs_embeds=torch.cat(x, 1), output_hidden_states=True).hidden_states
     torch.testing.assert_close(asked[0], states[1][:, -1], rtol=1e-4, atol=1e-4)
 
@@ -435,16 +435,16 @@ def test_a_told_question_is_all_that_the_request_is_made_of(monkeypatch):
         return real(self, f)
 
     monkeypatch.setattr(LMEye, "see", see)
-    model.prefill(told.f([0, 1]), *model.tokens(QUESTIONS, ["", ""])[:2])
+    model.read_prompt(told.f([0, 1]), *model.tokenize(QUESTIONS, ["", ""])[:2])
     assert torch.equal(shown[0], asked(model, 4).f([0, 1]))  # the feature is as it was
     code = torch.from_numpy(told.features[:2, 24:]).float()
     assert torch.equal(model.ask(torch.randn(2, 64)), model.request(code))
 
 
 def test_a_told_answer_is_all_that_stands_in_the_slot():
-    model = built(rivals.AnswerTold, tiny_model(interaction="norequest"))
+    model = built(rivals.AnswerTold, tiny_model(variant="norequest"))
     told = rivals.tell_answer(model, asked(model, 2))
-    model.prefill(told.f([0, 1]), *model.tokens(QUESTIONS, ["", ""])[:2])
+    model.read_prompt(told.f([0, 1]), *model.tokenize(QUESTIONS, ["", ""])[:2])
     code = torch.from_numpy(told.features[:, 24:]).float()
     assert torch.equal(code[0], code[1])  # both are answered "red"
     assert torch.equal(model.interact(torch.randn(2, 24), torch.randn(2, 36)), code)
@@ -494,7 +494,7 @@ def test_patches_stand_behind_the_feature_place_by_place(tmp_path):
     miniature.train_clip(tmp_path, 0, board.WORLD, steps=1, batch_size=4, width=4)
     clip, preprocess, _ = lmeye.load_clip(f"local-dir:{tmp_path}", torch.device("cpu"), torch.float32)
     model = tiny_model()
-    model.clip, model.text, model.preprocess = clip, clip, preprocess
+    model.clip, model.clip_text, model.preprocess = clip, clip, preprocess
     picture = board.draw(board.HELD_OUT[-1], random.Random(0))
     picture.save(tmp_path / "0.png")
     picture.paste("white", (0, 0, 12, 12))
@@ -510,11 +510,11 @@ def test_patches_stand_behind_the_feature_place_by_place(tmp_path):
 
 def test_patch_tokens_are_means_of_neighbors(monkeypatch):
     monkeypatch.setattr(rivals, "channels", lambda model: 7)
-    two, all_16 = (built(rivals.patch_tokens(n), tiny_model(interaction="static")) for n in (2, 16))
+    two, all_16 = (built(rivals.patch_tokens(n), tiny_model(variant="static")) for n in (2, 16))
     all_16.load_state_dict(two.state_dict())
     patches = torch.randn(1, 16, 7)
     for model in (two, all_16):
-        model.prefill(torch.cat([torch.randn(1, 24), patches.flatten(1)], 1), *model.tokens(["q"], [""])[:2])
+        model.read_prompt(torch.cat([torch.randn(1, 24), patches.flatten(1)], 1), *model.tokenize(["q"], [""])[:2])
     upper, lower = patches[:, :8].mean(1), patches[:, 8:].mean(1)
     torch.testing.assert_close(two.see(None), torch.stack([upper, lower], 1) @ two.align.weight.T + two.align.bias + two.img)
     torch.testing.assert_close(all_16.see(None), two.align(patches) + two.img)
@@ -523,14 +523,14 @@ def test_patch_tokens_are_means_of_neighbors(monkeypatch):
 @pytest.mark.parametrize("reads", (False, True))
 def test_a_q_former_sees_the_question_only_if_it_is_to(reads, monkeypatch):
     monkeypatch.setattr(rivals, "channels", lambda model: 7)
-    model = built(rivals.q_former(reads), tiny_model(interaction="static"))
+    model = built(rivals.q_former(reads), tiny_model(variant="static"))
     f, seen = torch.randn(1, 24 + 16 * 7), []
     for question in ("what color is it?", "where is it?"):
-        model.prefill(f, *model.tokens([question], [""])[:2])
+        model.read_prompt(f, *model.tokenize([question], [""])[:2])
         seen.append(model.see(f))
     assert torch.allclose(*seen) != reads
-    padded, alone = model.tokens(["what color is it?", "is the background red?"], ["", ""]), seen[0]
-    model.prefill(f.expand(2, -1), *padded[:2])
+    padded, alone = model.tokenize(["what color is it?", "is the background red?"], ["", ""]), seen[0]
+    model.read_prompt(f.expand(2, -1), *padded[:2])
     torch.testing.assert_close(model.see(f)[:1], alone)  # padding is not read
 
 
@@ -568,9 +568,9 @@ def test_a_swapped_request_brings_nothing_of_the_other_question_but_the_slot(mon
     model = tiny_model()
     dataset, read = asked(model, 6), []
     request, _ = evidence.requests_and_v(model, dataset)
-    order, prefill = np.array([1, 0, 3, 2, 5, 4]), model.prefill
-    own_x, _, own_cache = prefill(*model.to_device(dataset.f(np.arange(6)), *dataset.batch(np.arange(6))[1][:2]))
-    monkeypatch.setattr(model, "prefill", lambda *parts: read.append(prefill(*parts)) or read[-1])
+    order, prefill = np.array([1, 0, 3, 2, 5, 4]), model.read_prompt
+    own_x, _, own_cache = read_prompt(*model.to_device(dataset.f(np.arange(6)), *dataset.batch(np.arange(6))[1][:2]))
+    monkeypatch.setattr(model, "prefill", lambda *parts: read.append(read_prompt(*parts)) or read[-1])
     own = evidence.answers_given(model, dataset, request=request)
     other = evidence.answers_given(model, dataset, request=request[order])
     assert own != other
@@ -600,8 +600,8 @@ def test_only_full_shows_the_question_to_its_layers(name, sees):
     model = built(variant.kind, tiny_model(interaction=variant.interaction))
     f, seen = torch.randn(1, 24), []
     for question in ("what color is it?", "where is it?"):  # of the same length
-        x, _, _ = model.prefill(f, *model.tokens([question], [""])[:2])
-        seen.append(x[:, :-len(model.answer_ids)] if variant.interaction != "static" else model.see(f))
+        x, _, _ = model.read_prompt(f, *model.tokenize([question], [""])[:2])
+        seen.append(x[:, :-len(model.answer_words)] if variant.interaction != "static" else model.see(f))
     assert torch.allclose(*seen) != sees
 
 

@@ -210,7 +210,7 @@ def test_any_command_line_ends_in_an_answer_or_one_line(tmp_path, capsys):
     programs = {
         "train.py": (["--stage", "1", *good, "--data", ".", "--steps", "1", "--out", "new"], shared + [
             "--steps", "--epochs", "--batch-size", "--max-batch-tokens", "--accumulate", "--lr", "--seed", "--n-slots",
-            "--dropout", "--interaction", "--n-features", "--data", "--images", "--preset", "--resume", "--save-every"]),
+            "--dropout", "--variant", "--n-features", "--data", "--images", "--preset", "--resume", "--save-every"]),
         "sample.py": (["1.jpg", "what color is it?", *good, "--max-tokens", "2"], shared + [
             "--max-tokens", "--top-p", "--top-k", "--temperature", "--checkpoint", "--questions", "--seed",
             "--out", "--data", "--images"]),

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     save_picture(folder / "red.jpg", "red")
     settings = Settings("llm+clip", save_llm(folder / "llm"), save_clip(folder / "clip"))
     for name, stage in (("stage1", 1), ("stage2-norequest", 2), ("stage2-static", 2), ("stage2", 2)):
-        settings.interaction = name.partition("-")[2] or "full"
+        settings.variant = name.partition("-")[2] or "full"
         LMEye.from_settings(settings).save(folder / "out" / "llm+clip" / name / CHECKPOINT, stage)
     return folder
 
@@ -199,7 +199,7 @@ def test_baselines_are_the_model_without_its_request_its_rivals_and_blind(folder
         rival = LMEye.from_settings(lmeye.read_adapter(runs / f"stage2-{name}" / CHECKPOINT)[1])
         rival.load(runs / f"stage2-{name}" / CHECKPOINT)
         assert said[i] == pytest.approx(look.log_p(rival, f, QUESTION, ANSWER), abs=1e-5)
-    assert model.settings.interaction == "full"
+    assert model.settings.variant == "full"
     with torch.no_grad():
         model.request.weight.zero_(), model.request.bias.zero_()
     assert said[1] == pytest.approx(look.log_p(model, f, QUESTION, ANSWER), abs=1e-5) and said[1] != said[0]

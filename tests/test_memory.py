@@ -59,10 +59,10 @@ def test_a_step_s_gradients_are_those_of_all_logits_at_once(stage_, monkeypatch)
     for losses in (TokenLosses.apply, all_at_once):
         monkeypatch.setattr(TokenLosses, "apply", losses)
         model.zero_grad()
-        loss = model.loss_sum(f, tokens)
+        loss = model(f, tokens)
         loss.backward()
         with torch.no_grad():
-            evaluated = model.eval().loss_sum(f, tokens)
+            evaluated = model.eval()(f, tokens)
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((loss.item(), evaluated.item(), gradients))
     (loss, evaluated, gradients), (right_loss, right_evaluated, right_gradients) = results
@@ -108,7 +108,7 @@ def test_the_account_agrees_with_what_the_allocator_hands_out(size, stage_, ques
     f, tokens = measure.random_batch(real, 16, question, answer)
 
     def forward_and_backward():
-        (real.loss_sum(f, tokens) / tokens.answer_mask.sum()).backward()
+        (real(f, tokens) / tokens.answer_mask.sum()).backward()
 
     assert weights == pytest.approx(sum(t.nbytes for t in [*real.parameters(), *real.buffers()]), rel=0.02)
     state = sum(2 * p.nbytes for p in trained.values())

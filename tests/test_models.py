@@ -177,7 +177,7 @@ def assert_equals_two_whole_passes(model):
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_family_that_can_be_used_gives_the_numbers_of_two_whole_passes(name):
     model = model_with(random_llm(name, RIGHT[name]))
-    train.check_llm(model)
+    lmeye.check_llm(model)
     assert_equals_two_whole_passes(model)
 
 
@@ -224,7 +224,7 @@ def test_whatever_transformers_knows_is_refused_or_gives_the_numbers_of_two_whol
             continue
         try:
             model = model_with(llm)
-            train.check_llm(model)
+            lmeye.check_llm(model)
         except UserError as error:
             outcomes[kind] = f"refused: {error}"
             continue
@@ -240,7 +240,7 @@ def test_a_model_that_turns_its_states_anew_beyond_a_length_is_used_up_to_it():
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     sizes = {**SIZE, "original_max_position_embeddings": 40, "rope_parameters": rope}
     model = model_with(random_llm("phi3", sizes))
-    train.check_llm(model)
+    lmeye.check_llm(model)
     assert model.context == 40 and model_with(random_llm("llama, rope scaled", RIGHT["llama, rope scaled"])).context == 128
     model.set_trained(2)
     f, question = features(model)[:1], " ".join(["red"] * 25)
@@ -264,7 +264,7 @@ def test_a_family_that_cannot_be_used_is_refused_in_one_line(name):
     sizes, reason = WRONG[name]
     model = model_with(random_llm(name, sizes))
     with pytest.raises(UserError, match=reason) as error:
-        train.check_llm(model)
+        lmeye.check_llm(model)
     assert str(error.value).startswith("--llm a/b: this kind of language model can't be used: ")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
@@ -275,7 +275,7 @@ def test_the_text_part_of_a_multimodal_model_is_used_with_its_own_context():
     llm = random_llm("gemma3", dict(text_config={**SIZE, **LOCAL}, vision_config=vision, mm_tokens_per_image=4))
     model = model_with(llm)
     assert type(llm).__name__ == "Gemma3ForConditionalGeneration" and model.context == 128
-    train.check_llm(model)
+    lmeye.check_llm(model)
     assert_equals_two_whole_passes(model)
 
 
@@ -290,28 +290,28 @@ def test_rounding_is_not_taken_for_a_fault(name):
         for module in llm.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(round_at_random)
-        train.check_llm(model_with(llm.to(torch.bfloat16)))
+        lmeye.check_llm(model_with(llm.to(torch.bfloat16)))
 
 
 @pytest.mark.parametrize("name", ("gemma2", "granite", "bert", "bert, plain", "doge"))
 def test_a_fault_is_not_taken_for_rounding(name):
     model = model_with(random_llm(name, WRONG[name][0]).to(torch.bfloat16))
     with pytest.raises(UserError, match=WRONG[name][1]):
-        train.check_llm(model)
+        lmeye.check_llm(model)
 
 
 def test_states_that_overflow_are_named_as_such():
     llm = random_llm("llama", SIZE)
     llm.model.layers[0].mlp.down_proj.weight.data.fill_(30_000)
     with pytest.raises(UserError, match="fp16 ends at 65,504, so use --precision fp32"):
-        train.check_llm(model_with(llm.to(torch.float16)))
+        lmeye.check_llm(model_with(llm.to(torch.float16)))
 
 
 def test_a_weight_that_is_not_a_number_is_named_as_such():
     llm = random_llm("llama", SIZE)
     llm.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="its states are not finite$"):
-        train.check_llm(model_with(llm))
+        lmeye.check_llm(model_with(llm))
 
 
 def test_a_gpu_without_memory_is_not_taken_for_a_kind_of_model(monkeypatch):
@@ -321,7 +321,7 @@ def test_a_gpu_without_memory_is_not_taken_for_a_kind_of_model(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(model, "run_llm", full)
     with pytest.raises(torch.OutOfMemoryError):
-        train.check_llm(model)
+        lmeye.check_llm(model)
 
 
 # ---- CLIPs ---------------------------------------------------------------------------------------------------
@@ -343,12 +343,12 @@ def assert_clip_works(name):
     torch.manual_seed(0)
     clip = open_clip.create_model(name).eval()
     model = model_with_clip(clip, open_clip.get_tokenizer(name))
-    train.check_clip(model)
+    lmeye.check_clip(model)
     side = clip.visual.image_size[0] if isinstance(clip.visual.image_size, tuple) else clip.visual.image_size
     f = model.encode_image(torch.randn(1, 3, side, side))
     assert f.shape == (1, model.align.in_features) == (1, open_clip.get_model_config(name)["embed_dim"])
     ids = model.clip_tokenizer(["two small red circles"])
-    words = model.text.token_embedding(ids[:, :ids.argmax() + 1])
+    words = model.clip_text.token_embedding(ids[:, :ids.argmax() + 1])
     with torch.no_grad():
         assert torch.allclose(model.encode_words(words), clip.encode_text(ids), rtol=1e-3, atol=1e-4)
 
@@ -379,7 +379,7 @@ def test_a_text_tower_without_a_projection_or_with_a_biased_one_can_be_used(text
     if clip.text.text_projection is not None:
         torch.nn.init.normal_(clip.text.text_projection.bias)  # made as zeros, which would hide that it is left out
     model = model_with_clip(clip, base.clip_tokenizer)
-    train.check_clip(model)
+    lmeye.check_clip(model)
     assert model.align.in_features == 24
 
 
@@ -392,7 +392,7 @@ def test_what_is_no_causal_text_transformer_read_at_eos_is_refused():
     captioner = open_clip.CoCa(**{**CLIP_CONFIG, "text_cfg": {**text, "embed_cls": True, "output_tokens": True}},
                                multimodal_cfg=dict(width=36, heads=4, layers=1, context_length=16, vocab_size=60))
     with pytest.raises(UserError, match="--clip some:clip.*not read at the end"):
-        train.check_clip(model_with_clip(captioner.eval(), base.clip_tokenizer))
+        lmeye.check_clip(model_with_clip(captioner.eval(), base.clip_tokenizer))
 
 
 def test_a_text_tower_of_another_library_is_refused(tmp_path):
@@ -480,7 +480,7 @@ def test_tensors_that_belong_to_no_weight_of_the_model_are_passed_over(tmp_path)
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "vision_tower.fc1.weight": torch.ones(2, 2),
             "model.layers.0.self_attn.masked_bias": torch.ones(1), "model.layers.2.input_layernorm.weight": torch.ones(3)}
     change_weights(llm, lambda weights: weights | more)
-    train.check_llm(load(llm, clip))
+    lmeye.check_llm(load(llm, clip))
 
 
 @pytest.mark.parametrize("name", ("opt", "gpt2"))
@@ -515,11 +515,11 @@ def test_an_end_of_text_that_somebody_typed_is_text(tmp_path):
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "llm")
     model = load(tmp_path / "llm", save_clip(tmp_path / "clip"))
     assert tokenizer("</s>", add_special_tokens=False).input_ids == [1]  # what would happen without care
-    tokens = model.tokens(["what </s>?"], ["red </s> circle"])
+    tokens = model.tokenize(["what </s>?"], ["red </s> circle"])
     assert 1 not in tokens.question
     assert tokens.answer[0].tolist().index(1) == tokens.answer.shape[1] - 1  # only the one that ends the text
     assert model.decode(tokens.answer[0].tolist()) == "red </s> circle"
-    assert 1 not in model.tokens(None, ["a </s>"]).answer[0, :-1]
+    assert 1 not in model.tokenize(None, ["a </s>"]).answer[0, :-1]
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2631640000\n"
@@ -542,7 +542,7 @@ def test_a_git_lfs_pointer_in_place_of_weights_is_named(tmp_path, parent):
 
 def test_a_folder_whose_name_a_shell_would_expand_is_found(tmp_path):
     llm, clip = save_llm(tmp_path / "models [v1]*" / "llm"), save_clip(tmp_path / "models [v1]*" / "clip")
-    train.check_llm(load(llm, clip))
+    lmeye.check_llm(load(llm, clip))
 
 
 def test_weights_in_several_files_are_found_and_a_missing_one_is_named(tmp_path):

@@ -25,7 +25,7 @@ def test_the_python_of_the_readme_runs_and_its_steps_are_those_of_the_model(tmp_
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     names = {}
     exec(block, names)
-    x, _, cache = names["model"].prefill(names["f"], *names["model"].tokens([names["question"]], [""])[:2])
+    x, _, cache = names["model"].read_prompt(names["f"], *names["model"].tokens([names["question"]], [""])[:2])
     assert torch.allclose(x[:, :1], names["img_d"], atol=1e-5) and cache.get_seq_length() == names["before"].shape[1]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["f", "img", "h", "r", "v", "img_d"] and len(block.splitlines()) <= 30

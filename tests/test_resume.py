@@ -59,7 +59,7 @@ def child(cwd, flags, where, n):
 
         setattr(owner, name, kill)
     sys.argv = ["train.py", *flags]
-    lmeye.run(train.main)
+    lmeye.run_main(train.main)
 
 
 def fork(cwd, flags, where=None, n=0):

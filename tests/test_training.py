@@ -51,7 +51,7 @@ def log_of(folder):
     (2, "static", False, {"align", "img"}),
 ])
 def test_exactly_the_tensors_of_the_phase_change(tmp_path, stage, interaction, train_align, parts):
-    model = tiny_model(interaction=interaction, dropout=0.5)
+    model = tiny_model(variant=variant, dropout=0.5)
     before = hashes(model)
     train_briefly(model, stage, tmp_path / "run", train_align=train_align)
     after = hashes(model)
@@ -70,7 +70,7 @@ def test_the_frozen_parts_stay_in_eval():
 @pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "norequest"), (2, "static")])
 def test_four_examples_are_learned_by_heart(tmp_path, stage, interaction):
     seed = 2 if interaction == "static" else 1  # a random language model is steered by one token from some starts only
-    model = tiny_model(interaction=interaction, n_slots=4, seed=seed)
+    model = tiny_model(variant=variant, n_slots=4, seed=seed)
     train_briefly(model, stage, tmp_path / "run", steps=1200, lr=3e-2)
     some = dataset(model, stage)
     questions = [r.question for r in some.records] if stage == 2 else None
@@ -178,13 +178,13 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
 def test_the_default_rate_follows_the_spread_of_words_and_the_size_of_features():
     """Embeddings, or features, that are larger by a factor change nothing else: the rate follows by the same factor."""
     model, some = tiny_model(), dataset(tiny_model(), 1)
-    rate = train.reach_to_rate(40, model, some)
+    rate = train.suggested_lr(40, model, some)
     sums = [abs(row).sum() for row in some.features[some.picture].astype(float)]
-    assert rate == pytest.approx(40 * model.spread / np.mean(sums), rel=0.05)
+    assert rate == pytest.approx(40 * model.word_std / np.mean(sums), rel=0.05)
     larger = some._replace(features=some.features * 4)
-    assert train.reach_to_rate(40, model, larger) == pytest.approx(rate / 4, rel=0.05)
-    model.spread *= 3
-    assert train.reach_to_rate(20, model, some) == pytest.approx(1.5 * rate, rel=0.05)
+    assert train.suggested_lr(40, model, larger) == pytest.approx(rate / 4, rel=0.05)
+    model.word_std *= 3
+    assert train.suggested_lr(20, model, some) == pytest.approx(1.5 * rate, rel=0.05)
 
 
 def test_the_rates_of_a_run_are_those(tmp_path, monkeypatch):

@@ -28,12 +28,12 @@ def plain_prompt(model, f, question):
     if question is None:
         return torch.cat([bos, embed("Image:"), img], 1)
     prefix = torch.cat([bos, embed("Image:"), img, embed("\nQuestion: " + question)], 1)
-    if settings.interaction == "static":
+    if settings.variant == "static":
         return torch.cat([prefix, embed("\nAnswer:")], 1)
     slots = model.img_d.expand(1, settings.n_slots, -1)
     h = model.llm.base_model(inputs_embeds=torch.cat([prefix, slots], 1)).last_hidden_state[:, -1]
     request = h @ model.request.weight.T + model.request.bias
-    if settings.interaction == "norequest":
+    if settings.variant == "norequest":
         request = torch.zeros_like(request)
 
     # CLIP's text transformer at its full length: what stands behind EOS cannot reach it.
@@ -91,10 +91,10 @@ def gradients(model, loss):
 
 
 @pytest.mark.parametrize("n_slots", (1, 3))
-@pytest.mark.parametrize("interaction", ("full", "norequest", "static"))
+@pytest.mark.parametrize("variant", ("lmeye", "norequest", "static"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_equal_those_of_two_whole_passes(family, interaction, n_slots):
-    model = tiny_model(family, interaction=interaction, n_slots=n_slots)
+def test_loss_and_gradients_equal_those_of_two_whole_passes(family, variant, n_slots):
+    model = tiny_model(family, variant=variant, n_slots=n_slots)
     model.set_trained(2, train_align=True)
     f = features(model)
     loss, plain = model.loss(f, QUESTIONS, ANSWERS), plain_loss(model, f, QUESTIONS, ANSWERS)
@@ -184,7 +184,7 @@ def test_a_question_for_each_picture_is_needed():
 
 def test_an_interaction_that_there_is_not_is_refused():
     """It would ask, and its request be neither trained nor saved."""
-    with pytest.raises(UserError, match="--interaction"):
+    with pytest.raises(UserError, match="--variant"):
         tiny_model(interaction="Full")
 
 
@@ -204,14 +204,14 @@ def test_padding_never_changes_a_number(family):
     """A long neighbour pads the others at both ends; more of either would too."""
     model = tiny_model(family)
     f = features(model)
-    tokens = model.tokens(QUESTIONS[:1], ANSWERS[:1])
-    alone = model.loss_sum(f[:1], tokens)
+    tokens = model.tokenize(QUESTIONS[:1], ANSWERS[:1])
+    alone = model(f[:1], tokens)
     wide = tokens._replace(
         question=F.pad(tokens.question, (5, 0), value=3), question_mask=F.pad(tokens.question_mask, (5, 0)),
         answer=F.pad(tokens.answer, (0, 4), value=7), answer_mask=F.pad(tokens.answer_mask, (0, 4)))
-    assert torch.allclose(model.loss_sum(f[:1], wide), alone, rtol=1e-5)
-    each = sum(model.loss_sum(f[i:i + 1], model.tokens([q], [a])) for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS)))
-    assert torch.allclose(model.loss_sum(f, model.tokens(QUESTIONS, ANSWERS)), each, rtol=1e-5)
+    assert torch.allclose(model(f[:1], wide), alone, rtol=1e-5)
+    each = sum(model(f[i:i + 1], model.tokenize([q], [a])) for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS)))
+    assert torch.allclose(model(f, model.tokenize(QUESTIONS, ANSWERS)), each, rtol=1e-5)
 
 
 def requests(model, f, questions, answers):
@@ -233,7 +233,7 @@ def test_the_answer_cannot_alter_the_request_but_question_and_picture_do():
 
 
 def test_without_a_request_the_interaction_never_hears_the_question():
-    model = tiny_model(interaction="norequest")
+    model = tiny_model(variant="norequest")
     heard = []
     model.transmit.register_forward_hook(lambda module, inputs, output: heard.append(inputs[0].detach()))
     f = features(model)[:1]

@@ -114,7 +114,7 @@ def train_step(account, model, weights, stage, B, question, answer):
     f, tokens = measure.random_batch(model, B, question, answer)
 
     def forward_and_backward():
-        (model.loss_sum(f, tokens) / (B * answer)).backward()
+        (model(f, tokens) / (B * answer)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
 
     need = run(account, weights, forward_and_backward)
@@ -137,7 +137,7 @@ def evaluations(account, model, weights, stage, max_batch_tokens, question, answ
     model.eval()
     pairs = max(1, max_batch_tokens // (question + answer))  # of a question with an answer
     prompts = max(1, max_batch_tokens // (question + sample.MAX_TOKENS))
-    tasks = {"mean_loss": (min(64, pairs), question, lambda f, tokens: model.loss_sum(f, tokens)),
+    tasks = {"mean_loss": (min(64, pairs), question, lambda f, tokens: model(f, tokens)),
              "generate": (prompts, question + sample.MAX_TOKENS - 2, lambda f, _: list(model.stream(f, max_tokens=2)))}
     if stage == 2:
         tasks["score"] = (max(1, pairs // 4), question, lambda f, _: model.score(f, [""] * len(f), [[""] * 4] * len(f)))

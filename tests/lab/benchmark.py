@@ -109,14 +109,14 @@ def share(scale):
 
 def first(scale):
     full = make(scale)
-    static = make(scale, llm=full.llm, interaction="static")
+    static = make(scale, llm=full.llm, variant="static")
     for length in scale.prompts:
         f, tokens = random_batch(full, 1, length, 1)
         f, question, mask = full.to_device(f, tokens.question, tokens.question_mask)
 
         @torch.no_grad()
         def to_first_token(model):
-            x, whole_mask, cache = model.prefill(f, question, mask)
+            x, whole_mask, cache = model.read_prompt(f, question, mask)
             h, _ = model.run_llm(x, whole_mask, cache)
             return model.logits(h[:, -1]).argmax(-1)
 
@@ -126,7 +126,7 @@ def first(scale):
 
         @torch.no_grad()
         def two_whole_passes():
-            prefix = torch.cat([full.embed(full.image_ids)[None], full.see(f), full.embed(question)], 1)
+            prefix = torch.cat([full.embed(full.image_words)[None], full.see(f), full.embed(question)], 1)
             h = last_state(torch.cat([prefix, full.img_d.expand(1, full.settings.n_slots, -1)], 1))
             slots = full.tell(full.interact(f, full.ask(h)))
             h = last_state(torch.cat([prefix, slots, full.embed(full.answer_ids)[None]], 1))
@@ -373,4 +373,4 @@ def main():
 
 
 if __name__ == "__main__":
-    lmeye.run(main)
+    lmeye.run_main(main)

@@ -924,7 +924,7 @@ def requests_and_v(model, dataset):
     hooks = [model.request.register_forward_hook(keep_request), model.transmit.register_forward_hook(keep_v)]
     for start in range(0, len(dataset.records), 256):
         f, tokens = dataset.batch(range(start, min(start + 256, len(dataset.records))))
-        model.prefill(*model.to_device(f, tokens.question, tokens.question_mask))
+        model.read_prompt(*model.to_device(f, tokens.question, tokens.question_mask))
     for hook in hooks:
         hook.remove()
     return torch.cat(request), torch.cat(v)
@@ -1232,4 +1232,4 @@ def differences(first, second):
 
 
 if __name__ == "__main__":
-    lmeye.run(main)
+    lmeye.run_main(main)

@@ -80,11 +80,11 @@ def saliency(model, picture, question, answer):
         outputs.append(output)
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
-    pixels = model.preprocess(picture)[None].to(model.device).to(model.text.transformer.get_cast_dtype())
+    pixels = model.preprocess(picture)[None].to(model.device).to(model.clip_text.transformer.get_cast_dtype())
     f = model.clip.encode_image(pixels.requires_grad_()).float()
     for hook in hooks:
         hook.remove()
-    loss = model.loss_sum(f, model.tokens([question], [answer]))
+    loss = model(f, model.tokenize([question], [answer]))
     gradients = torch.autograd.grad(SCALE * loss, outputs)
 
     if outputs[0].ndim == 3:  # (1, 1 + h·w, channels), the class token first
@@ -103,7 +103,7 @@ def saliency(model, picture, question, answer):
 @torch.no_grad()
 def log_p(model, f, question, answer):
     """Log-probability of an answer and its end, given f (1, C)."""
-    return -model.loss_sum(f, model.tokens([question], [answer])).item()
+    return -model(f, model.tokenize([question], [answer])).item()
 
 
 def leave_one_out(model, f, question, answer):
@@ -128,14 +128,14 @@ def baselines(model, checkpoint, f, gray):
 
     Those that were trained without a request, or without <img-d>, are looked for beside the run of the checkpoint.
     """
-    shown = [(model.settings.interaction, model, f)]
-    if model.settings.interaction == "full":
+    shown = [(model.settings.variant, model, f)]
+    if model.settings.variant == "full":
         silent = copy(model)  # with the same weights
-        silent.settings = replace(model.settings, interaction="norequest")
+        silent.settings = replace(model.settings, variant="norequest")
         shown.append(("full, its request set to zero", silent, f))
     for name in ("norequest", "static"):
         path = Path(checkpoint).resolve().parent.with_name(f"stage2-{name}") / CHECKPOINT
-        if name != model.settings.interaction and path.is_file():
+        if name != model.settings.variant and path.is_file():
             settings = lmeye.read_adapter(path)[1]
             other = LMEye(settings, model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer)
             other.load(path)
@@ -190,7 +190,7 @@ def draw_answer(model, checkpoint, path, questions):
         write(x, 8, question, GRAY)
         page.paste(Image.composite(Image.new("RGB", (SIDE, SIDE), "#888888"), picture, fog), (x, 30))
         write(x, 292, f"{answer}, p = {math.exp(log_p(model, f, question, answer)):.2f}")
-        if model.settings.interaction == "static":
+        if model.settings.variant == "static":
             continue  # has no decomposed features
         write(x, 322, "log p lost without each feature", GRAY)
         losses = leave_one_out(model, f, question, answer)
@@ -556,4 +556,4 @@ def main():
 
 
 if __name__ == "__main__":
-    lmeye.run(main)
+    lmeye.run_main(main)

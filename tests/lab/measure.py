@@ -116,7 +116,7 @@ def optimizer_of(model, stage):
 
 def step(model, batch, optimizer):
     f, tokens = batch
-    (model.loss_sum(f, tokens) / tokens.answer_mask.sum()).backward()
+    (model(f, tokens) / tokens.answer_mask.sum()).backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -128,12 +128,12 @@ def authors_step(model, batch, optimizer):
     f = f.to(model.device)
     for i in range(len(f)):
         question, answer = tokens.question[i:i + 1].to(model.device), tokens.answer[i:i + 1].to(model.device)
-        prefix = [model.embed(model.image_ids)[None], model.see(f[i:i + 1]), model.embed(question)]
+        prefix = [model.embed(model.image_words)[None], model.see(f[i:i + 1]), model.embed(question)]
         slots = model.img_d.expand(1, model.settings.n_slots, -1)
         first = torch.cat([*prefix, slots], 1).to(model.llm.dtype)
         h = model.llm(inputs_embeds=first, output_hidden_states=True).hidden_states[-1][:, -1]
         v = model.interact(f[i:i + 1], model.ask(h))
-        second = torch.cat([*prefix, model.tell(v), model.embed(model.answer_ids)[None], model.embed(answer)], 1)
+        second = torch.cat([*prefix, model.tell(v), model.embed(model.answer_words)[None], model.embed(answer)], 1)
         logits = model.llm(inputs_embeds=second.to(model.llm.dtype)).logits.float()
         labels = torch.full(second.shape[:2], -100, device=model.device)
         labels[:, -answer.shape[1]:] = answer

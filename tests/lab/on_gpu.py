@@ -97,7 +97,7 @@ def equals_cpu(report, scale, dry):
 def distance(size, dtype, stage, interaction):
     """Relative distances from the CPU's fp32 → (of the loss, the largest of a gradient)."""
     torch.manual_seed(0)
-    tested = measure.random_model(size, dtype, "cpu", interaction=interaction, dropout=0.0)
+    tested = measure.random_model(size, dtype, "cpu", variant=variant, dropout=0.0)
     for p in tested.llm.parameters():  # as initialised they are so small that mistakes would hide in rounding
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.1)
@@ -109,7 +109,7 @@ def distance(size, dtype, stage, interaction):
     results = []
     for model in (tested, reference):
         trained = model.set_trained(stage)
-        loss = model.loss_sum(f, tokens) / tokens.answer_mask.sum()
+        loss = model(f, tokens) / tokens.answer_mask.sum()
         loss.backward()
         results.append((loss.item(), {name: p.grad.cpu() for name, p in trained.items()}))
     (loss, gradients), (right_loss, right_gradients) = results

@@ -70,11 +70,11 @@ class CurvedDecomposition(LMEye):
 class TwoRounds(LMEye):
     """Ask twice: the model reads what came back, and asks again from there."""
 
-    def prefill(self, f, question, question_mask):
-        x, mask, cache = super().prefill(f, question, question_mask)
+    def read_prompt(self, f, question, question_mask):
+        x, mask, cache = super().read_prompt(f, question, question_mask)
         if question.shape[1] == 0:
             return x, mask, cache
-        Q, A = self.settings.n_slots, len(self.answer_ids)
+        Q, A = self.settings.n_slots, len(self.answer_words)
         came_back, answer_follows = x.split([Q, A], 1)
         h, cache = self.run_llm(came_back, mask[:, :-A], cache)
         cache.crop(-Q)
@@ -116,9 +116,9 @@ class NoTextTransformer(LMEye):
 class Told(LMEye):
     """f comes with a code behind it, (B, C + the code's width), as the `tell_…` make it: some part reads the code."""
 
-    def prefill(self, f, question, question_mask):
+    def read_prompt(self, f, question, question_mask):
         f, self.code = f.tensor_split([self.transmit.in_features], dim=1)  # kept for `see`, `ask`, `interact`, called below
-        return super().prefill(f, question, question_mask)
+        return super().read_prompt(f, question, question_mask)
 
 
 class RequestTold(Told):
@@ -281,10 +281,10 @@ def q_former(reads_question, n=2):
             self.max_text_tokens -= n - 1
             self.to(self.device).eval()
 
-        def prefill(self, f, question, question_mask):
+        def read_prompt(self, f, question, question_mask):
             shown = question.shape[1] if reads_question else 0
             self.words = self.embed(question[:, :shown]), question_mask[:, :shown]
-            return super().prefill(f, question, question_mask)
+            return super().read_prompt(f, question, question_mask)
 
         def see(self, f):
             return self.align(self.code.unflatten(1, (16, -1)), *self.words) * self.spread + self.img  # (B, n, D)
@@ -304,7 +304,7 @@ class ChatTemplate(LMEye):
         here = "PICTURE AND QUESTION"
         message = self.tokenizer.apply_chat_template([{"role": "user", "content": here}], tokenize=False,
                                                      add_generation_prompt=True)
-        for name, text in zip(("image_ids", "answer_ids"), message.split(here)):
+        for name, text in zip(("image_words", "answer_ids"), message.split(here)):
             ids = self.tokenizer(text, add_special_tokens=False).input_ids  # what looks like a special token here is one
             self.max_text_tokens -= len(ids) - len(getattr(self, name))
             setattr(self, name, torch.tensor(ids, device=self.device))
