@@ -29,7 +29,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from lmeye import ANSWER, QUESTION, Tokens, UserError, pad, printable
+from lmeye import ANSWER, QUESTION, UserError, collate, printable
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".tga",
            ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
@@ -633,9 +633,8 @@ class Dataset(NamedTuple):
 
     def batch(self, rows):
         """Indices of records → (f (B, C), Tokens), on the CPU."""
-        questions = [self.tokens[i][0] for i in rows]
-        answers = [self.tokens[i][1] for i in rows]
-        return self.f(rows), Tokens(*pad(questions, side="left"), *pad(answers))
+        questions = [self.tokens[i][0] for i in rows] if self.records[0].turns else None
+        return self.f(rows), collate(questions, [self.tokens[i][1] for i in rows])
 
     def take(self, keep):
         """The records where `keep` (R,) is true, with the same features."""
@@ -677,18 +676,18 @@ def encode(model, records, skips, folder=None):
     fitted, tokens, keep = [], [], []
     for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 50_000 else True):
         part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in records[start:start + 1000]]
-        questions = [record.question for record in part] if part[0].turns else None
-        question_ids, answer_ids = model.token_ids(questions, [record.answer for record in part])
+        question_ids = model.question_ids([record.question for record in part]) if part[0].turns else [[]] * len(part)
+        answer_ids = model.answer_ids([record.answer for record in part])
         for i, (record, question, answer) in enumerate(zip(part, question_ids, answer_ids), start):
             longest, reason = len(answer), unreadable.get(picture[i], "")
             if record.choices:
-                lengths = [len(ids) for ids in model.token_ids(None, record.choices)[1]]
+                lengths = [len(ids) for ids in model.answer_ids(record.choices)]
                 longest = max(lengths)
                 if min(lengths) < 2:  # eos alone
                     reason = "a choice that the language model has no token for"
             while len(question) + longest > model.max_text_tokens and len(record.turns) > 1 and not record.choices:
                 record = record._replace(turns=record.turns[2:])
-                question = model.token_ids([record.question], [""])[0][0]
+                question = model.question_ids([record.question])[0]
             if not reason and len(question) + longest > model.max_text_tokens:
                 reason = "longer than the language model's context"
             if reason:

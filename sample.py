@@ -72,12 +72,12 @@ def chat(model, f, options):
 
 def fits(model, question):
     """Whether a question, with room for a token of an answer, fits the language model's context."""
-    return sum(len(ids[0]) for ids in model.token_ids([question], [""])) <= model.max_text_tokens
+    return len(model.question_ids([question])[0]) + 1 <= model.max_text_tokens
 
 
 def note_unknown_words(model, text):
     """Tell which words the tokenizer has no token for. (Those of large models have one for any.)"""
-    unknown = [word for word in text.split() if model.tokenizer.unk_token_id in model.ids(word)]
+    unknown = [word for word in text.split() if model.tokenizer.unk_token_id in model.ids_of([word])[0]]
     if unknown:
         print(f"note: the language model does not know: {lmeye.printable(' '.join(unknown))}", file=sys.stderr)
 
@@ -99,7 +99,7 @@ def batch(model, pictures, questions, options, max_batch_tokens):
             else:
                 print(json_line({"image": path, "question": question, "error": "longer than the context"}), flush=True)
                 failed += 1
-    longest = max([len(model.ids(question)) for _, question in asked], default=0)
+    longest = max([len(model.ids_of([question])[0]) for _, question in asked], default=0)
     size = max(1, max_batch_tokens // (longest + options["max_tokens"]))
     for start in tqdm(range(0, len(asked), size), desc="answers", disable=None):
         part = asked[start:start + size]
@@ -155,7 +155,7 @@ def batches_by_length(model, dataset, max_batch_tokens):
     for record, (question, _) in zip(dataset.records, dataset.tokens):
         K, longest = len(record.choices), MAX_TOKENS
         if record.choices:
-            longest = max(len(ids) for ids in model.token_ids(None, record.choices)[1])
+            longest = max(len(ids) for ids in model.answer_ids(record.choices))
         sizes.append(((K, len(record.turns) > 0), max(1, K) * (len(question) + longest)))
     batches, batch = [], []
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
@@ -184,7 +184,7 @@ def rank_choices(model, records, f):
     texts, marks = [], []
     logp = model.score(f, [r.question for r in records], [list(r.choices) for r in records]).cpu()  # (B, K)
     for record, sums in zip(records, logp):
-        lengths = torch.tensor([len(ids) - 1 for ids in model.token_ids(None, record.choices)[1]])  # without eos
+        lengths = torch.tensor([len(ids) - 1 for ids in model.answer_ids(record.choices)])  # without eos
         likeliest, likeliest_per_token = record.choices[sums.argmax()], record.choices[(sums / lengths).argmax()]
         step = "Q→A" if len(record.turns) == 1 else "QA→R"  # the answer, or the reason for it
         texts.append(likeliest)
@@ -263,7 +263,7 @@ def evaluate(model, dataset, folder, skips=(), max_batch_tokens=4096):
     scores, texts = predict_and_score(model, dataset, "answers", False, max_batch_tokens)
     blind, _ = predict_and_score(model, dataset, "answers, blind", True, max_batch_tokens)
     missed = [skip.key for skip in skips if skip.key != ""]
-    print(f"{'':20}{model.settings.interaction:>20}{'blind':>24}    in percent, with 95% intervals")
+    print(f"{'':20}{model.settings.variant:>20}{'blind':>24}    in percent, with 95% intervals")
     for column in scores:
         line = f"{column:20}"
         for values, width in ((scores[column], 20), (blind[column], 24)):
@@ -348,7 +348,7 @@ def load_trained(args, path):
         flags = shlex.join(["--llm", saved.llm, "--clip", saved.clip])
         raise UserError(f"{path}: belongs to models of your own: name them with  {flags}")
     given = {"preset": saved.preset if known else None, "llm": args.llm, "clip": args.clip, "precision": args.precision,
-             "n_features": saved.n_features, "n_slots": saved.n_slots, "interaction": saved.interaction}
+             "n_features": saved.n_features, "n_slots": saved.n_slots, "n_image_tokens": saved.n_image_tokens, "variant": saved.variant}
     above = Path(path).resolve().parents  # a checkpoint is OUT/MODEL/RUN/adapter…
     model = LMEye.from_settings(settings_from(given, args.out or (above[2] if len(above) > 2 else "out")))
     return model, model.load(path)
@@ -368,20 +368,19 @@ def parse_args():
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help=f"the longest answer (default: {MAX_TOKENS})")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens only (0: from all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold P in sum")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
     parser.add_argument("--max-batch-tokens", type=int, default=4096, help="bounds the memory, as for train.py (default: 4096)")
     args = parser.parse_args()
     for name, low, high in (("max_tokens", 1, 10 ** 6), ("max_batch_tokens", 1, 10 ** 9), ("top_k", 0, 10 ** 6),
-                            ("temperature", 0, 100), ("top_p", 0, 1), ("seed", 0, 10 ** 9)):
+                            ("temperature", 0, 100), ("seed", 0, 10 ** 9)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} has to be from {low} to {high}")
     if bool(args.inputs) == bool(args.data) or (args.images and not args.data):
         parser.error("either pictures are needed, or --data with records to evaluate on, and --images of these")
-    if args.data and (args.temperature or args.top_k or args.top_p < 1 or args.max_tokens != MAX_TOKENS or args.questions):
+    if args.data and (args.temperature or args.top_k or args.max_tokens != MAX_TOKENS or args.questions):
         parser.error("an evaluation takes the likeliest answers to what --data asks: no --questions, no flags of drawing")
-    if (args.top_k or args.top_p < 1) and not args.temperature:
-        parser.error("--top-k and --top-p need a --temperature above 0: at 0 the likeliest token is taken")
+    if args.top_k and not args.temperature:
+        parser.error("--top-k needs a --temperature above 0: at 0 the likeliest token is taken")
     return args
 
 
@@ -414,7 +413,7 @@ def main():
     if stage == 2 and not questions and not one:
         raise UserError("several pictures: behind them a question is needed, or --questions FILE")
     note_unknown_words(model, " ".join(questions))
-    options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+    options = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                    generator=torch.Generator(model.device).manual_seed(args.seed))
     if not one:
         batch(model, pictures, questions, options, args.max_batch_tokens)
@@ -427,4 +426,4 @@ def main():
 
 
 if __name__ == "__main__":
-    lmeye.run(main)
+    lmeye.run_main(main)

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import data
 import lmeye
 import sample
-from lmeye import CHECKPOINT, INTERACTIONS, PRESETS, LMEye, Settings, UserError
+from lmeye import CHECKPOINT, VARIANTS, PRESETS, LMEye, Settings, UserError
 
 # What a run takes unless told otherwise, by preset and stage. Those of "mini" were tuned on it.
 DEFAULTS = {
@@ -50,7 +50,7 @@ DEFAULTS = {
                       val="out/mini/val_captions.json", made_by="tests/lab/miniature.py"),
     ("mini", 2): dict(steps=2400, batch_size=64, lr=1e-2, data="out/mini/questions.json", images="out/mini/pictures.zip",
                       val="out/mini/val_questions.json", made_by="tests/lab/miniature.py"),
-    ("others", 1): dict(epochs=1, batch_size=128, reach=40),  # see reach_to_rate
+    ("others", 1): dict(epochs=1, batch_size=128, reach=40),  # see suggested_lr
     ("others", 2): dict(epochs=1, batch_size=64, reach=8),
 }
 WARMUP = 0.05  # share of the steps in which the learning rate rises; it then falls along a cosine
@@ -76,9 +76,9 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.llm.dtype == torch.float16)
     run = {"steps": steps, "batch size": batch_size, "learning rate": lr, "max batch tokens": max_batch_tokens,
            "accumulate": accumulate, "seed": seed, "frozen weights": str(model.llm.dtype),
-           "align trained": "align.weight" in trained, "interaction": model.settings.interaction,
+           "align trained": "align.weight" in trained, "variant": model.settings.variant,
            "N": model.settings.n_features, "Q": model.settings.n_slots, "dropout": model.settings.dropout,
-           "models": model.fingerprint.sum().item(), "hash of the data": train.fingerprint(),
+           "models": sum(model.identity["weights"]), "hash of the data": train.fingerprint(),
            "hash of the val data": val.fingerprint() if val else None}
     log = {"lines": [], "losses": [], "norms": [], "tokens": 0, "skipped": 0, "bad steps in a row": 0, "best": math.inf,
            "seconds": 0.0, "seconds in steps": 0.0}
@@ -105,7 +105,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             answer_tokens = sum(tokens.answer_mask.sum().item() for _, tokens in batches)
             loss_sum = torch.zeros((), device=model.device)
             for f, tokens in batches:
-                loss = model.loss_sum(f, tokens) / answer_tokens
+                loss = model(f, tokens) / answer_tokens
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach()
             scaler.unscale_(optimizer)
@@ -126,7 +126,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             log["seconds"] += now - clock
             log["seconds in steps"] += now - began
             clock = now
-            log["tokens"] += sum(tokens.question_mask.sum().item() for _, tokens in batches) + answer_tokens
+            log["tokens"] += sum(tokens.lengths().sum().item() for _, tokens in batches)
             limit = MAX_BAD_STEPS if done < steps else min(2, steps)  # the last steps tell whether anything is left
             if log["bad steps in a row"] >= limit:
                 raise UserError(f"loss or gradient was not finite in {log['bad steps in a row']} steps in a row: start anew "
@@ -163,7 +163,7 @@ def learning_rate(step, steps, peak):
     return peak * min(warm_up, cosine)
 
 
-def reach_to_rate(reach, model, dataset):
+def suggested_lr(reach, model, dataset):
     """The learning rate at which one step can move a picture's token by `reach` times the spread of words.
 
     Adam moves each weight by about the rate, and so each number of `align(f)` by the rate times the sum of |f|; for
@@ -172,7 +172,7 @@ def reach_to_rate(reach, model, dataset):
     known of them.
     """
     size = dataset.f(np.arange(min(1000, len(dataset.records)))).abs().sum(1).mean().item()
-    return float(f"{reach * model.spread / size:.2g}")  # two digits
+    return float(f"{reach * model.word_std / size:.2g}")  # two digits
 
 
 @torch.no_grad()
@@ -185,7 +185,7 @@ def mean_loss(model, dataset, max_batch_tokens, max_records=256):
     total = count = 0
     for rows in data.plan_epoch(part, 64, max_batch_tokens, 0, 0):
         f, tokens = part.batch(rows)
-        total += model.loss_sum(f, tokens).item()
+        total += model(f, tokens).item()
         count += tokens.answer_mask.sum().item()
     return total / count
 
@@ -284,77 +284,6 @@ def lock(folder):
         raise UserError(f"{folder}: another run works here; wait, or name another folder with --out") from None
 
 
-@torch.no_grad()
-def check_clip(model):
-    """UserError if CLIP's text path, given word vectors as LMEye gives them, is not what CLIP computes from a text."""
-    ids = model.clip_tokenizer(["image: one two"]).to(model.device)  # (1, context), padded
-    length = (ids[0] == model.sos_eos[1]).int().argmax() + 1  # up to the first EOS
-    mine = model.encode_words(model.text.token_embedding(ids[:, :length]))
-    if not close(mine, model.clip.encode_text(ids), model.text.transformer.get_cast_dtype()):
-        raise UserError(f"--clip {model.settings.clip}: this kind of CLIP can't be used: its text transformer is not causal, "
-                        "or is not read at the end of a text")
-
-
-@torch.no_grad()
-def check_llm(model):
-    """UserError if what the method does with a language model is not what the model does by itself, or does not work."""
-    try:
-        fault = find_fault(model)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # what a foreign model raises is not ours to foresee
-        fault = f"it can't be run on vectors with a cache ({type(error).__name__}: {lmeye.printable(str(error))[:300]})"
-    if fault:
-        raise UserError(f"--llm {model.settings.llm}: this kind of language model can't be used: {fault}")
-
-
-def find_fault(model):
-    """Compare the method's passes with the language model's own, over ten vectors → what differs, or None.
-
-    Seen so: a head that is not all there is to the logits, padding that leaks into states, a cache that can't be
-    shortened and gone on with, attention that is not causal. Costs four short passes.
-    """
-    llm = model.llm
-    ids = torch.linspace(1, len(llm.get_input_embeddings().weight) - 1, 15, device=model.device).long()
-    words = model.embed(ids)
-    x, other = ((words + words.roll(1, 0)) / 2).split((10, 5))  # between words: no word's own, as a picture's is not
-    rows = torch.stack([x, torch.cat([other[:2], x[:8]]), torch.cat([x[:5], other])])  # (3, 10, D)
-    mask = torch.ones(3, 10, dtype=torch.long, device=model.device)
-    mask[1, :2] = 0  # the second row is the first behind two places of padding; the third has another end
-    whole = llm(inputs_embeds=x[None].to(llm.dtype), output_hidden_states=True)
-    largest = torch.stack([state.abs().max() for state in whole.hidden_states]).max().item()  # NaN if one is
-    if not math.isfinite(largest):
-        advice = ": fp16 ends at 65,504, so use --precision fp32, or bf16 on a GPU that has it"
-        return "its states are not finite" + (advice if llm.dtype == torch.float16 else "")
-    cut = 6  # run one place more, shorten the cache to this many, go on from there: as with <img-d>
-    h, cache = model.run_llm(rows[:, :cut + 1], mask[:, :cut + 1])
-    cache.crop(-1)
-    h = torch.cat([h[:, :cut], model.run_llm(rows[:, cut:], mask, cache)[0]], 1)  # (3, 10, D)
-    size = 30 / whole.logits.float().std()  # as large as trained models' logits are: a soft cap shows there
-    with llm.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0] * size,)):
-        large = llm(inputs_embeds=x[None, :cut].to(llm.dtype)).logits[0]
-    for fault, mine, theirs in (
-        ("later tokens change its earlier states", h[2, :5], h[0, :5]),
-        ("padding changes its states", h[1, mask[1] == 1], h[0, :8]),
-        ("its head alone does not give its logits", model.logits(h[0, :cut] * size), large),
-        ("its cache can't be shortened and gone on with", model.logits(h[0, cut:]), whole.logits[0, cut:]),
-    ):
-        if not close(mine, theirs, llm.dtype):
-            return fault
-    if cache.get_seq_length() != 10:
-        return "it does not use the cache that it is given"
-    if largest > 32_000 and llm.dtype == torch.float16:
-        print(f"note: --llm {model.settings.llm}: its states reach {largest:,.0f}, and fp16 ends at 65,504: if the loss is "
-              "not finite, use --precision fp32, or bf16 on a GPU that has it", file=sys.stderr)
-    return None
-
-
-def close(mine, theirs, dtype):
-    """Whether two tensors are the same but for rounding in this dtype: their distance beside the second's length."""
-    difference = (mine.float() - theirs.float()).norm() / theirs.float().norm()
-    return difference.item() < (1e-3 if dtype == torch.float32 else 0.1)  # NaN is not
-
-
 # ---- The command line ----------------------------------------------------------------------------------------
 
 
@@ -382,13 +311,14 @@ def parse_args():
     add("--max-batch-tokens", type=int, default=4096, help="text tokens, with padding, that are computed at once, at most: "
         "this bounds the memory (default: 4096)")
     add("--accumulate", type=int, default=1, help="batches to an optimiser step (default: 1)")
-    add("--lr", type=float, help="peak learning rate (default: of mini as tuned, of other models by reach_to_rate)")
+    add("--lr", type=float, help="peak learning rate (default: of mini as tuned, of other models by suggested_lr)")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="of the frozen weights (default: auto: bf16 on a GPU "
         "that has it, else fp16; fp32 on a CPU)")
-    add("--interaction", choices=INTERACTIONS, help="full: LMEye (default). static: no <img-d>, the picture token must do. "
-        "norequest: as full, but the request is zero")
+    add("--variant", choices=VARIANTS, help="lmeye (default). static: no <img-d>, the picture token must do. "
+        "norequest: as lmeye, but the request is zero")
     add("--n-features", type=int, help="N, into how many words of CLIP's the picture is decomposed (default: 5)")
     add("--n-slots", type=int, help="Q, how many <img-d> slots there are (default: 1; 5 with --preset bloomz-7b1)")
+    add("--n-image-tokens", type=int, help="P, how many <img> tokens there are (default: 1)")
     add("--dropout", type=float, help="dropout on the decomposed features (default: 0.5; 0 for mini)")
     add("--train-align", action="store_true", help="stage 2: go on training align and img as well")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -415,7 +345,7 @@ def main():
     chosen = "" if args.preset or device.type == "cuda" or args.llm or args.clip else " (no CUDA GPU was found)"
     print(f"preset {settings.preset}{chosen}, on {device.type}, frozen weights in {str(dtype).partition('.')[2]}", flush=True)
     home = Path(args.out, settings.preset)
-    variant = f"-{settings.interaction}" if args.stage == 2 and settings.interaction != "full" else ""
+    variant = f"-{settings.variant}" if args.stage == 2 and settings.variant != "lmeye" else ""
     folder = home / f"stage{args.stage}{variant}"
     if args.resume and not (folder / STATE).exists():
         if (folder / CHECKPOINT).is_file():
@@ -454,8 +384,6 @@ def run_stage(args, settings, home, folder, before, defaults):
 
     torch.manual_seed(args.seed)
     model = LMEye.from_settings(settings)
-    check_clip(model)
-    check_llm(model)
     if before:
         model.load(before)
     train = data.encode(model, records, skips, home / "features")
@@ -474,7 +402,7 @@ def run_stage(args, settings, home, folder, before, defaults):
     print(f"data: {n_train:,} records to train on, {n_val:,} to validate on{note}")
     data.report_skips(skips + val_skips)
     batch_size = args.batch_size or defaults["batch_size"]
-    lr = args.lr or defaults.get("lr") or reach_to_rate(defaults["reach"], model, train)
+    lr = args.lr or defaults.get("lr") or suggested_lr(defaults["reach"], model, train)
     steps = args.steps if args.steps or args.epochs else defaults.get("steps")
     epochs = args.epochs or defaults.get("epochs")
     if not steps:
@@ -498,4 +426,4 @@ def run_stage(args, settings, home, folder, before, defaults):
 
 
 if __name__ == "__main__":
-    lmeye.run(main)
+    lmeye.run_main(main)
