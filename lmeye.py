@@ -518,7 +518,8 @@ def pad(rows, side):
 
 def context_length(llm):
     """The number of tokens that the LM can read. Models with "longrope", as Phi-3, rotate all keys anew
-    beyond an original length, where cached ones are wrong: they are used up to it. BLOOM was trained on 2,048."""
+    beyond an original length, where cached ones are wrong: they are used up to it. (BLOOM names no
+    length; it was trained on 2,048 tokens.)"""
     config = llm.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     original = getattr(config, "original_max_position_embeddings", None)
@@ -590,9 +591,9 @@ def load_llm(name, device, dtype):
 
 
 def load_clip(name, device, dtype):
-    """(CLIP, preprocess, tokenizer), by open_clip. UserError if that fails. OpenAI's weights need QuickGELU, and
-    give silently different features without it (open_clip issue 771). A TAG knows that; with a FILE the name
-    must tell, as in ViT-L-14-quickgelu:FILE."""
+    """(CLIP, preprocess, tokenizer), by open_clip. UserError if that fails. OpenAI's weights need QuickGELU
+    and give silently different features without it (open_clip issue 771). A TAG knows that; with a FILE the
+    name must tell, as in ViT-L-14-quickgelu:FILE."""
     model, _, tag = name.partition(":")
     if Path(name).is_dir():
         model, tag = f"local-dir:{name}", ""
@@ -632,7 +633,7 @@ def check_settings(model):
         raise UserError("--dropout has to be from 0 to below 1, and --variant one of " + ", ".join(VARIANTS))
     for text in (IMAGE, QUESTION, ANSWER):
         if not model.ids_of([text])[0]:
-            raise UserError(f"--llm {settings.llm}: its tokenizer has no token for {text!r}, which each prompt has")
+            raise UserError(f"--llm {settings.llm}: its tokenizer has no token for {text!r}, which it needs")
 
 
 @torch.no_grad()
@@ -642,8 +643,8 @@ def check_clip(model):
     length = (ids[0] == model.sos_eos[1]).int().argmax() + 1  # up to the first EOS
     mine = model.encode_words(model.clip_text.token_embedding(ids[:, :length]))
     if not same(mine, model.clip.encode_text(ids), model.clip_text.transformer.get_cast_dtype()):
-        raise UserError(f"--clip {model.settings.clip}: this kind of CLIP can't be used: its text transformer "
-                        "is not causal, or is not read at the end of a text")
+        raise UserError(f"--clip {model.settings.clip}: this kind of CLIP can't be used: its text "
+                        "transformer is not causal, or is not read at the end of a text")
 
 
 def check_llm(model):
@@ -713,7 +714,7 @@ CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
 
 def read_adapter(path):
-    """A checkpoint → (stage, Settings, identity, {name: tensor}); no code in it runs. UserError if not one."""
+    """A checkpoint → (stage, Settings, identity, {name: tensor}); no code in it runs. UserError if none."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["lmeye"])
@@ -760,8 +761,8 @@ def printable(text):
 
 
 def show_library_notes():
-    """Print what transformers and open_clip warn of, each once and in one line, and that positions are resized.
-    (transformers' list of missing weights is left out: load_llm refuses those.)"""
+    """Print what transformers and open_clip warn of, once each and in one line, and when positions are
+    resized. (transformers' list of missing weights is left out: load_llm refuses those.)"""
     told, handler = set(), logging.Handler()
 
     def emit(record):
