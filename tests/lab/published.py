@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lmeye import UserError, printable
 
-ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .tga .ico .pbm .pgm .ppm .pnm".split()
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
+           ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
 MAX_BYTES = 100_000_000  # of one file in a shard
 MIN_PICTURES = 10  # drawing from fewer with replacement tells nothing about other pictures
 MALFORMED = "a record that lacks a field, or has one of another type"
@@ -44,7 +45,7 @@ MALFORMED = "a record that lacks a field, or has one of another type"
 MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)
 
 
-# ---- Reading files: `skips` is a Counter, {why something was left out: how often} ---------------------------
+# ---- Reading files: `skips` is a Counter, {why something was left out: how often} --------------------------
 
 
 def read_text(path):
@@ -53,7 +54,7 @@ def read_text(path):
         raise UserError(f"{path}: no such file")
     content = Path(path).read_bytes()
     if content.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a git-lfs pointer in place of the file: run  git lfs pull  in its folder")
+        raise UserError(f"{path}: is a git-lfs pointer, not the file: run  git lfs pull  in its folder")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,7 +65,7 @@ def parse(text, skips):
     """JSON → its value, None if it is none. Of a key that an object holds twice, Python takes the last value
     without a word; here it is counted."""
     def to_dict(pairs):
-        if len(dict(pairs)) < len(pairs):
+        if len(dict(pairs)) < len(pairs):  # two of them had one key
             skips["a key that is twice in one object: its last value is taken"] += 1
         return dict(pairs)
 
@@ -94,20 +95,20 @@ def read_coco(path, skips):
     return read_tables(path, ("images", "annotations"), advice, skips)
 
 
-def read_vqa(path, name, skips):
-    """One of VQA's files → (its split, its list `name`). The pictures of test-dev2015 are those of test2015."""
-    content = read_tables(path, [name], f"take VQA's file of {name}", skips)
-    return str(content.get("data_subtype", "val2014")).replace("-dev", ""), content[name]
-
-
-def read_vqa_pair(questions, annotations, skips):
-    """VQA's two files → (split, questions, annotations). UserError if they are of two splits: there, equal ids
-    mean nothing."""
-    split, rows = read_vqa(questions, "questions", skips)
-    other, annotation_rows = read_vqa(annotations, "annotations", skips)
-    if split != other:
-        raise UserError(f"{questions} is of {split}, {annotations} of {other}: take two files of one split")
-    return split, rows, annotation_rows
+def read_vqa(questions, annotations, skips):
+    """VQA's two files, of which one may be None → (their split, questions, annotations). UserError if they are
+    of two splits, whose ids have nothing to do with each other."""
+    splits, rows = {}, {"questions": [], "annotations": []}
+    for path, name in ((questions, "questions"), (annotations, "annotations")):
+        if path:
+            content = read_tables(path, [name], f"take VQA's file of {name}", skips)
+            split = str(content.get("data_subtype", "val2014"))
+            splits[split.replace("-dev", "")] = path  # the pictures of test-dev2015 are those of test2015
+            rows[name] = content[name]
+    if len(splits) == 2:
+        which = ", ".join(f"{path} is of {split}" for split, path in splits.items())
+        raise UserError(f"{which}: take two files of one split")
+    return *splits, rows["questions"], rows["annotations"]
 
 
 def index(rows, key, skips):
@@ -121,12 +122,12 @@ def index(rows, key, skips):
         else:
             table[str(row[key])] = row
     for name in twice:
-        del table[name]
+        del table[name]  # its first row
         skips[f"{key} is given twice"] += 1
     return table
 
 
-# ---- Formats → records --------------------------------------------------------------------------------------
+# ---- Formats → records -------------------------------------------------------------------------------------
 
 
 def convert(rows, to_record, skips):
@@ -152,7 +153,7 @@ def convert(rows, to_record, skips):
 
 def is_text(value):
     """Whether a value is text that says something. (JSON can hold halves of characters, which do not.)"""
-    return isinstance(value, str) and value.strip() != "" and value == value.encode("utf-8", "ignore").decode()
+    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="ignore").decode()
 
 
 def conversation(turns):
@@ -176,17 +177,13 @@ def convert_coco(captions, skips):
 
 
 def convert_vqa(questions, annotations, skips):
-    """VQAv2's questions, joined with their annotations by question_id → a record each, with the answer that most
-    annotators gave. Questions without annotations, as in the test split, become records without an answer.
+    """VQAv2's questions, joined with their annotations by question_id → a record each, with the answer that
+    most annotators gave. Questions without annotations, as in the test split, have no answer in their record.
     Format: https://visualqa.org/download.html. The picture's name is made of the split and the image_id.
     """
-    annotated = {}
-    if annotations:
-        split, rows, annotation_rows = read_vqa_pair(questions, annotations, skips)
-        annotated = index(annotation_rows, "question_id", skips)
-    else:
-        split, rows = read_vqa(questions, "questions", skips)
-    asked = index(rows, "question_id", skips)
+    split, question_rows, annotation_rows = read_vqa(questions, annotations, skips)
+    asked = index(question_rows, "question_id", skips)
+    annotated = index(annotation_rows, "question_id", skips)
     skips["an answer without its question"] += len(annotated.keys() - asked.keys())
 
     def to_record(row):
@@ -203,8 +200,9 @@ def convert_vqa(questions, annotations, skips):
 
 
 def convert_vcr(file, skips):
-    """VCR → a conversation each: the question with its answer, "Why?" with the rationale, and the four choices
-    of both. Its id is the annot_id. The test split has no labels. Format: https://visualcommonsense.com/download/
+    """VCR → a conversation each: the question with its answer, "Why?" with the rationale, and the choices of
+    both. Its id is the annot_id. The test split has no labels.
+    Format: https://visualcommonsense.com/download/
     """
     def to_record(row):
         if "answer_choices" in row and not ("answer_label" in row and "rationale_label" in row):
@@ -226,7 +224,7 @@ def convert_vcr(file, skips):
 
 
 def render(words, objects):
-    """VCR's list of words → text. [0, 1] in it names two of `objects`, counted from 0; the text counts from 1."""
+    """VCR's list of words → text. [0, 1] in it names two of `objects`: "person 1 and chair 2"."""
     if not isinstance(words, list):
         raise UserError("a text that is not a list of words")
     parts = []
@@ -252,9 +250,10 @@ def convert_release(file, images, skips):
     "Question: …" and "Answer: …" in turn, but some lists begin in mid-caption. A picture is named without its
     ending, which is looked for in `images`, a folder or zip archive. (Format: as seen in the published file.)
     """
-    names, items = names_in(images), parse(read_text(file), skips)
+    names = picture_names(images) if images else None
+    items = parse(read_text(file), skips)
     if not isinstance(items, list):
-        raise UserError(f"{file}: is cut off, or holds no JSON list: take LMEye's own data, as it was published")
+        raise UserError(f"{file}: is cut off, or holds no JSON list: take LMEye's data as it was published")
 
     def to_record(item):
         turns, question = [], ""
@@ -264,48 +263,48 @@ def convert_release(file, images, skips):
                 question = match[2]
             elif match and question:
                 turns += [question, match[2]]
-                question = ""
+                question = ""  # a second answer belongs to no question
         caption = (item.get("caption") or "").strip()
         if not turns and not caption:
             raise UserError("no question with its answer")
         skips["a text that is not a question with its answer"] += len(item["questions"]) - len(turns)
-        record = {"image": picture_name(item["image_id"], names), "caption": caption}
-        record |= {"conversations": conversation(turns), "category": item.get("category")}
-        return {field: value for field, value in record.items() if value or field == "image"}
+        name = item["image_id"]
+        if isinstance(name, int):
+            name = f"{name:012d}.jpg"  # as COCO names its pictures
+        elif is_text(name) and not name.lower().endswith(ENDINGS):
+            name = names.get(name) if names is not None else name + ".jpg"
+            if name is None:
+                raise UserError("no such picture in --images")
+        record = {"caption": caption, "conversations": conversation(turns), "category": item.get("category")}
+        return {"image": name} | {field: value for field, value in record.items() if value}
 
     return convert(items, to_record, skips)
 
 
-def names_in(images):
-    """The names in a folder, or in a zip archive, whose single top folder may be left out. None if not given."""
-    if images is None:
-        return None
-    if os.path.isdir(images):
-        return {path.relative_to(images).as_posix() for path in Path(images).rglob("*")}
+def picture_names(images):
+    """A folder or a zip archive, whose single top folder may be left out → {name without ending: name}."""
     try:
-        names = set(zipfile.ZipFile(images).namelist())
+        if os.path.isdir(images):
+            names = [path.relative_to(images).as_posix() for path in Path(images).rglob("*")]
+        else:
+            names = zipfile.ZipFile(images).namelist()
+            tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
+            if len(tops) == 1:
+                names += [name.partition("/")[2] for name in names]
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{images}: is neither a folder nor a whole zip archive ({error})") from error
-    tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
-    return names | {name.partition("/")[2] for name in names} if len(tops) == 1 else names
-
-
-def picture_name(name, names):
-    """A picture's name in LMEye's data → that of its file, one of `names`. Numbers are pictures of COCO."""
-    if isinstance(name, int):
-        return f"{name:012d}.jpg"
-    if not is_text(name) or name.lower().endswith(tuple(ENDINGS)):
-        return name
-    for ending in ENDINGS:
-        if names is None or name + ending in names:
-            return name + ending
-    raise UserError("no such picture in --images")
+    found = {}
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in ENDINGS:
+            found[stem] = name
+    return found
 
 
 def unpack_webdataset(shards, folder, skips):
-    """Tar shards with a.jpg beside a.txt (a caption) or a.json (a caption, a conversation) → a record each. The
-    pictures are written into the new `folder`, numbered, for names in a shard may be anything; they are the ids.
-    UserError if it exists or a shard is broken, before anything is written.
+    """Tar shards with a.jpg beside a.txt (a caption) or a.json (or a conversation) → a record each. The
+    pictures are written into the new `folder`, numbered: their names in a shard, which become the ids, may be
+    anything. UserError if `folder` exists or a shard is broken, before anything is written.
     Format: https://github.com/webdataset/webdataset
     """
     if os.path.exists(folder):
@@ -316,7 +315,7 @@ def unpack_webdataset(shards, folder, skips):
 
     def to_record(group):
         texts = group["txt"] or group["json"]  # which may describe the same
-        if max(map(len, group.values())) > 1:
+        if max(map(len, group.values())) > 1:  # which text belongs to which picture?
             raise UserError("a name that is twice in a tar shard")
         if not (group["picture"] and texts):
             raise UserError("a picture without its text, or a text without its picture, in a tar shard")
@@ -329,7 +328,7 @@ def unpack_webdataset(shards, folder, skips):
             raise UserError("a .json in a tar shard that has neither a caption nor a conversation")
         if "caption" in item:
             item["caption"] = " ".join(item["caption"].split())
-        picture = group["picture"][0]
+        picture = group["picture"][0]  # copied at the end, if its record can be used
         image = f"{len(pictures):08d}{Path(picture[1]).suffix.lower()}"
         pictures[image] = picture
         return item | {"image": image, "id": picture[1]}
@@ -343,16 +342,17 @@ def unpack_webdataset(shards, folder, skips):
 
 def read_shard(path, skips):
     """A shard → the groups of its files that have one key, which is the name up to its last dot, as
-    [{"picture": [(shard, name, offset, size), …], "txt": …, "json": …}, …]. UserError if it is broken or cut off.
+    [{"picture": [(shard, name, offset, size), …], "txt": …, "json": …}, …]. UserError if it is not whole.
     """
     groups = defaultdict(lambda: {"picture": [], "txt": [], "json": []})
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:") as tar:  # not compressed: files are read where they lie
             for info in tar:
                 key, _, ending = info.name.rpartition(".")
                 kind = "picture" if "." + ending.lower() in ENDINGS else ending.lower()
                 if info.isdir():
                     continue
+                # A link leads anywhere, and of a sparse file only the parts that are not zero lie there.
                 if not info.isfile() or info.issparse() or info.size > MAX_BYTES:
                     skips["a link, a sparse or an oversized file in a tar shard"] += 1
                 elif kind in ("picture", "txt", "json"):
@@ -374,7 +374,7 @@ def read_bytes(path, name, offset, size):
         return file.read(size)
 
 
-# ---- Answers → scores ---------------------------------------------------------------------------------------
+# ---- Answers → scores --------------------------------------------------------------------------------------
 
 
 def read_answers(path):
@@ -386,13 +386,13 @@ def read_answers(path):
         except (KeyError, TypeError):
             texts = [None]
         if not all(isinstance(text, str) for text in texts[1:]) or not isinstance(texts[0], (int, str)):
-            raise UserError(f"{path}: line {number} is no answer of an evaluation, or cut off: evaluate again")
+            raise UserError(f"{path}: line {number} is cut off, or no evaluation's answer: evaluate again")
         rows.append(row)
     return rows
 
 
 def read_vqa_answers(path):
-    """answers.jsonl → {question_id as text: its answer}. UserError if one was answered twice: which is meant?"""
+    """answers.jsonl → {question_id as text: its answer}. UserError if one was answered twice."""
     said = {}
     for row in read_answers(path):
         if str(row["id"]) in said:
@@ -402,17 +402,14 @@ def read_vqa_answers(path):
 
 
 def score_vqa(answers, annotations, questions, skips):
-    """VQA's soft accuracy → lines of a table. Every question with annotations counts, as 0 if it has no answer;
-    with `questions`, only of those. UserError if what was asked is not what stands there under the same id.
+    """VQA's soft accuracy → lines of a table. Every question with annotations counts, as 0 if it has no
+    answer. With `questions`, only those count, and it is a UserError if something else was asked.
     """
     said = read_vqa_answers(answers)
+    _, question_rows, annotation_rows = read_vqa(questions, annotations, skips)
+    annotated = index(annotation_rows, "question_id", skips)  # one that is there twice is not to be scored
     if questions:
-        _, asked, rows = read_vqa_pair(questions, annotations, skips)
-    else:
-        _, rows = read_vqa(annotations, "annotations", skips)
-    annotated = index(rows, "question_id", skips)
-    if questions:
-        texts = {str(row["question_id"]): row["question"] for row in asked}
+        texts = {str(row["question_id"]): row["question"] for row in question_rows}
         for key in annotated.keys() - texts.keys():
             del annotated[key]
             skips["an answer without its question"] += 1
@@ -425,7 +422,7 @@ def score_vqa(answers, annotations, questions, skips):
         if len(people) < 2:
             skips["a question without the answers of several people"] += 1
             continue
-        scores = (0.0, 0.0)
+        scores = (0.0, 0.0)  # with the picture, and blind
         if key in said:
             scores = vqa_accuracy(said[key]["answer"], people), vqa_accuracy(said[key]["blind"], people)
         for name in ("VQA", f"VQA, {printable(str(row['answer_type']))}"):
@@ -436,9 +433,9 @@ def score_vqa(answers, annotations, questions, skips):
 
 
 def vqa_accuracy(said, answers):
-    """For each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015). As in the official
-    scorer, https://github.com/GT-Vision-Lab/VQA, texts are normalised only where the annotators differ. Before,
-    a letter with an accent is made one character (NFC): language models may write it as two.
+    """For each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015). As in the
+    official scorer, https://github.com/GT-Vision-Lab/VQA, texts are normalised only where annotators differ.
+    Before, a letter with an accent is made one character (NFC): language models may write it as two.
     """
     said, *answers = [unicodedata.normalize("NFC", text) for text in (said, *answers)]
     normalize = normalize_vqa if len(set(answers)) > 1 else str.strip
@@ -447,13 +444,13 @@ def vqa_accuracy(said, answers):
 
 
 def normalize_vqa(text):
-    """A text as the official scorer compares it: case, punctuation, numbers, articles and apostrophes aside."""
+    """A text as the official scorer compares it, whatever its case, punctuation, articles, apostrophes."""
     before = text = text.lower()
     comma = re.search(r"\d,\d", text)
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
-        removed = comma or f"{mark} " in before or f" {mark}" in before
+        removed = comma or f"{mark} " in before or f" {mark}" in before  # at the edge of a word
         text = text.replace(mark, "" if removed else " ")
-    text = re.sub(r"\.(?!\d)", "", text)
+    text = re.sub(r"\.(?!\d)", "", text)  # 3.5 keeps its point
     words = [NUMBER_WORDS.get(word, word) for word in text.split() if word not in ("a", "an", "the")]
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
@@ -473,9 +470,9 @@ for ending, stems in {
 
 
 def score_vcr(answers, skips):
-    """VCR's accuracies → lines of a table: of the answer (Q→A), of the rationale after the right answer (QA→R),
-    and of both (Q→AR, over the rationales asked for; an answer that was left out was not right). The likeliest
-    choice is taken by the sum of its tokens' log p, and by its mean per token.
+    """VCR's accuracies → lines of a table: of the answer (Q→A), of the rationale after the right answer
+    (QA→R), and of both (Q→AR, over the rationales asked for: an answer that was left out was not right). The
+    likeliest choice is taken by the sum of its tokens' log p, and by its mean per token.
     """
     columns, answered = defaultdict(list), {}
     rows = [row for row in read_answers(answers) if row.get("choices")]
@@ -484,8 +481,9 @@ def score_vcr(answers, skips):
             skips["an answer whose truth is none of its choices"] += 1
             continue
         for how, per_token in (("", False), (", per token", True)):
-            seen, blind = [likeliest(row["choices"], logp, per_token) == row["truth"] for logp in ("logp", "blind_logp")]
-            question = (row["id"], row["image"], row["turns"][0], how)
+            seen = likeliest(row["choices"], "logp", per_token) == row["truth"]
+            blind = likeliest(row["choices"], "blind_logp", per_token) == row["truth"]
+            question = (row["id"], row["image"], row["turns"][0], how)  # an id may stand at two pictures
             if len(row["turns"]) == 1:
                 columns["Q→A" + how].append((row["image"], seen, blind))
                 answered[question] = seen, blind
@@ -506,7 +504,7 @@ def table(columns):
     """{name: [(picture, score, blind score), …]} → lines of a table in percent, with 95% intervals."""
     if not columns:
         raise UserError("no answer could be scored: take the answers.jsonl of an evaluation on this data set")
-    lines = [f"{'':20}{'questions':>10}{'with the picture':>24}{'blind':>24}    in percent, with 95% intervals"]
+    lines = [f"{'':20}{'questions':>10}{'with the picture':>24}{'blind':>24}    (percent, 95% intervals)"]
     for name, rows in sorted(columns.items()):
         pictures, *both = zip(*rows)
         line = f"{name:20}{len(rows):10,}"
@@ -519,16 +517,16 @@ def table(columns):
 
 
 def bootstrap_interval(scores, pictures, draws=1000):
-    """95% bootstrap interval of a mean → (low, high), None for fewer than MIN_PICTURES. Pictures are drawn with
-    replacement, all their scores with them: what is said about one picture goes together."""
-    number = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
+    """95% bootstrap interval of a mean → (low, high), None for fewer than MIN_PICTURES. Pictures are drawn
+    with replacement, all their scores with them: what is said about one picture goes together."""
+    number = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}  # each once
     if len(number) < MIN_PICTURES:
         return None
     rows = [number[picture] for picture in pictures]
     total, count = np.bincount(rows, scores), np.bincount(rows)
     rng, means = np.random.default_rng(0), []
     for _ in range(draws):
-        drawn = rng.integers(len(count), size=len(count))
+        drawn = rng.integers(len(count), size=len(count))  # pictures
         means.append(total[drawn].sum() / count[drawn].sum())
     return tuple(np.percentile(means, (2.5, 97.5)))
 
@@ -536,10 +534,12 @@ def bootstrap_interval(scores, pictures, draws=1000):
 def results_vqa(answers, questions, skips):
     """VQA's results file, which has every question of the split: https://visualqa.org/evaluation.html"""
     said, results = read_vqa_answers(answers), {}
-    for row in read_vqa(questions, "questions", skips)[1]:
+    _, rows, _ = read_vqa(questions, None, skips)
+    for row in rows:
         key = str(row["question_id"])
         skips["a question that was not answered"] += key not in said
-        results[key] = {"question_id": row["question_id"], "answer": said[key]["answer"] if key in said else ""}
+        text = said[key]["answer"] if key in said else ""
+        results[key] = {"question_id": row["question_id"], "answer": text}
     return [json.dumps(list(results.values()))]
 
 
@@ -552,7 +552,7 @@ def results_coco(answers, captions, skips):
     return [json.dumps(list(results.values()))]
 
 
-# ---- The command line ---------------------------------------------------------------------------------------
+# ---- The command line --------------------------------------------------------------------------------------
 
 COMMANDS = {  # the function of each, and its files: "?" marks one that may be left out, "+" several
     "coco": (convert_coco, "captions"), "vqa": (convert_vqa, "questions annotations?"),
@@ -564,10 +564,11 @@ COMMANDS = {  # the function of each, and its files: "?" marks one that may be l
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (function, files) in COMMANDS.items():
-        command = commands.add_parser(name, description=function.__doc__)
+        command = commands.add_parser(name, description=function.__doc__, formatter_class=as_written)
         for file in files.split():
             command.add_argument(file.rstrip("?+"), nargs=file[-1] if file[-1] in "?+" else None)
         command.add_argument("--out", required=name == "webdataset", help="where to write")
