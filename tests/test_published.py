@@ -222,7 +222,7 @@ def unpacked(tmp_path, *shards):
 
 def test_shards_are_unpacked_each_text_with_its_own_picture(tmp_path):
     chat = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
-    one = write_tar(tmp_path / "1.tar", [("1.jpg", jpeg("red")), ("1.txt", b"a red\none\n"), ("2.jpg", jpeg()), ("3.txt", b"x")])
+    one = write_tar(tmp_path / "1.tar", [("1.jpg", jpeg("red")), ("1.json", b'{"caption": "no"}'), ("1.txt", b"a red\none\n"), ("2.jpg", jpeg()), ("3.txt", b"x")])
     two = write_tar(tmp_path / "2.tar", [
         ("x/1.png", b"blue"), ("x/1.json", json.dumps({"caption": "blue", "category": "color"}).encode()),
         ("y/1.jpg", b"green"), ("y/1.json", json.dumps({"image": "../../z.jpg", "conversations": chat}).encode()),
@@ -454,24 +454,30 @@ def test_vcr_is_ranked_by_the_sum_and_by_the_mean_of_a_choices_tokens(tmp_path):
     """Of a choice of two tokens with log p -3 and one of one token with -2 the second is likelier by the sum, the first by
     the mean."""
     rows = [chosen("1", "1.jpg", ["?"], (-3, -2, -9, -9), (2, 1, 1, 1), blind=(-2, -3, -9, -9))]
+    rows.append(chosen("1", "1.jpg", ["?", "a", "Why?"], RIGHT, (1, 1, 1, 1)))
     table, notes = scored("score-vcr", write_lines(tmp_path / "answers.jsonl", rows))
-    assert table == {"Q→A": (1, 0, 100), "Q→A, per token": (1, 100, 100)} and not notes
+    for how, right in (("", (1, 0, 100)), (", per token", (1, 100, 100))):
+        assert table["Q→A" + how] == table["Q→AR" + how] == right and not notes
 
 
 def test_answer_and_rationale_of_one_question_have_to_be_right_together(tmp_path):
-    """Two questions about one picture, two with one id and picture, one whose answer was left out."""
+    """Several questions about one picture, two with one id and picture, two with one id and question; of the last the
+    answer was left out."""
     ones = (1, 1, 1, 1)
     rows = []
-    for key, question, answer, rationale in (("1", "Who?", RIGHT, RIGHT), ("2", "Where?", WRONG, RIGHT), ("3", "When?", RIGHT, WRONG),
-                                             ("3", "How?", RIGHT, RIGHT), ("4", "Why?", None, RIGHT)):
-        rows.append(chosen(key, "one.jpg", [question, "x", "Why?"], rationale, ones, blind=RIGHT))
+    for key, image, question, answer, rationale in (
+            ("1", "one.jpg", "Who?", RIGHT, RIGHT), ("2", "one.jpg", "Where?", WRONG, RIGHT),
+            ("3", "one.jpg", "When?", RIGHT, RIGHT), ("3", "one.jpg", "How?", WRONG, RIGHT),
+            ("1", "two.jpg", "Who?", WRONG, RIGHT), ("3", "two.jpg", "When?", RIGHT, WRONG),
+            ("4", "one.jpg", "Why?", None, RIGHT)):
+        rows.append(chosen(key, image, [question, "x", "Why?"], rationale, ones, blind=RIGHT))
         if answer:
-            rows.append(chosen(key, "one.jpg", [question], answer, ones, blind=WRONG))
+            rows.append(chosen(key, image, [question], answer, ones, blind=WRONG))
     rows += [chosen("5", "a.jpg", ["?"], RIGHT, ones, truth="z"), spoken("6", "Without choices?", "a")]
     table, notes = scored("score-vcr", write_lines(tmp_path / "answers.jsonl", rows))
     for how in ("", ", per token"):
-        assert table["Q→A" + how] == (4, 75, 0) and table["QA→R" + how] == (5, 80, 100)
-        assert table["Q→AR" + how] == (5, 40, 0)
+        assert table["Q→A" + how] == (6, 50, 0) and table["QA→R" + how] == (7, 85.7, 100)
+        assert table["Q→AR" + how] == (7, 28.6, 0)
     assert notes == {"an answer whose truth is none of its choices": 1}
     assert refused("lacks a field", "score-vcr", write_lines(tmp_path / "b.jsonl", [{**rows[0], "choices": [{}]}]))
     assert refused("no answer could be scored", "score-vcr", write_lines(tmp_path / "b.jsonl", rows[-1:]))

@@ -1,6 +1,7 @@
 """Other people's formats in, their scores out.
 
-The core reads one shape of record, LLaVA's. These commands write a file of it, a record a line:
+The core reads one shape of record, LLaVA's. These commands write a file of it, a record a line. (Before each
+stands `python tests/lab/`.)
 
     published.py coco captions_train2014.json > coco.jsonl
     published.py vqa questions.json annotations.json > vqa.jsonl     (a test split: without annotations)
@@ -96,8 +97,8 @@ def read_coco(path, skips):
 
 
 def read_vqa(questions, annotations, skips):
-    """VQA's two files, of which one may be None → (their split, questions, annotations). UserError if they are
-    of two splits, whose ids have nothing to do with each other."""
+    """VQA's two files, of which one may be None → (their split, questions, annotations). UserError if they
+    are of two splits, whose ids have nothing to do with each other."""
     splits, rows = {}, {"questions": [], "annotations": []}
     for path, name in ((questions, "questions"), (annotations, "annotations")):
         if path:
