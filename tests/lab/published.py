@@ -1,0 +1,604 @@
+"""Other people's formats in, their scores out.
+
+The core reads one shape of record, LLaVA's. These commands write a file of it, a record a line. (Before each
+stands `python tests/lab/`.)
+
+    published.py coco captions_train2014.json > coco.jsonl
+    published.py vqa questions.json annotations.json > vqa.jsonl     (a test split: without annotations)
+    published.py vcr train.jsonl > vcr.jsonl
+    published.py release data.json --images pictures.zip > release.jsonl             (LMEye's own data)
+    published.py webdataset 00000.tar 00001.tar --out folder         (its pictures, and folder/data.jsonl)
+
+An evaluation leaves answers.jsonl. These commands score it as the data sets' own programs do, beside the
+blind answers, or write the file that those programs take:
+
+    published.py score-vqa answers.jsonl annotations.json [questions.json]
+    published.py score-vcr answers.jsonl
+    published.py results-vqa answers.jsonl questions.json > vqa.json
+    published.py results-coco answers.jsonl captions.json > captions.json
+
+What is left out is counted by reason on the standard error. With --out FILE the result is written there.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tarfile
+import unicodedata
+import zipfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lmeye import UserError, printable
+
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
+           ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
+MAX_BYTES = 100_000_000  # of one file in a shard
+MIN_PICTURES = 10  # drawing from fewer with replacement tells nothing about other pictures
+MALFORMED = "a record that lacks a field, or has one of another type"
+# What reading a malformed record raises:
+MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)
+
+
+# ---- Reading files: `skips` is a Counter, {why something was left out: how often} --------------------------
+
+
+def read_text(path):
+    """The text of a UTF-8 file. UserError if it is not there, is not UTF-8, or is a git-lfs pointer."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path}: no such file")
+    content = Path(path).read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a git-lfs pointer, not the file: run  git lfs pull  in its folder")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8") from error
+
+
+def parse(text, skips):
+    """JSON → its value, None if it is none. Of a key that an object holds twice, Python takes the last value
+    without a word; here it is counted."""
+    def to_dict(pairs):
+        if len(dict(pairs)) < len(pairs):  # two of them had one key
+            skips["a key that is twice in one object: its last value is taken"] += 1
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=to_dict)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_lines(path, skips):
+    """JSON Lines → [(number of the line, its value, None if it is not JSON), …]"""
+    lines = enumerate(read_text(path).split("\n"), 1)  # other separators may stand inside a text
+    return [(number, parse(line, skips)) for number, line in lines if line.strip()]
+
+
+def read_tables(path, names, advice, skips):
+    """A JSON object that holds lists under `names`, as COCO's and VQA's files do. UserError if it is none."""
+    content = parse(read_text(path), skips)
+    for name in names:
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise UserError(f'{path}: is cut off, or has no list "{name}": {advice}')
+    return content
+
+
+def read_coco(path, skips):
+    advice = "take COCO's captions_….json (Karpathy's file mixes training and test pictures, and is not read)"
+    return read_tables(path, ("images", "annotations"), advice, skips)
+
+
+def read_vqa(questions, annotations, skips):
+    """VQA's two files, of which one may be None → (their split, questions, annotations). UserError if they
+    are of two splits, whose ids have nothing to do with each other."""
+    splits, rows = {}, {"questions": [], "annotations": []}
+    for path, name in ((questions, "questions"), (annotations, "annotations")):
+        if path:
+            content = read_tables(path, [name], f"take VQA's file of {name}", skips)
+            split = str(content.get("data_subtype", "val2014"))
+            splits[split.replace("-dev", "")] = path  # the pictures of test-dev2015 are those of test2015
+            rows[name] = content[name]
+    if len(splits) == 2:
+        which = ", ".join(f"{path} is of {split}" for split, path in splits.items())
+        raise UserError(f"{which}: take two files of one split")
+    return *splits, rows["questions"], rows["annotations"]
+
+
+def index(rows, key, skips):
+    """Rows → {id as text: row}. Of an id given twice none is kept: a wrong row could be joined to it."""
+    table, twice = {}, set()
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get(key), (int, str)):
+            skips[MALFORMED] += 1
+        elif str(row[key]) in table:
+            twice.add(str(row[key]))
+        else:
+            table[str(row[key])] = row
+    for name in twice:
+        del table[name]  # its first row
+        skips[f"{key} is given twice"] += 1
+    return table
+
+
+# ---- Formats → records -------------------------------------------------------------------------------------
+
+
+def convert(rows, to_record, skips):
+    """Published rows → the core's records, each by `to_record(row)`; what can't be used is counted. (The core
+    looks through conversations, and finds out whether a picture is there.)"""
+    records = []
+    for row in rows:
+        try:
+            record = to_record(row)
+            if record["image"] is None or record["image"] == "":
+                raise UserError("no picture")
+            if not is_text(record["image"]):
+                raise UserError("a picture's name that is no text")
+            if not all(is_text(record.get(field, "none")) for field in ("caption", "question", "answer")):
+                raise UserError("an empty or unreadable text")
+            records.append(record)
+        except UserError as reason:
+            skips[str(reason)] += 1
+        except MISSHAPEN:
+            skips[MALFORMED] += 1
+    return records
+
+
+def is_text(value):
+    """Whether a value is text that says something. (JSON can hold halves of characters, which do not.)"""
+    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="ignore").decode()
+
+
+def conversation(turns):
+    """[question, answer, …] → the same as LLaVA writes it."""
+    return [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+
+
+def convert_coco(captions, skips):
+    """COCO's captions → a record each, whose id is the image_id: https://cocodataset.org/#format-data"""
+    content = read_coco(captions, skips)
+    images = index(content["images"], "id", skips)
+
+    def to_record(row):
+        image = images.get(str(row["image_id"]))
+        if image is None:
+            raise UserError("a caption without its picture")
+        caption = " ".join(row["caption"].split())  # some have a line break
+        return {"image": image["file_name"], "caption": caption, "id": row["image_id"]}
+
+    return convert(content["annotations"], to_record, skips)
+
+
+def convert_vqa(questions, annotations, skips):
+    """VQAv2's questions, joined with their annotations by question_id → a record each, with the answer that
+    most annotators gave. Questions without annotations, as in the test split, have no answer in their record.
+    Format: https://visualqa.org/download.html. The picture's name is made of the split and the image_id.
+    """
+    split, question_rows, annotation_rows = read_vqa(questions, annotations, skips)
+    asked = index(question_rows, "question_id", skips)
+    annotated = index(annotation_rows, "question_id", skips)
+    skips["an answer without its question"] += len(annotated.keys() - asked.keys())
+
+    def to_record(row):
+        record = {"image": f"COCO_{split}_{row['image_id']:012d}.jpg", "question": row["question"]}
+        annotation = annotated.get(str(row["question_id"]))
+        if annotation:
+            if annotation.get("image_id", row["image_id"]) != row["image_id"]:
+                raise UserError("a question and an answer of different pictures have the same question_id")
+            record["answer"] = annotation["multiple_choice_answer"]
+            record["category"] = printable(str(annotation["answer_type"]))
+        return record | {"id": row["question_id"]}
+
+    return convert(asked.values(), to_record, skips)
+
+
+def convert_vcr(file, skips):
+    """VCR → a conversation each: the question with its answer, "Why?" with the rationale, and the choices of
+    both. Its id is the annot_id. The test split has no labels.
+    Format: https://visualcommonsense.com/download/
+    """
+    def to_record(row):
+        if "answer_choices" in row and not ("answer_label" in row and "rationale_label" in row):
+            raise UserError("no label")
+        turns, all_choices = [], []
+        for question, kind in ((row["question"], "answer"), (["Why?"], "rationale")):
+            choices = [render(words, row["objects"]) for words in row[f"{kind}_choices"]]
+            label = row[f"{kind}_label"]
+            if label not in range(len(choices)):
+                raise UserError("a label that is none of the choices")
+            turns += [render(question, row["objects"]), choices[label]]
+            all_choices.append(choices)
+        record = {"image": row["img_fn"], "conversations": conversation(turns), "choices": all_choices}
+        return record | {"id": str(row.get("annot_id", ""))}
+
+    rows = [row for _, row in read_lines(file, skips)]
+    skips["a line is not JSON"] += rows.count(None)
+    return convert([row for row in rows if row is not None], to_record, skips)
+
+
+def render(words, objects):
+    """VCR's list of words → text. [0, 1] in it names two of `objects`: "person 1 and chair 2"."""
+    if not isinstance(words, list):
+        raise UserError("a text that is not a list of words")
+    parts = []
+    for word in words:
+        if isinstance(word, list):
+            if not all(number in range(len(objects)) for number in word):
+                raise UserError("a text that names an object which is not in the picture")
+            word = " and ".join(f"{objects[number]} {number + 1}" for number in word)
+        parts.append(word)
+    text = re.sub(r" (?=[?.!,;:])", "", " ".join(parts))  # no space before a punctuation mark
+    text = re.sub(r" (['’]) ?(?=(?:s|t|re|ve|ll|d|m)\b)", r"\1", text)  # it ' s → it's
+    if not is_text(text):
+        raise UserError("an empty or unreadable text")
+    return text
+
+
+# "Question: …", and also "1. Question: …" and "Question 1: …"
+NUMBERED = r"\s*(?:\d+\s*[.)]\s*)?(Question|Answer)\s*\d*\s*:\s*(.*\S)\s*"
+
+
+def convert_release(file, images, skips):
+    """LMEye's own data → a record each, with its caption, its conversation or both. "questions" lists
+    "Question: …" and "Answer: …" in turn, but some lists begin in mid-caption. A picture is named without its
+    ending, which is looked for in `images`, a folder or zip archive. (Format: as seen in the published file.)
+    """
+    names = picture_names(images) if images else None
+    items = parse(read_text(file), skips)
+    if not isinstance(items, list):
+        raise UserError(f"{file}: is cut off, or holds no JSON list: take LMEye's data as it was published")
+
+    def to_record(item):
+        turns, question = [], ""
+        for text in item["questions"]:
+            match = re.fullmatch(NUMBERED, text, re.DOTALL)
+            if match and match[1] == "Question":
+                question = match[2]
+            elif match and question:
+                turns += [question, match[2]]
+                question = ""  # a second answer belongs to no question
+        caption = (item.get("caption") or "").strip()
+        if not turns and not caption:
+            raise UserError("no question with its answer")
+        skips["a text that is not a question with its answer"] += len(item["questions"]) - len(turns)
+        name = item["image_id"]
+        if isinstance(name, int):
+            name = f"{name:012d}.jpg"  # as COCO names its pictures
+        elif is_text(name) and not name.lower().endswith(ENDINGS):
+            name = names.get(name) if names is not None else name + ".jpg"
+            if name is None:
+                raise UserError("no such picture in --images")
+        record = {"caption": caption, "conversations": conversation(turns), "category": item.get("category")}
+        return {"image": name} | {field: value for field, value in record.items() if value}
+
+    return convert(items, to_record, skips)
+
+
+def picture_names(images):
+    """A folder or a zip archive, whose single top folder may be left out → {name without ending: name}."""
+    try:
+        if os.path.isdir(images):
+            names = [path.relative_to(images).as_posix() for path in Path(images).rglob("*")]
+        else:
+            names = zipfile.ZipFile(images).namelist()
+            tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
+            if len(tops) == 1:
+                names += [name.partition("/")[2] for name in names]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{images}: is neither a folder nor a whole zip archive ({error})") from error
+    found = {}
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in ENDINGS:
+            found[stem] = name
+    return found
+
+
+def unpack_webdataset(shards, folder, skips):
+    """Tar shards with a.jpg beside a.txt (a caption) or a.json (or a conversation) → a record each. The
+    pictures are written into the new `folder`, numbered: their names in a shard, which become the ids, may be
+    anything. UserError if `folder` exists or a shard is broken, before anything is written.
+    Format: https://github.com/webdataset/webdataset
+    """
+    if os.path.exists(folder):
+        raise UserError(f"{folder}: exists already: name a new folder with --out")
+    groups, pictures = [], {}
+    for shard in shards:
+        groups += read_shard(shard, skips)
+
+    def to_record(group):
+        texts = group["txt"] or group["json"]  # which may describe the same
+        if max(map(len, group.values())) > 1:  # which text belongs to which picture?
+            raise UserError("a name that is twice in a tar shard")
+        if not (group["picture"] and texts):
+            raise UserError("a picture without its text, or a text without its picture, in a tar shard")
+        try:
+            text = read_bytes(*texts[0]).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError("a text in a tar shard that is not UTF-8") from error
+        item = {"caption": text} if group["txt"] else parse(text, skips)
+        if not isinstance(item, dict) or not ("caption" in item or "conversations" in item):
+            raise UserError("a .json in a tar shard that has neither a caption nor a conversation")
+        if "caption" in item:
+            item["caption"] = " ".join(item["caption"].split())
+        picture = group["picture"][0]  # copied at the end, if its record can be used
+        image = f"{len(pictures):08d}{Path(picture[1]).suffix.lower()}"
+        pictures[image] = picture
+        return item | {"image": image, "id": picture[1]}
+
+    records = convert(groups, to_record, skips)
+    Path(folder).mkdir(parents=True)
+    for record in records:
+        Path(folder, record["image"]).write_bytes(read_bytes(*pictures[record["image"]]))
+    return records
+
+
+def read_shard(path, skips):
+    """A shard → the groups of its files that have one key, which is the name up to its last dot, as
+    [{"picture": [(shard, name, offset, size), …], "txt": …, "json": …}, …]. UserError if it is not whole.
+    """
+    groups = defaultdict(lambda: {"picture": [], "txt": [], "json": []})
+    try:
+        with tarfile.open(path, "r:") as tar:  # not compressed: files are read where they lie
+            for info in tar:
+                key, _, ending = info.name.rpartition(".")
+                kind = "picture" if "." + ending.lower() in ENDINGS else ending.lower()
+                if info.isdir():
+                    continue
+                # A link leads anywhere, and of a sparse file only the parts that are not zero lie there.
+                if not info.isfile() or info.issparse() or info.size > MAX_BYTES:
+                    skips["a link, a sparse or an oversized file in a tar shard"] += 1
+                elif kind in ("picture", "txt", "json"):
+                    groups[key][kind].append((path, info.name, info.offset_data, info.size))
+                else:
+                    skips["another file in a tar shard, where pictures, .txt and .json are read"] += 1
+            end = tar.offset
+    except Exception as error:  # tarfile raises what it likes at broken bytes
+        raise UserError(f"{path}: is no whole tar without compression ({error}): fetch it again") from error
+    rest = read_bytes(path, "", end, 1_000_000)
+    if len(rest) < 512 or rest.strip(b"\0"):  # for tarfile, too, the archive ends here, but without a word
+        raise UserError(f"{path}: is broken, cut off or joined to another at byte {end:,}: fetch it again")
+    return list(groups.values())
+
+
+def read_bytes(path, name, offset, size):
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+# ---- Answers → scores --------------------------------------------------------------------------------------
+
+
+def read_answers(path):
+    """answers.jsonl, which an evaluation leaves → a list of dicts. UserError if a line is no such answer."""
+    rows = []
+    for number, row in read_lines(path, Counter()):
+        try:
+            texts = [row["id"], row["image"], row["answer"], row["blind"], *row["turns"]]
+        except (KeyError, TypeError):
+            texts = [None]
+        if not all(isinstance(text, str) for text in texts[1:]) or not isinstance(texts[0], (int, str)):
+            raise UserError(f"{path}: line {number} is cut off, or no evaluation's answer: evaluate again")
+        rows.append(row)
+    return rows
+
+
+def read_vqa_answers(path):
+    """answers.jsonl → {question_id as text: its answer}. UserError if one was answered twice."""
+    said = {}
+    for row in read_answers(path):
+        if str(row["id"]) in said:
+            raise UserError(f"{path}: {row['id']} was answered twice: evaluate VQA's questions alone")
+        said[str(row["id"])] = row
+    return said
+
+
+def score_vqa(answers, annotations, questions, skips):
+    """VQA's soft accuracy → lines of a table. Every question with annotations counts, as 0 if it has no
+    answer. With `questions`, only those count, and it is a UserError if something else was asked.
+    """
+    said = read_vqa_answers(answers)
+    _, question_rows, annotation_rows = read_vqa(questions, annotations, skips)
+    annotated = index(annotation_rows, "question_id", skips)  # one that is there twice is not to be scored
+    if questions:
+        texts = {str(row["question_id"]): row["question"] for row in question_rows}
+        for key in annotated.keys() - texts.keys():
+            del annotated[key]
+            skips["an answer without its question"] += 1
+        for key in annotated.keys() & said.keys():
+            if said[key]["turns"][-1].split() != texts[key].split():
+                raise UserError(f"{answers}: another question than {questions} has was asked as {key}")
+    columns = defaultdict(list)
+    for key, row in annotated.items():
+        people = [str(answer["answer"]) for answer in row.get("answers", ())]
+        if len(people) < 2:
+            skips["a question without the answers of several people"] += 1
+            continue
+        scores = (0.0, 0.0)  # with the picture, and blind
+        if key in said:
+            scores = vqa_accuracy(said[key]["answer"], people), vqa_accuracy(said[key]["blind"], people)
+        for name in ("VQA", f"VQA, {printable(str(row['answer_type']))}"):
+            columns[name].append((row["image_id"], *scores))
+    skips["a question that was not answered: it counts as wrong"] += len(annotated.keys() - said.keys())
+    skips["an answer to no question that counts"] += len(said.keys() - annotated.keys())
+    return table(columns)
+
+
+def vqa_accuracy(said, answers):
+    """For each annotator min(1, matches among the others / 3), averaged (Antol et al., 2015). As in the
+    official scorer, https://github.com/GT-Vision-Lab/VQA, texts are normalised only where annotators differ.
+    Before, a letter with an accent is made one character (NFC): language models may write it as two.
+    """
+    said, *answers = [unicodedata.normalize("NFC", text) for text in (said, *answers)]
+    normalize = normalize_vqa if len(set(answers)) > 1 else str.strip
+    match = [normalize(answer) == normalize(said) for answer in answers]
+    return sum(min(1, (sum(match) - m) / 3) for m in match) / len(match)
+
+
+def normalize_vqa(text):
+    """A text as the official scorer compares it, whatever its case, punctuation, articles, apostrophes."""
+    before = text = text.lower()
+    comma = re.search(r"\d,\d", text)
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        removed = comma or f"{mark} " in before or f" {mark}" in before  # at the edge of a word
+        text = text.replace(mark, "" if removed else " ")
+    text = re.sub(r"\.(?!\d)", "", text)  # 3.5 keeps its point
+    words = [NUMBER_WORDS.get(word, word) for word in text.split() if word not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+                "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+CONTRACTIONS = {"oclock": "o'clock", "maam": "ma'am", "yall": "y'all", "twas": "'twas"}
+for ending, stems in {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "'ve": "could i might not should they we what where who would you", "'re": "there they what why you",
+    "'s": "he how that there what when where who why someone somebody something", "'m": "i",
+    "'d": "he how it there they where who you someone something",
+    "'ll": "how it they what who why you someone somebody something",
+}.items():
+    for stem in stems.split():
+        CONTRACTIONS[stem + ending.replace("'", "")] = stem + ending
+
+
+def score_vcr(answers, skips):
+    """VCR's accuracies → lines of a table: of the answer (Q→A), of the rationale after the right answer
+    (QA→R), and of both (Q→AR, over the rationales asked for: an answer that was left out was not right). The
+    likeliest choice is taken by the sum of its tokens' log p, and by its mean per token.
+    """
+    columns, answered = defaultdict(list), {}
+    rows = [row for row in read_answers(answers) if row.get("choices")]
+    for row in sorted(rows, key=lambda row: len(row["turns"])):  # answers before rationales
+        if row["truth"] not in [choice["text"] for choice in row["choices"]]:
+            skips["an answer whose truth is none of its choices"] += 1
+            continue
+        for how, per_token in (("", False), (", per token", True)):
+            seen = likeliest(row["choices"], "logp", per_token) == row["truth"]
+            blind = likeliest(row["choices"], "blind_logp", per_token) == row["truth"]
+            question = (row["id"], row["image"], row["turns"][0], how)  # an id may stand at two pictures
+            if len(row["turns"]) == 1:
+                columns["Q→A" + how].append((row["image"], seen, blind))
+                answered[question] = seen, blind
+            else:
+                columns["QA→R" + how].append((row["image"], seen, blind))
+                seen_before, blind_before = answered.get(question, (False, False))
+                columns["Q→AR" + how].append((row["image"], seen and seen_before, blind and blind_before))
+    return table(columns)
+
+
+def likeliest(choices, logp, per_token):
+    """The text of the choice with the highest `logp`, a field that holds the sum over its tokens."""
+    values = [choice[logp] / (choice["tokens"] if per_token else 1) for choice in choices]
+    return choices[np.argmax(values)]["text"]
+
+
+def table(columns):
+    """{name: [(picture, score, blind score), …]} → lines of a table in percent, with 95% intervals."""
+    if not columns:
+        raise UserError("no answer could be scored: take the answers.jsonl of an evaluation on this data set")
+    lines = [f"{'':20}{'questions':>10}{'with the picture':>24}{'blind':>24}    (percent, 95% intervals)"]
+    for name, rows in sorted(columns.items()):
+        pictures, *both = zip(*rows)
+        line = f"{name:20}{len(rows):10,}"
+        for scores in both:
+            interval = bootstrap_interval(scores, pictures)
+            text = f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}" if interval else "no interval"
+            line += f"{100 * np.mean(scores):.1f} ({text})".rjust(24)
+        lines.append(line)
+    return lines
+
+
+def bootstrap_interval(scores, pictures, draws=1000):
+    """95% bootstrap interval of a mean → (low, high), None for fewer than MIN_PICTURES. Pictures are drawn
+    with replacement, all their scores with them: what is said about one picture goes together."""
+    number = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}  # each once
+    if len(number) < MIN_PICTURES:
+        return None
+    rows = [number[picture] for picture in pictures]
+    total, count = np.bincount(rows, scores), np.bincount(rows)
+    rng, means = np.random.default_rng(0), []
+    for _ in range(draws):
+        drawn = rng.integers(len(count), size=len(count))  # pictures
+        means.append(total[drawn].sum() / count[drawn].sum())
+    return tuple(np.percentile(means, (2.5, 97.5)))
+
+
+def results_vqa(answers, questions, skips):
+    """VQA's results file, which has every question of the split: https://visualqa.org/evaluation.html"""
+    said, results = read_vqa_answers(answers), {}
+    _, rows, _ = read_vqa(questions, None, skips)
+    for row in rows:
+        key = str(row["question_id"])
+        skips["a question that was not answered"] += key not in said
+        text = said[key]["answer"] if key in said else ""
+        results[key] = {"question_id": row["question_id"], "answer": text}
+    return [json.dumps(list(results.values()))]
+
+
+def results_coco(answers, captions, skips):
+    """COCO's results file, which has every picture of the split: https://cocodataset.org/#format-results"""
+    said, results = {row["image"]: row["answer"] for row in read_answers(answers) if not row["turns"]}, {}
+    for row in read_coco(captions, skips)["images"]:
+        skips["a picture without a caption"] += row["file_name"] not in said
+        results[row["id"]] = {"image_id": row["id"], "caption": said.get(row["file_name"], "")}
+    return [json.dumps(list(results.values()))]
+
+
+# ---- The command line --------------------------------------------------------------------------------------
+
+COMMANDS = {  # the function of each, and its files: "?" marks one that may be left out, "+" several
+    "coco": (convert_coco, "captions"), "vqa": (convert_vqa, "questions annotations?"),
+    "vcr": (convert_vcr, "file"), "release": (convert_release, "file"),
+    "webdataset": (unpack_webdataset, "shards+"), "score-vqa": (score_vqa, "answers annotations questions?"),
+    "score-vcr": (score_vcr, "answers"), "results-vqa": (results_vqa, "answers questions"),
+    "results-coco": (results_coco, "answers captions"),
+}
+
+
+def parse_args():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (function, files) in COMMANDS.items():
+        command = commands.add_parser(name, description=function.__doc__, formatter_class=as_written)
+        for file in files.split():
+            command.add_argument(file.rstrip("?+"), nargs=file[-1] if file[-1] in "?+" else None)
+        command.add_argument("--out", required=name == "webdataset", help="where to write")
+        if name == "release":
+            command.add_argument("--images", help="a folder or zip archive (default: all pictures are .jpg)")
+    return parser.parse_args()
+
+
+def main():
+    given, skips = vars(parse_args()), Counter()
+    command, out = given.pop("command"), given.pop("out")
+    if command == "webdataset":
+        given["folder"], out = out, Path(out, "data.jsonl")
+    try:
+        rows = COMMANDS[command][0](**given, skips=skips)
+    except MISSHAPEN as error:
+        raise UserError(f"{command}: a file holds {MALFORMED}, {error!r}: fetch it again") from error
+    for reason, n in (+skips).most_common():
+        print(f"{n:,} × {reason}", file=sys.stderr)
+    if not rows:
+        raise UserError(f"{command}: no record remains")
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    if out:
+        Path(out).write_text(text, "utf-8")
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    from lmeye import run
+
+    run(main)
