@@ -599,6 +599,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from lmeye import run
+    from lmeye import run_main
 
-    run(main)
+    run_main(main)
