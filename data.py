@@ -2,17 +2,17 @@
 
 One shape of record is read, LLaVA's, from a JSON list or from JSON Lines (one record a line):
 
-    {"image": "a.jpg", "caption": "A red cup."}                                              for stage 1
-    {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},        for stage 2
+    {"image": "a.jpg", "caption": "A red cup."}                                            stage 1
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},      stage 2
                                          {"from": "gpt", "value": "a cup"}, …]}
-    {"image": "a.jpg", "question": "What is this?", "answer": "a cup"}                       the same, shorter
+    {"image": "a.jpg", "question": "What is this?", "answer": "a cup"}                     the same, shorter
 
-Optional are "category" (accuracy is told for each), "id", and "choices" (a list of texts for each answer). Several
-pairs are a dialogue: each answer is a record, with the earlier turns in its prompt. A folder of a.jpg beside a.txt is
-read as well; tests/lab/published.py turns other formats into such a file.
+Optional are "category" (accuracy is told for each), "id", and "choices" (a list of texts for each answer).
+Several pairs are a dialogue: each answer becomes a record, with the earlier turns in its prompt. A folder of
+a.jpg beside a.txt is read as well; tests/lab/published.py turns other formats into such a file.
 
-Each picture goes through CLIP once (`encode_images`), and batches are planned by length (`plan_epoch`). What can't be
-used is counted with its reason. Where it can't be known what a file means, it is not guessed.
+Each picture goes through CLIP once (`encode_images`), and batches are planned by length (`plan_epoch`). What
+can't be used is counted with its reason. Where it can't be known what a file means, it is not guessed.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +42,8 @@ MAX_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and 
 MAX_BYTES = 100_000_000  # of a picture in a zip, unpacked
 MAX_PIXELS = 100_000_000  # of a picture, in the place of Pillow's own limits
 FEATURE_BATCH = 128  # pictures that go through CLIP together
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
-           ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures beside a .txt
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
+ROLES = {"user": "human", "assistant": "gpt"}  # other names of LLaVA's speakers
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
 
@@ -101,14 +101,14 @@ class Dataset(NamedTuple):
         return digest.hexdigest()
 
 
-# ---- Features: each picture goes through CLIP once -------------------------------------------------------------
+# ---- Features: each picture goes through CLIP once ---------------------------------------------------------
 
 
 def encode_images(model, pictures, names, folder=None):
     """CLIP features of P pictures → (features (P, C) float16, {row: why it can't be read}).
 
-    They are kept in a file in `folder` (a temporary one without it). At first each row is NaN, which means "not done
-    yet", and rows of NaN are encoded whenever the file is used. So a pass that was killed goes on after its last
+    They are kept in a file in `folder`, or in a temporary one. At first each row is NaN. This means "not done
+    yet": rows of NaN are encoded whenever the file is used. So a pass that was killed goes on after its last
     batch, a picture that was away is tried again, and a finished file costs nothing.
     """
     if folder is None:
@@ -150,8 +150,8 @@ def encode_images(model, pictures, names, folder=None):
 
 def encode_pixels(model, pixels):
     """B tensors (3, side, side) → features (B, C) float16. A row that is not finite becomes NaN."""
-    # Few pictures are computed by other routines, which round differently. With at least 16 at a time, copies of a
-    # picture have equal features, wherever they stand.
+    # Libraries compute few pictures by other routines, which round differently. With 16 at least, copies of a
+    # picture have equal features wherever they stand.
     filled = pixels + pixels[:1] * (-len(pixels) % 16)
     f = model.encode_image(torch.stack(filled))[:len(pixels)].half().cpu()
     f[~f.isfinite().all(1)] = torch.nan
@@ -159,8 +159,8 @@ def encode_pixels(model, pixels):
 
 
 def read_ahead(read, parts, ahead=3):
-    """Yield [read(item) for each item] of each part. Threads work some parts ahead, so that a GPU need not wait:
-    Pillow decodes and resizes without Python's lock."""
+    """Yield [read(item) for each item] of each part. Threads work some parts ahead, so that a GPU need not
+    wait: Pillow decodes and resizes without Python's lock."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         queue = deque()
         for part in [*parts, *[[]] * ahead]:
@@ -170,10 +170,11 @@ def read_ahead(read, parts, ahead=3):
 
 
 def features_key(model, pictures, names):
-    """A hash of what decides the features: CLIP's layers and some values of each weight, the preprocessing, and the
-    pictures. (Not noticed: a picture in a folder, replaced by one of the same size and time of change.)"""
+    """A hash of what decides the features: CLIP's layers, some values of each weight, the preprocessing, and
+    each picture's name and state. (A picture in a folder that is replaced by one of the same size and time of
+    change is not noticed.)"""
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr((model.preprocess, model.clip.visual)))  # addresses change
-    key = hashlib.sha256((model.settings.clip + layers).encode())
+    key = hashlib.sha256(f"{model.settings.clip} {layers} {pictures.path.resolve()}".encode())
     for name, weight in model.clip.visual.state_dict().items():
         key.update(f"{name} {weight.dtype} {weight.flatten()[:4].tolist()}".encode())
     for name in names:
@@ -181,38 +182,43 @@ def features_key(model, pictures, names):
     return key.hexdigest()[:16]
 
 
-# ---- Datasets: records with their features and tokens ----------------------------------------------------------
+# ---- Datasets: records with their features and tokens ------------------------------------------------------
 
 
 def encode(model, records, skipped, pictures, folder=None, noted=None):
     """Records → Dataset. The features are kept in a file in `folder`.
 
-    Records that can't be used are added to the Counter `skipped`, by reason. Those that are used, but not as they
-    stand, are added to the Counter `noted`. UserError if no record remains.
+    Records that can't be used are added to the Counter `skipped`, by reason. Those that are used, but not as
+    they stand, are added to the Counter `noted`, if one is given. UserError if no record remains.
     """
     noted = Counter() if noted is None else noted
     names = list(dict.fromkeys(record.image for record in records))  # each once
     row = {name: i for i, name in enumerate(names)}
     features, unreadable = encode_images(model, pictures, names, folder)
     kept, tokens, picture = [], [], []
-    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 20_000 else True):
+    quiet = None if len(records) > 20_000 else True  # None: a bar on terminals only
+    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=quiet):
         part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in records[start:start + 1000]]
-        questions = model.question_ids([record.question for record in part]) if part[0].turns else [[]] * len(part)
         answers = model.answer_ids([record.answer for record in part])
+        questions = [[]] * len(part)
+        if part[0].turns:
+            questions = model.question_ids([record.question for record in part])
         for i, (record, question, answer) in enumerate(zip(part, questions, answers), start):
+            # What is too long loses its oldest turns first. Choices are only compared with the whole prompt.
             choices = model.answer_ids(record.choices) if record.choices else []
             room = model.max_text_tokens - max(map(len, [answer, *choices]))
             while len(question) > room and len(record.turns) > 1 and not choices:
                 record = record._replace(turns=record.turns[2:])
                 question = model.question_ids([record.question])[0]
 
-            reason = unreadable.get(row[record.image]) or unfit(model, record, question, [answer, *choices], room)
+            reason = unreadable.get(row[record.image])
+            reason = reason or unfit(model, record, question, [answer, *choices], room)
             if reason:
                 skipped[reason] += 1
                 continue
             if len(record.turns) < len(records[i].turns):
                 noted["prompts without the oldest turns of a long dialogue"] += 1
-            if model.tokenizer.unk_token_id in answer[:-1]:  # eos, the last one, serves some tokenizers as both
+            if model.tokenizer.unk_token_id in answer[:-1]:  # the last is eos, which may be the same token
                 noted["words in an answer that the language model has no token for"] += 1
             elif letters(model.decode(answer)) != letters(record.answer):
                 noted["answers of which the tokenizer loses or changes letters"] += 1
@@ -240,56 +246,53 @@ def letters(text):
 
 
 def hold_out(dataset, most=500):
-    """Set a tenth of the pictures aside, with their records → (training, validation Dataset), always the same.
+    """Set a tenth of the pictures aside with their records, always the same → (training, validation Dataset).
 
-    Copies of a picture stay together. Two pictures are set aside at least, for one could not be shuffled; of less than
-    ten pictures none is, and the second Dataset is None.
+    Copies of a picture stay together. Two pictures are set aside at least, for one could not be shuffled. Of
+    fewer than ten none is, and the second Dataset is None.
     """
-    hashes = picture_hashes(dataset)
-    distinct = list(dict.fromkeys(hashes.values()))
+    copies = picture_hashes(dataset)
+    distinct = np.unique(copies)
     if len(distinct) < 10:
         return dataset, None
     n = min(most, max(2, len(distinct) // 10))
-    chosen = set(np.random.default_rng(0).permutation(distinct)[:n].tolist())
-    aside = np.array([hashes[i] in chosen for i in dataset.picture.tolist()])
+    aside = np.isin(copies, np.random.default_rng(0).permutation(distinct)[:n])
     return dataset.take(np.flatnonzero(~aside)), dataset.take(np.flatnonzero(aside))
 
 
 def shuffled(dataset):
-    """The same records, each with another picture, if there is one that is no copy. A model that does not look loses
-    nothing by it."""
-    hashes = picture_hashes(dataset)
-    first = {}  # of all copies
-    for i, copy in hashes.items():
-        first.setdefault(copy, i)
-    order = np.random.default_rng(0).permutation(list(first.values()))
-    other = dict(zip(order, np.roll(order, 1)))
-    return dataset._replace(picture=np.array([other[first[hashes[i]]] for i in dataset.picture.tolist()]))
+    """The same records, each with another picture, no copy of its own if there is one. A model that does not
+    look loses nothing by it."""
+    distinct, first, kind = np.unique(picture_hashes(dataset), return_index=True, return_inverse=True)
+    order = np.random.default_rng(0).permutation(len(distinct))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)  # each kind of picture takes the place of the next one
+    return dataset._replace(picture=dataset.picture[first[other[kind]]])
 
 
 def count_shared(train, val):
     """How many pictures of `val` are trained on, under whatever name."""
-    trained = set(picture_hashes(train).values())
-    return sum(copy in trained for copy in picture_hashes(val).values())
+    return len(np.intersect1d(picture_hashes(train), picture_hashes(val)))
 
 
 def picture_hashes(dataset):
-    """{row of features: their hash} of each picture that has a record. Copies of a picture have equal features."""
-    rows = np.unique(dataset.picture).tolist()
-    return {i: hashlib.blake2b(dataset.features[i].tobytes(), digest_size=16).hexdigest() for i in rows}
+    """A hash of the features of each record's picture (R,): copies of a picture have equal features."""
+    rows, index = np.unique(dataset.picture, return_inverse=True)
+    digests = [hashlib.blake2b(dataset.features[i].tobytes(), digest_size=8).digest() for i in rows]
+    return np.array([int.from_bytes(digest, "big") for digest in digests], np.uint64)[index]
 
 
-# ---- Batches: planned by length --------------------------------------------------------------------------------
+# ---- Batches: planned by length ----------------------------------------------------------------------------
 
 
 def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
     """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
 
-    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has more).
-    Padding is wasted work, so records of like length come together. Sorting by total length does not do it: a long
-    question with a short answer would meet a short one with a long answer. So each stretch of `window` batches of
-    shuffled records is halved, by the side whose lengths differ most, until the parts are batches. With lengths like
-    LLaVA's this computes 1.03 × the real tokens; sorted by total length, it would be 1.66 ×.
+    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has
+    more). Padding is wasted work, so records of like length come together. Sorting by total length would not
+    do: a long question with a short answer would meet a short one with a long answer. So each stretch of
+    `window` batches of shuffled records is halved, by the side whose lengths differ most, until the parts are
+    batches. With lengths like LLaVA's this computes 1.03 × the real tokens; sorting by total length, 1.66 ×.
     """
     lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
     rng = np.random.default_rng((seed, epoch))
@@ -319,32 +322,26 @@ def batches(dataset, size, max_batch_tokens, seed):
         epoch += 1
 
 
-# ---- Records: reading a data file ------------------------------------------------------------------------------
+# ---- Records: reading a data file --------------------------------------------------------------------------
 
 
 def read_records(path, pictures, stage, answered=True):
-    """A data file, or a folder of a.jpg beside a.txt → (list of Record, Counter of what is left out, by reason).
+    """A data file, or a folder of a.jpg beside a.txt → (list of Record, Counter of why items are left out).
 
-    Stage 1 takes captions, and the answer of a conversation that has one alone. Stage 2 takes questions: those without
-    an answer only with answered=False, for an evaluation, as records with the answer "". UserError if no record
-    remains.
+    Stage 1 takes captions, and of a conversation with one answer this answer. Stage 2 takes questions. Those
+    without an answer are taken with answered=False only, for an evaluation. UserError if no record remains.
     """
     path, records, skipped, examples = Path(path), [], Counter(), {}
     items = read_folder(path, skipped) if path.is_dir() else read_json(path, skipped)
     for item in tqdm(items, desc="records", disable=None if len(items) > 100_000 else True):
         try:
             found = read_item(item, stage, answered, skipped)
-        except UserError as reason:
-            skipped[str(reason)] += 1
-            continue
-        except (AttributeError, KeyError, TypeError):  # a value is not there, or is of another type
-            skipped["a record that is no object, lacks a field, has one twice, or one of another type"] += 1
-            continue
-        try:
             pictures.find(item.get("image"))
             records += found
-        except UserError as reason:  # counted together, with the first one's name
-            skipped[examples.setdefault(str(reason), f"{reason}, as {item.get('image')}")] += 1
+        except UserError as reason:  # what has one reason is counted together, with the first one's name
+            skipped[examples.setdefault(str(reason), f"{reason} (as with {item.get('image')})")] += 1
+        except (AttributeError, KeyError, TypeError):
+            skipped["a record that is no object, lacks a field, has one twice, or one of another type"] += 1
     if not records:
         why = most_frequent(skipped) or "it holds none"
         raise UserError(f"{path}: not one of {len(items):,} records can be used for stage {stage}: {why}")
@@ -352,23 +349,20 @@ def read_records(path, pictures, stage, answered=True):
 
 
 def read_json(path, skipped):
-    """The items of a JSON list, or of JSON Lines. UserError if the file is neither."""
+    """The items of a JSON list or of JSON Lines. UserError if a list is broken."""
     text = read_text(path)
-    try:
-        content = json.loads(text, object_pairs_hook=read_object)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):  # a list, of which single lines may look whole
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text, object_pairs_hook=read_object)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: is broken JSON, or cut off ({error})") from error
-        content = []
-        for line in text.split("\n"):  # at nothing else: U+2028 may stand in a text
-            try:
-                if line.strip():
-                    content.append(json.loads(line, object_pairs_hook=read_object))
-            except (ValueError, RecursionError):
-                skipped["a line that is not JSON"] += 1
-        if not content:
-            raise UserError(f"{path}: is neither JSON nor JSON Lines ({error}): see the README") from error
-    return content if isinstance(content, list) else [content]
+    items = []
+    for line in text.split("\n"):  # at nothing else: U+2028 may stand in a text
+        try:
+            items += [json.loads(line, object_pairs_hook=read_object)] if line.strip() else []
+        except (ValueError, RecursionError):
+            skipped["a line that is not JSON"] += 1
+    return items
 
 
 def read_object(pairs):
@@ -384,27 +378,28 @@ def read_text(path):
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and zips of "
-                        "them, belong to --images)") from error
+        raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and "
+                        "zips of them, belong to --images)") from error
 
 
 def read_folder(folder, skipped):
     """A folder of pictures, at any depth, with a .txt beside each → items as of `read_json`."""
-    files, texts, items = [path for path in sorted(folder.rglob("*")) if not path.is_dir()], {}, []
+    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    texts = [path for path in files if path.suffix.lower() == ".txt"]
+    counts = Counter(path.with_suffix("") for path in texts)
+    beside = {path.with_suffix(""): path for path in texts}
+    items, used = [], set()
     for path in files:
-        if path.suffix.lower() == ".txt":
-            texts.setdefault(path.with_suffix(""), []).append(path)
-    used = set()
-    for path in files:
-        beside, ending = texts.get(path.with_suffix(""), []), path.suffix.lower()
-        if ending in ENDINGS and len(beside) == 1:
-            used.add(beside[0])
-            items.append({"image": path.relative_to(folder).as_posix(), "caption": read_text(beside[0])})
+        stem, ending = path.with_suffix(""), path.suffix.lower()
+        if ending in ENDINGS and counts[stem] == 1:
+            items.append({"image": path.relative_to(folder).as_posix(), "caption": read_text(beside[stem])})
+            used.add(stem)
         elif ending in ENDINGS:
             skipped["a picture without a .txt beside it, or with two, as a.txt and a.TXT"] += 1
         elif ending != ".txt":
-            skipped["another file in a folder, where pictures and .txt are read (name a .json itself)"] += 1
-    skipped["a .txt without a picture beside it"] += sum(map(len, texts.values())) - len(used)
+            skipped["a file or link in a folder that is neither picture nor .txt (name a .json itself)"] += 1
+    for stem in counts.keys() - used:
+        skipped["a .txt without a picture beside it"] += counts[stem]
     return items
 
 
@@ -415,57 +410,56 @@ def read_item(item, stage, answered, skipped):
         answer = "" if item.get("answer") is None else item["answer"]
         conversation = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": answer}]
     if not conversation and "caption" not in item:
-        raise UserError('a record of no known kind: it needs "image" with "caption", "conversations" or "question", '
-                        f"and has {', '.join(item)[:100]} (tests/lab/published.py reads other formats)")
-    category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
-    speakers = [{"user": "human", "assistant": "gpt"}.get(turn["from"], turn["from"]) for turn in conversation]
+        raise UserError('a record of no known kind: it needs "image" with "caption", "conversations" or '
+                        f'"question", and has {", ".join(item)[:100]} (tests/lab/published.py reads others)')
+    speakers = [ROLES.get(turn["from"], turn["from"]) for turn in conversation]
     texts = [turn["value"].strip() for turn in conversation]
     if texts:  # LLaVA marks the picture's place before or after the first question
         texts[0] = texts[0].removeprefix("<image>").removesuffix("<image>").strip()
+    category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
+    record = Record(item.get("image"), (), "", category, item.get("id"))
 
+    described = speakers == ["human", "gpt"]  # "describe the picture", and the description
     if stage == 1:
-        caption = " ".join((item.get("caption") or "").split())
-        if not caption and speakers == ["human", "gpt"]:  # "describe the picture", and the description
-            caption = texts[1]
+        caption = " ".join((item.get("caption") or "").split()) or (texts[1] if described else "")
+        if not caption and "caption" not in item and not described:
+            raise UserError("questions, for --stage 2")
         if not is_text(caption):
-            raise UserError("questions, for --stage 2" if texts else "an empty or unreadable text")
-        return [Record(item.get("image"), (), caption, category, item.get("id"))]
+            raise UserError("an empty or unreadable text")
+        return [record._replace(answer=caption)]
 
-    n = 0  # turns that can be used: up to the first that is empty or not the speaker's
-    while n < len(texts) and is_text(texts[n]) and speakers[n] == ("human", "gpt")[n % 2]:
-        n += 1
-    unanswered = n % 2 == 1 and not any(texts[n:])
-    if n % 2 == 1 and (answered or not unanswered):
-        n -= 1
-    if n == 0 and (not texts or (texts[0] == "" and len(texts) == 2)):
+    if not texts or (described and not texts[0]):
         raise UserError("captions, for --stage 1")
-    if n == 0:
-        raise UserError("a question without an answer" if unanswered else
-                        "turns that do not alternate between human and gpt, or are empty")
-    if any(texts[n:]):
-        skipped["the rest of a dialogue, from a turn that is empty, unanswered or not the speaker's"] += 1
-    choices = item.get("choices") or [()] * len(texts)
-    if "choices" in item and len(choices) < (n + 1) // 2:
-        raise UserError("choices that are not a list of texts for each answer")
+    if len(texts) % 2 == 0 and not texts[-1]:  # an empty answer is one that is not known
+        texts.pop()
+    if len(texts) % 2 == 1 and answered:
+        texts.pop()
+        skipped["a question without an answer"] += 1
+    if not all(map(is_text, texts)) or set(speakers[::2]) - {"human"} or set(speakers[1::2]) - {"gpt"}:
+        raise UserError("turns that are empty, or do not alternate between human and gpt")
+
+    choices = item.get("choices") or [[]] * len(texts)
+    if not isinstance(choices, list) or len(choices) < (len(texts) + 1) // 2:
+        raise UserError('"choices" that are not one list of texts for each answer')
     records = []
-    for i in range(0, n, 2):
-        answer = texts[i + 1] if i + 1 < n else ""
+    for i in range(0, len(texts), 2):
+        answer = "".join(texts[i + 1:i + 2])  # "" after the last question, if that is not answered
         check_choices(choices[i // 2], answer)
-        records.append(Record(item.get("image"), tuple(texts[:i + 1]), answer, category, item.get("id"),
-                              tuple(choices[i // 2])))
+        turns = tuple(texts[:i + 1])
+        records.append(record._replace(turns=turns, answer=answer, choices=tuple(choices[i // 2])))
     return records
 
 
 def check_choices(choices, answer):
-    """UserError unless the choices of a question are texts, each once, and the answer is among them."""
-    if isinstance(choices, str) or not all(is_text(text) for text in choices):
-        raise UserError("choices that are not a list of texts for each answer")
-    if choices and (len(set(choices)) < len(choices) or (answer and answer not in choices)):
+    """UserError unless the choices are texts, each once, with the answer among them. [] stands for none."""
+    if not isinstance(choices, list) or not all(map(is_text, choices)):
+        raise UserError('"choices" that are not one list of texts for each answer')
+    if len(set(choices)) < len(choices) or (choices and answer and answer not in choices):
         raise UserError("an answer that is not one of its choices, or a choice that is there twice")
 
 
 def is_text(value):
-    """Whether a value is text that says something and can be written down (JSON can hold halves of characters)."""
+    """Whether a value is text that says something and can be written (JSON can hold halves of characters)."""
     if not isinstance(value, str) or "\0" in value:
         return False
     return bool(value.strip()) and value == value.encode("utf-8", "ignore").decode()
@@ -484,13 +478,11 @@ def report(skipped, noted=Counter()):
             print(f"  {word} {sum(n for _, n in reasons[10:]):,}: other reasons")
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def open_pictures(data, images=None):
-    """The Pictures of a data file: `images`, or the folder in which it lies."""
-    if images and os.path.isdir(data):
-        raise UserError(f"{data}: is a folder of pictures, each beside its .txt: --images would not be used")
+    """The Pictures of a data file or folder: `images`, or else the folder itself."""
     return Pictures(images or (data if os.path.isdir(data) else Path(data).parent))
 
 
@@ -510,9 +502,13 @@ class Pictures:
             self.zip = zipfile.ZipFile(self.path)
         except Exception as error:  # zipfile raises half a dozen kinds at broken archives
             raise UserError(f"{path}: is neither a folder nor a whole zip archive ({error})") from error
-        members = [name for name in self.zip.namelist() if not name.endswith("/")]
-        self.names = {tidy(name): name for name in members}
-        self.twice = Counter(map(tidy, members)) if len(self.names) < len(members) else {}
+        self.names, self.twice = {}, set()  # {name as `tidy` gives it: name in the archive}
+        for name in self.zip.namelist():
+            plain = tidy(name)
+            if plain in self.names:
+                self.twice.add(plain)
+            if not name.endswith("/"):
+                self.names[plain] = name
         tops = {name.partition("/")[0] for name in self.names} - {"__MACOSX"}
         self.top = tops.pop() + "/" if len(tops) == 1 else ""
 
@@ -526,68 +522,60 @@ class Pictures:
         if self.zip is None and os.path.isfile(self.path / name):
             return name
         for candidate in (name, self.top + name) if self.zip else ():
-            if candidate in self.names and self.twice.get(candidate, 1) > 1:
+            if candidate in self.twice:
                 raise UserError(f"a picture whose name is twice in {self.path}")
             if candidate in self.names:
                 return self.names[candidate]
-        raise UserError(f"no such picture in {self.path} (its folder or zip is named by --images)")
+        raise UserError(f"no such picture in {self.path}, the folder or zip of --images")
 
     def open(self, name):
-        """A picture's name → a binary file. UserError if it is not there, or if the archive is broken."""
+        """A picture's name → a binary file. UserError if it is not there, or can't be opened or unpacked."""
         name = self.find(name)
-        if self.zip is None:
-            return open(self.path / name, "rb")
-        if self.zip.getinfo(name).file_size > MAX_BYTES:
-            raise UserError(f"a picture that unpacks to more than {MAX_BYTES:,} bytes")
         try:
+            if self.zip is None:
+                return open(self.path / name, "rb")
+            if self.zip.getinfo(name).file_size > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES:,} bytes")
             return io.BytesIO(self.zip.read(name))
-        except Exception as error:  # broken, or encrypted
-            raise UserError(f"a picture that can't be unpacked ({error})") from error
+        except Exception as error:  # without rights, or broken, encrypted or too large in an archive
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"a picture that can't be opened ({why})") from error
 
     def state(self, name):
-        """What changes when a picture does: its checksum in an archive, or else its path, size and time."""
+        """What changes when a picture does: its checksum in an archive, in a folder its size and time."""
         try:
             name = self.find(name)
         except UserError:
             return None
         if self.zip is None:
             stat = os.stat(self.path / name)
-            return str(self.path.resolve()), stat.st_size, stat.st_mtime_ns
+            return stat.st_size, stat.st_mtime_ns
         return self.zip.getinfo(name).CRC, self.zip.getinfo(name).file_size
 
 
 def tidy(name):
-    """A path with one spelling for ./a//b, a\\b and a/b."""
-    parts = name.replace("\\", "/").split("/")
-    return "/".join(part for i, part in enumerate(parts) if part != "." and (part or i == 0))
+    """A path in one spelling: a/b for ./a//b and a\\b."""
+    return str(PurePosixPath(name.replace("\\", "/")))
 
 
 def load_image(source):
     """A path or a binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is
     transparent. UserError, which begins with the path, if it can't be read."""
-    if isinstance(source, (str, Path)):
-        if not os.path.isfile(source):  # a pipe would be waited for
-            raise UserError(f"{source}: no such picture")
-        try:
-            with open(source, "rb") as file:
-                return load_image(file)
-        except UserError as reason:
-            raise UserError(f"{source}: {reason}") from reason
+    where = f"{source}: " if isinstance(source, (str, Path)) else ""
+    if where and not os.path.isfile(source):  # a pipe would be waited for
+        raise UserError(f"{where}no such picture")
     try:
         with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
                 raise UserError("a picture with too many pixels, or too narrow")
             image.load()
             return to_rgb(image)
-    except UserError:
-        raise
+    except UserError as reason:
+        raise UserError(f"{where}{reason}") from reason
     except UnidentifiedImageError as error:
-        source.seek(4)
-        if source.read(8) in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
-            raise UserError("a HEIC picture, which has to be converted to JPEG or PNG") from error
-        raise UserError("a file that is no picture") from error
+        raise UserError(f"{where}no picture that can be read (HEIC, for one, has to be converted)") from error
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
-        raise UserError(f"a picture that can't be read ({type(error).__name__}: {error})") from error
+        raise UserError(f"{where}a picture that can't be read ({type(error).__name__}: {error})") from error
 
 
 def to_rgb(image):
@@ -600,7 +588,7 @@ def to_rgb(image):
     except Exception:  # at EXIF that it can't read, or can't write when the picture is turned (Pillow 8965)
         pass
     if many_bits:  # in PNG 65,535 is white; Pillow alone would cut off at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 256).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image, np.int64) // 256).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[1] > 0:  # else nothing would be seen: some programs save so
@@ -608,30 +596,31 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# ---- Published data, for training without --data ---------------------------------------------------------------
+# ---- Published data, for training without --data -----------------------------------------------------------
 
-PUBLISHED = {  # a folder below OUT/data, a data set on the Hugging Face hub, its files, the pictures
-    1: ("llava-cc3m-595k", "liuhaotian/LLaVA-CC3M-Pretrain-595K", "chat.json images.zip", "images.zip"),
-    2: ("llava-instruct-150k", "liuhaotian/LLaVA-Instruct-150K", "llava_instruct_150k.json", "train2017.zip"),
+PUBLISHED = {  # (folder below OUT/data, data file, pictures, the commands that fetch them)
+    1: ("llava-cc3m-595k", "chat.json", "images.zip",
+        "hf download liuhaotian/LLaVA-CC3M-Pretrain-595K chat.json images.zip "
+        "--repo-type dataset --local-dir {0}"),
+    2: ("llava-instruct-150k", "llava_instruct_150k.json", "train2017.zip",
+        "hf download liuhaotian/LLaVA-Instruct-150K llava_instruct_150k.json "
+        "--repo-type dataset --local-dir {0}  and COCO's pictures, 19 GB:  "
+        "curl -L -C - -o {0}/train2017.zip http://images.cocodataset.org/zips/train2017.zip"),
 }
 
 
 def published_data(stage, out):
-    """(data file, zip of pictures) below `out`. UserError, which says how to fetch them, if they are not there."""
-    name, _, files, images = PUBLISHED[stage]
-    data, images = Path(out, "data", name, files.split()[0]), Path(out, "data", name, images)
+    """(data file, zip of pictures) below `out`. UserError, with how to fetch them, if one is missing."""
+    name, data, images, _ = PUBLISHED[stage]
+    data, images = Path(out, "data", name, data), Path(out, "data", name, images)
     if not (data.is_file() and images.is_file()):
         raise UserError(how_to_fetch(stage, out))
     return data, images
 
 
 def how_to_fetch(stage, out):
-    """The commands that fetch the published data of a stage, in one line."""
-    name, repository, files, images = PUBLISHED[stage]
-    folder = shlex.quote(str(Path(out, "data", name)))
-    text = (f"name data with --data, or fetch LLaVA's, which is looked for in {folder}:  "
-            f"hf download {repository} {files} --repo-type dataset --local-dir {folder}")
-    if images not in files:
-        text += (f"  and COCO's pictures, 19 GB:  curl -L -C - --create-dirs -o {folder}/{images} "
-                 f"http://images.cocodataset.org/zips/{images}")
-    return text
+    """What to do where there is no data for a stage, in one line."""
+    name, data, images, commands = PUBLISHED[stage]
+    folder = Path(out, "data", name)
+    return (f"name data of your own with --data, or fetch {data} and {images} into {folder}:  "
+            + commands.format(shlex.quote(str(folder))))

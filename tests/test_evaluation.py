@@ -2,6 +2,9 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,29 +29,23 @@ def dataset(model, records, seed=2):
     return data.Dataset(records, tokens, features, np.array([images.index(r.image) for r in records]))
 
 
-def evaluate(model, some, tmp_path, capsys, **options):
-    """(scores, lines of answers.jsonl, printed rows {name: words}) of an evaluation."""
-    scores = sample.evaluate(model, some, tmp_path / "e", **options)
-    assert json.loads((tmp_path / "e/scores.json").read_text()) == scores
-    lines = [json.loads(line) for line in (tmp_path / "e/answers.jsonl").read_text("utf-8").splitlines()]
-    rows = {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines()}
-    return scores, lines, rows
+def evaluate(model, some, folder, capsys, answer=None, **options):
+    """(scores, lines of answers.jsonl, printed rows {name: words}) of an evaluation. If it is given, `answer` is what
+    the model says: a function of the question, or None, and of the feature of the picture that is shown."""
+    if answer:
+        model.generate = lambda f, questions, **_: [
+            answer(question, row) for question, row in zip(questions or [None] * len(f), f.tolist())]
+    scores = sample.evaluate(model, some, folder, **options)
+    assert json.loads((folder / "scores.json").read_text()) == scores
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+    return scores, lines, {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines()}
 
 
-def answering(model, monkeypatch, texts):
-    """Let the model answer by texts, a function of (question or None, feature of the picture shown)."""
-    def generate(f, questions, **_):
-        return [texts(question, row) for question, row in zip(questions or [None] * len(f), f.tolist())]
-    monkeypatch.setattr(model, "generate", generate)
-
-
-def test_exact_match_counts_by_category_whole_answers_but_for_case_and_space(monkeypatch, tmp_path, capsys):
-    model = tiny_model()
-    truths, kinds = ["red", " Two ", "yes", "left"], ["color", "0", "color", "0"]
-    records = [Record(f"{i}.jpg", (q,), a, category=k) for i, (q, a, k) in enumerate(zip(QUESTIONS, truths, kinds))]
+def test_exact_match_counts_by_category_whole_answers_but_for_case_and_space(tmp_path, capsys):
+    model, truths, kinds = tiny_model(), ["red", " Two ", "yes", "left"], ["color", "0", "color", "0"]
     said = dict(zip(QUESTIONS, ["RED", "two", "yes it is", "at the left"]))
-    answering(model, monkeypatch, lambda question, _: said[question])
-    scores, lines, rows = evaluate(model, dataset(model, records), tmp_path, capsys)
+    some = dataset(model, [Record(f"{q}.jpg", (q,), a, category=k) for q, a, k in zip(QUESTIONS, truths, kinds)])
+    scores, lines, rows = evaluate(model, some, tmp_path / "e", capsys, lambda question, _: said[question])
     assert [line["right"] for line in lines] == [True, True, False, False]
     assert {name: (row["n"], row["percent"]) for name, row in scores.items()} == {
         "0": (2, 50.0), "color": (2, 50.0), "all": (4, 50.0)}
@@ -72,25 +69,26 @@ def test_a_truth_of_unknown_words_is_not_what_remains_without_them():
     assert sample.is_right(model, Record("a.jpg", ("q",), "pizza"), "") is False
 
 
-def test_of_captions_and_of_questions_without_an_answer_nothing_is_right_or_wrong(monkeypatch, tmp_path, capsys):
+def test_of_captions_and_of_questions_without_an_answer_nothing_is_right_or_wrong(tmp_path, capsys):
     model = tiny_model()
-    answering(model, monkeypatch, lambda question, _: "red")
-    records = [Record("a.jpg", ("what?",), ""), Record("b.jpg", ("what?",), "red"), Record("c.jpg", (), "red")]
-    scores, lines, _ = evaluate(model, dataset(model, records), tmp_path, capsys)
-    assert [(line["truth"], line["right"], line["blind_right"]) for line in lines] == [
-        (None, None, None), ("red", True, True), ("red", None, None)]
-    assert scores["all"]["n"] == scores["CLIPScore"]["n"] == 1
-    assert [line["question"] for line in lines] == ["what?", "what?", None]
+    records = [Record("a.jpg", ("what?",), ""), Record("b.jpg", ("what?",), "red")]
+    some = dataset(model, records + [Record(f"{i}.jpg", (), "red") for i in range(12)])
+    said = lambda question, row: "red" if question or row[0] > 0 else ""
+    scores, lines, rows = evaluate(model, some, tmp_path / "e", capsys, said)
+    assert [(line["question"], line["truth"], line["right"], line["blind_right"]) for line in lines[:3]] == [
+        ("what?", None, None, None), ("what?", "red", True, True), (None, "red", None, None)]
+    assert scores.keys() == {"all", "CLIPScore"} and (scores["all"]["n"], scores["CLIPScore"]["n"]) == (1, 12)
+    assert float(rows["CLIPScore"][0]) == pytest.approx(scores["CLIPScore"]["score"], abs=5e-4)
+    assert "%" in rows["all"][0] and not any("%" in word for word in rows["CLIPScore"])
 
 
-def test_a_line_of_answers_has_exactly_the_fields_that_others_read(monkeypatch, tmp_path, capsys):
+def test_a_line_of_answers_has_exactly_the_fields_that_others_read(tmp_path, capsys):
     model = tiny_model()
-    answering(model, monkeypatch, lambda question, _: "語 \u0301")
-    records = [Record("a.jpg", ("what?", "red", "why?"), "blue", category="k", id="7"),
-               Record("b.jpg", ("what?",), "red", choices=("red", "two small"))]
-    _, (one, two), _ = evaluate(model, dataset(model, records), tmp_path, capsys)
+    some = dataset(model, [Record("a.jpg", ("what?", "red", "why?"), "blue", category="k", id="7"),
+                           Record("b.jpg", ("what?",), "red", choices=("red", "two small"))])
+    _, (one, two), _ = evaluate(model, some, tmp_path / "e", capsys, lambda question, _: "語 \ud800")
     assert one == {"id": "7", "image": "a.jpg", "question": "why?", "turns": ["what?", "red", "why?"],
-                   "answer": "語 \u0301", "blind": "語 \u0301", "truth": "blue", "category": "k", "right": False,
+                   "answer": "語 \ud800", "blind": "語 \ud800", "truth": "blue", "category": "k", "right": False,
                    "blind_right": False}
     assert two.keys() == one.keys() | {"choices"}
     assert [choice.keys() for choice in two["choices"]] == [{"text", "logp", "tokens", "blind_logp"}] * 2
@@ -104,7 +102,7 @@ def test_choices_are_ranked_by_the_likelihood_that_single_passes_give(tmp_path, 
     turns = (("what color is it?",), ("what color is it?", "red", "how big is it?"))
     records = [Record(f"{i}.jpg", turns[i % 2], sets[i % 2][i // 2], choices=sets[i % 2]) for i in range(8)]
     some = dataset(model, records)
-    scores, lines, _ = evaluate(model, some, tmp_path, capsys, max_batch_tokens=100)
+    scores, lines, _ = evaluate(model, some, tmp_path / "e", capsys, max_batch_tokens=100)
     right, right_per_token = [], []
     for i, (record, line) in enumerate(zip(records, lines)):
         for shown, key in ((some, "logp"), (data.shuffled(some), "blind_logp")):
@@ -147,14 +145,6 @@ def test_clipscore_is_its_formula_and_that_of_no_caption_is_zero():
     assert sample.clip_scores(model, empty, [" "]) == [0]
 
 
-def test_captions_have_a_row_without_percent_signs(monkeypatch, tmp_path, capsys):
-    model = tiny_model()
-    answering(model, monkeypatch, lambda question, row: "a red ring" if row[0] > 0 else "")
-    scores, _, rows = evaluate(model, dataset(model, [Record(f"{i}.jpg", (), "x") for i in range(12)]), tmp_path, capsys)
-    assert scores.keys() == {"CLIPScore"} and not any("%" in word for word in rows["CLIPScore"])
-    assert float(rows["CLIPScore"][0]) == pytest.approx(scores["CLIPScore"]["score"], abs=5e-4)
-
-
 def test_blind_is_shown_another_picture_and_judged_on_its_own(monkeypatch, tmp_path):
     model, shown, judged = tiny_model(), [], []
     some = dataset(model, [Record(f"{i}.jpg", (), "x") for i in range(6)])
@@ -166,28 +156,24 @@ def test_blind_is_shown_another_picture_and_judged_on_its_own(monkeypatch, tmp_p
     assert sorted(map(tuple, shown[1].tolist())) == sorted(map(tuple, shown[0].tolist()))
 
 
-def test_each_answer_stands_at_its_own_record_whatever_the_batches(monkeypatch, tmp_path, capsys):
+def test_each_answer_stands_at_its_own_record_whatever_the_batches(tmp_path, capsys):
     """Questions of many lengths: an evaluation takes them in another order than the file has."""
     model = tiny_model()
     records = [Record(f"{i // 2}.jpg", ("two " * (3 * i % 8 + 1),), "red", id=i) for i in range(8)]
-    some = dataset(model, records)
-    answering(model, monkeypatch, lambda question, row: f"{question}{row[0]:.3f}")
+    some, said = dataset(model, records), lambda question, row: f"{question}{row[0]:.3f}"
     for most in (100, 4096):
-        _, lines, _ = evaluate(model, some, tmp_path, capsys, max_batch_tokens=most)
+        _, lines, _ = evaluate(model, some, tmp_path / "e", capsys, said, max_batch_tokens=most)
         for key, shown in (("answer", some), ("blind", data.shuffled(some))):
-            assert [line[key] for line in lines] == [
-                f"{r.question}{shown.f([i])[0, 0]:.3f}" for i, r in enumerate(records)]
+            assert [line[key] for line in lines] == [said(r.question, shown.f([i])[0]) for i, r in enumerate(records)]
         assert [line["id"] for line in lines] == list(range(8))
     assert (tmp_path / "e.1").is_dir()  # the results of the first
 
 
-def test_a_category_named_like_a_row_of_the_program_has_a_row_of_its_own(monkeypatch, tmp_path, capsys):
-    model = tiny_model()
-    names = ["CLIPScore", "all, per token", '"CLIPScore"', "all"]
-    records = [Record(f"{i}.jpg", ("what?",), "red", category=name) for i, name in enumerate(names)]
+def test_a_category_named_like_a_row_of_the_program_has_a_row_of_its_own(tmp_path, capsys):
+    model, names = tiny_model(), ["CLIPScore", "all, per token", '"CLIPScore"', "all"]
+    records = [Record(f"{name}.jpg", ("what?",), "red", category=name) for name in names]
     records += [Record("c.jpg", (), "a caption"), Record("d.jpg", ("what?",), "red", choices=("red", "blue"))]
-    answering(model, monkeypatch, lambda question, _: "red")
-    scores, _, _ = evaluate(model, dataset(model, records), tmp_path, capsys)
+    scores, _, _ = evaluate(model, dataset(model, records), tmp_path / "e", capsys, lambda question, _: "red")
     assert {name: row["n"] for name, row in scores.items()} == {
         '"CLIPScore"': 1, '"all, per token"': 1, '""CLIPScore""': 1, "all": 5, "all, per token": 1, "CLIPScore": 1}
 
@@ -243,12 +229,8 @@ def test_no_batch_holds_more_tokens_than_told_each_record_comes_once_and_the_lon
 def test_files_are_there_when_the_table_can_no_longer_be_printed(monkeypatch, tmp_path):
     model = tiny_model()
     some = dataset(model, [Record(f"{i}.jpg", ("what?",), "red") for i in range(3)])
-
-    def closed(*_, **__):
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr(sample, "print", closed, raising=False)
-    with pytest.raises(BrokenPipeError):
+    with pytest.raises(BrokenPipeError), monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", SimpleNamespace(write=Mock(side_effect=BrokenPipeError), flush=lambda: None))
         sample.evaluate(model, some, tmp_path / "e")
     assert len((tmp_path / "e/answers.jsonl").read_text().splitlines()) == 3
     assert "all" in json.loads((tmp_path / "e/scores.json").read_text())
