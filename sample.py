@@ -99,6 +99,7 @@ def chat(model, f, options):
         if not fits(model, question):
             note("this question is longer than the language model's context: shorten it")
             continue
+        # The whole talk is the prompt: the model reads it up to the new question, and only then asks CLIP.
         while not fits(model, data.dialogue([*turns, question])):
             note("the context is full: asked without the earliest turn")
             turns = turns[2:]
@@ -189,7 +190,7 @@ def predict(model, dataset, lines, blind, max_batch_tokens):
     for rows in tqdm(batches_by_length(model, dataset, max_batch_tokens), desc=name, disable=None):
         records, f = [dataset.records[i] for i in rows], shown.f(rows)
         questions = [record.question for record in records] if records[0].turns else None
-        if records[0].choices:
+        if records[0].choices:  # given answers are not written but ranked
             log_p = model.score(f, questions, [list(record.choices) for record in records]).cpu()  # (B, K)
             if not log_p.isfinite().all():
                 raise UserError("the language model's logits are not finite: use --precision fp32, or bf16")
@@ -210,10 +211,10 @@ def predict(model, dataset, lines, blind, max_batch_tokens):
 def batches_by_length(model, dataset, max_batch_tokens):
     """The rows of all records in batches of one kind: captions, questions, or questions with K choices.
 
-    A batch has at most max_batch_tokens, padding and answers included, unless one record has more. The longest
-    of a kind come first: memory that does not suffice is found out early.
+    A batch has at most max_batch_tokens, padding and answers included, unless one record has more. Of a kind
+    the longest come first: memory that does not suffice is found out early.
     """
-    kinds, sizes = [], []
+    kinds, sizes = [], []  # of each record, what it is and how many tokens it takes
     for record, (question, _) in zip(dataset.records, dataset.tokens):
         K, answer = len(record.choices), MAX_TOKENS
         if K:
@@ -262,8 +263,8 @@ OWN_ROWS = ("all, per token", "CLIPScore")
 
 
 def summarize(dataset, lines, clip, blind_clip):
-    """{row: scores} of the table, the percentage of right answers: of each category, of all, and of all where a
-    choice's mean log p a token decides. For captions the CLIPScore, with "score" in the place of "percent"."""
+    """{row: scores} of the table: the percentage of right answers, in each category and in all; the same where
+    choices are ranked by log p a token. Captions have "score", their CLIPScore, in the place of "percent"."""
     scores = defaultdict(list)  # of each row: (picture, score, score when blind) of each record that counts
     for i, (line, picture) in enumerate(zip(lines, dataset.picture)):
         name = line["category"]  # "all" where the data file has none
@@ -307,6 +308,7 @@ def interval(scores, picture, is_share):
     if not is_share:
         half = 2.26 * scores.std(ddof=1) / n ** 0.5
         return mean - half, mean + half
+    # Wilson: all shares from which the one that was found is at most z standard errors away.
     middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z * (mean * (1 - mean) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)
     return middle - half, middle + half
@@ -347,7 +349,7 @@ def settings_from(given, out):
     large = "llm" in given or "clip" in given or torch.cuda.is_available()
     standard = PRESETS[given.get("preset") or ("opt-1.3b" if large else "mini")]
     standard = replace(standard, llm=below(out, standard.llm), clip=below(out, standard.clip))
-    settings = replace(standard, **given)
+    settings = replace(standard, **given)  # other models take the rest, as dropout, from the preset
     if (settings.llm, settings.clip) != (standard.llm, standard.clip):
         clip = settings.clip.removeprefix("local-dir:").removeprefix("hf-hub:").replace(":", "-")
         settings.preset = f"{Path(settings.llm).name}+{Path(clip).name}"
@@ -376,8 +378,8 @@ def newest(out):
 def load_trained(checkpoint, llm=None, clip=None, precision=None):
     """A checkpoint, with the frozen models that it names or with others → (LMEye, stage).
 
-    It is OUT/MODEL/RUN/adapter.safetensors. A preset's folders are looked for below OUT; others, where they are
-    not found from here, beside OUT, for training may have been started there.
+    It is OUT/MODEL/RUN/adapter.safetensors. A preset's folders are looked for below OUT. Others that are not
+    found from here are looked for beside OUT, where training may have been started.
     """
     print(f"answers: {checkpoint}", file=sys.stderr)
     stage, settings, _, _ = lmeye.read_adapter(checkpoint)
@@ -387,7 +389,7 @@ def load_trained(checkpoint, llm=None, clip=None, precision=None):
         kind, colon, folder = name.rpartition(":")  # local-dir:FOLDER, NAME:FILE, or the folder alone
         if elsewhere:
             name = elsewhere
-        elif settings.preset in PRESETS:
+        elif settings.preset in PRESETS:  # OUT may have been moved since
             name = below(out, getattr(PRESETS[settings.preset], field))
         elif not os.path.exists(folder) and (out.parent / folder).exists():
             name = f"{kind}{colon}{out.parent / folder}"

@@ -30,29 +30,31 @@ def dataset(model, records, seed=2):
 
 
 def evaluate(model, some, folder, capsys, answer=None, **options):
-    """(scores, lines of answers.jsonl, printed rows {name: words}) of an evaluation. If it is given, `answer` is what
-    the model says: a function of the question, or None, and of the feature of the picture that is shown."""
+    """(scores, lines of answers.jsonl, printed rows {name: words}). `answer` is what the model says: a function
+    of the question, or None, and of the feature of the picture that is shown."""
     if answer:
         model.generate = lambda f, questions, **_: [
             answer(question, row) for question, row in zip(questions or [None] * len(f), f.tolist())]
     scores = sample.evaluate(model, some, folder, **options)
     assert json.loads((folder / "scores.json").read_text()) == scores
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
-    return scores, lines, {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr().out.splitlines()
+    return scores, lines, {line[:20].strip(): line[20:].split() for line in printed}
 
 
 def test_exact_match_counts_by_category_whole_answers_but_for_case_and_space(tmp_path, capsys):
     model, truths, kinds = tiny_model(), ["red", " Two ", "yes", "left"], ["color", "0", "color", "0"]
     said = dict(zip(QUESTIONS, ["RED", "two", "yes it is", "at the left"]))
-    some = dataset(model, [Record(f"{q}.jpg", (q,), a, category=k) for q, a, k in zip(QUESTIONS, truths, kinds)])
+    records = [Record(f"{q}.jpg", (q,), a, k) for q, a, k in zip(QUESTIONS, truths, kinds)]
+    some = dataset(model, records)
     scores, lines, rows = evaluate(model, some, tmp_path / "e", capsys, lambda question, _: said[question])
     assert [line["right"] for line in lines] == [True, True, False, False]
     assert {name: (row["n"], row["percent"]) for name, row in scores.items()} == {
         "0": (2, 50.0), "color": (2, 50.0), "all": (4, 50.0)}
-    assert list(rows)[-2] == "all" and rows["0"][:2] == ["50.0%", "(–)"]  # of four pictures there is no interval
+    assert list(rows)[-2] == "all" and rows["0"][:2] == ["50.0%", "(–)"]  # four pictures: no interval
 
 
-def test_letters_that_unicode_writes_in_two_ways_are_the_same_and_the_tokenizer_may_change_the_truth(monkeypatch):
+def test_unicode_may_write_letters_in_two_ways_and_a_tokenizer_may_change_the_truth(monkeypatch):
     model = tiny_model()
     model.tokenizer.unk_token = model.tokenizer.eos_token  # as in OPT: each answer ends with the unknown word
     assert sample.is_right(model, Record("a.jpg", ("q",), "cafe\u0301"), "caf\u00e9")
@@ -60,6 +62,7 @@ def test_letters_that_unicode_writes_in_two_ways_are_the_same_and_the_tokenizer_
     monkeypatch.setattr(model, "decode", lambda ids: "no , it is n't" if len(ids) > 3 else "other")
     assert sample.is_right(model, Record("a.jpg", ("q",), "no it is not"), "No , it is n't")
     assert not sample.is_right(model, Record("a.jpg", ("q",), "no it is not"), "other")
+    assert sample.is_right(model, Record("a.jpg", ("q",), " pizza"), "pizza ")
 
 
 def test_a_truth_of_unknown_words_is_not_what_remains_without_them():
@@ -88,8 +91,8 @@ def test_a_line_of_answers_has_exactly_the_fields_that_others_read(tmp_path, cap
                            Record("b.jpg", ("what?",), "red", choices=("red", "two small"))])
     _, (one, two), _ = evaluate(model, some, tmp_path / "e", capsys, lambda question, _: "語 \ud800")
     assert one == {"id": "7", "image": "a.jpg", "question": "why?", "turns": ["what?", "red", "why?"],
-                   "answer": "語 \ud800", "blind": "語 \ud800", "truth": "blue", "category": "k", "right": False,
-                   "blind_right": False}
+                   "answer": "語 \ud800", "blind": "語 \ud800", "truth": "blue", "category": "k",
+                   "right": False, "blind_right": False}
     assert two.keys() == one.keys() | {"choices"}
     assert [choice.keys() for choice in two["choices"]] == [{"text", "logp", "tokens", "blind_logp"}] * 2
     assert "語" in (tmp_path / "e/answers.jsonl").read_text("utf-8")
@@ -123,6 +126,14 @@ def test_choices_are_ranked_by_the_likelihood_that_single_passes_give(tmp_path, 
     assert scores["all, per token"]["percent"] == 100 * sum(right_per_token) / 8 and right != right_per_token
 
 
+def test_a_ranking_per_token_does_not_count_eos(tmp_path, capsys):
+    model = tiny_model()
+    model.score = lambda f, *_: torch.tensor([[-1.0, -1.8]])  # a token -1.0 and -0.9, with eos -0.5 and -0.6
+    some = dataset(model, [Record("a.jpg", ("what?",), "red", choices=("red", "two small"))])
+    scores, _, _ = evaluate(model, some, tmp_path / "e", capsys)
+    assert (scores["all"]["percent"], scores["all, per token"]["percent"]) == (100, 0)
+
+
 def test_likelihoods_that_are_not_finite_are_no_ranking(monkeypatch, tmp_path):
     model = tiny_model()
     monkeypatch.setattr(model, "score", lambda f, questions, choices: torch.full((1, 2), math.nan))
@@ -145,6 +156,17 @@ def test_clipscore_is_its_formula_and_that_of_no_caption_is_zero():
     assert sample.clip_scores(model, empty, [" "]) == [0]
 
 
+def test_what_was_seen_stands_before_what_is_right_when_blind_with_their_intervals(tmp_path, capsys):
+    model = tiny_model()
+    some = dataset(model, [Record(f"{i}.jpg", ("what?",), str(i)) for i in range(10)])
+    truth = {row[0]: str(i) for i, row in enumerate(some.f(range(10)).tolist())}
+    scores, _, rows = evaluate(model, some, tmp_path / "e", capsys, lambda question, row: truth[row[0]])
+    assert (scores["all"]["percent"], scores["all"]["blind"]) == (100, 0)
+    assert scores["all"]["interval"] == pytest.approx([72.25, 100], abs=0.01)
+    assert scores["all"]["blind_interval"] == pytest.approx([0, 27.75], abs=0.01)
+    assert rows["all"] == ["100.0%", "(72.2–100.0)", "0.0%", "(0.0–27.8)", "10"]
+
+
 def test_blind_is_shown_another_picture_and_judged_on_its_own(monkeypatch, tmp_path):
     model, shown, judged = tiny_model(), [], []
     some = dataset(model, [Record(f"{i}.jpg", (), "x") for i in range(6)])
@@ -164,7 +186,8 @@ def test_each_answer_stands_at_its_own_record_whatever_the_batches(tmp_path, cap
     for most in (100, 4096):
         _, lines, _ = evaluate(model, some, tmp_path / "e", capsys, said, max_batch_tokens=most)
         for key, shown in (("answer", some), ("blind", data.shuffled(some))):
-            assert [line[key] for line in lines] == [said(r.question, shown.f([i])[0]) for i, r in enumerate(records)]
+            for i, line in enumerate(lines):
+                assert line[key] == said(records[i].question, shown.f([i])[0])
         assert [line["id"] for line in lines] == list(range(8))
     assert (tmp_path / "e.1").is_dir()  # the results of the first
 
@@ -175,11 +198,13 @@ def test_a_category_named_like_a_row_of_the_program_has_a_row_of_its_own(tmp_pat
     records += [Record("c.jpg", (), "a caption"), Record("d.jpg", ("what?",), "red", choices=("red", "blue"))]
     scores, _, _ = evaluate(model, dataset(model, records), tmp_path / "e", capsys, lambda question, _: "red")
     assert {name: row["n"] for name, row in scores.items()} == {
-        '"CLIPScore"': 1, '"all, per token"': 1, '""CLIPScore""': 1, "all": 5, "all, per token": 1, "CLIPScore": 1}
+        '"CLIPScore"': 1, '"all, per token"': 1, '""CLIPScore""': 1,
+        "all": 5, "all, per token": 1, "CLIPScore": 1}
 
 
-@pytest.mark.parametrize("right, n, ends", [  # R's prop.test(right, n, correct = FALSE), rounded to four places
-    (10, 10, (0.7225, 1.0)), (0, 10, (0.0, 0.2775)), (50, 100, (0.4038, 0.5962)), (97, 100, (0.9155, 0.9897))])
+@pytest.mark.parametrize("right, n, ends", [  # as R's prop.test(right, n, correct = FALSE) has them
+    (10, 10, (0.7225, 1.0)), (0, 10, (0.0, 0.2775)),
+    (50, 100, (0.4038, 0.5962)), (97, 100, (0.9155, 0.9897))])
 def test_intervals_of_shares_are_wilsons_and_never_of_no_width(right, n, ends):
     found = sample.interval(np.arange(n) < right, np.arange(n), True)
     assert found == pytest.approx(ends, abs=1e-4)
@@ -191,7 +216,7 @@ def test_an_interval_counts_pictures_and_few_have_none():
     assert sample.interval(np.repeat(coins, 5), np.repeat(np.arange(200), 5), True) == pytest.approx(alone)
     assert sample.interval(coins[:9], np.arange(9), True) is None
     assert sample.interval(coins, np.arange(200) % 9, True) is None
-    uneven = np.array([0] * 100 + list(range(1, 101)))  # one picture has half of the records: (Σ r)² / Σ r² = 3.96
+    uneven = np.array([0] * 100 + list(range(1, 101)))  # one picture has half of all: 200² / 10,100 = 4
     assert sample.interval(coins, uneven, True) is None
 
 
@@ -209,8 +234,9 @@ def test_intervals_of_ten_pictures_hold_in_nineteen_of_twenty_draws():
 def test_no_batch_holds_more_tokens_than_told_each_record_comes_once_and_the_longest_first():
     model = tiny_model()
     four = ("red", "two small", "no", "yes")
-    records = [Record("a.jpg", ("two " * (i % 20),), "red", choices=four if i % 3 == 0 else ()) for i in range(100)]
-    records += [Record("c.jpg", (), "a caption")] * 5
+    records = [Record("c.jpg", (), "a caption")] * 5
+    for i in range(100):
+        records.append(Record("a.jpg", ("two " * (i % 20),), "red", choices=four if i % 3 == 0 else ()))
     some = dataset(model, records)
     for most in (1, 500, 4096):
         batches = sample.batches_by_length(model, some, most)
@@ -222,7 +248,8 @@ def test_no_batch_holds_more_tokens_than_told_each_record_comes_once_and_the_lon
             answer = 3 if kind[0] else sample.MAX_TOKENS  # "two small" with its eos
             assert len(batch) == 1 or len(batch) * max(1, kind[0]) * (longest + answer) <= most
             firsts.setdefault(kind, []).append(longest)
-        assert all(lengths == sorted(lengths, reverse=True) for lengths in firsts.values()) and len(firsts) == 3
+        assert len(firsts) == 3
+        assert all(lengths == sorted(lengths, reverse=True) for lengths in firsts.values())
     assert len(batches) < 12  # they are filled
 
 
@@ -230,7 +257,7 @@ def test_files_are_there_when_the_table_can_no_longer_be_printed(monkeypatch, tm
     model = tiny_model()
     some = dataset(model, [Record(f"{i}.jpg", ("what?",), "red") for i in range(3)])
     with pytest.raises(BrokenPipeError), monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", SimpleNamespace(write=Mock(side_effect=BrokenPipeError), flush=lambda: None))
+        patch.setattr(sys, "stdout", SimpleNamespace(write=Mock(side_effect=BrokenPipeError)))
         sample.evaluate(model, some, tmp_path / "e")
     assert len((tmp_path / "e/answers.jsonl").read_text().splitlines()) == 3
     assert "all" in json.loads((tmp_path / "e/scores.json").read_text())

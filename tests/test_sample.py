@@ -1,4 +1,4 @@
-"""sample.py as a user meets it: answers, a chat, an evaluation, and mistakes that end in one line with status 2."""
+"""sample.py as a user meets it: answers, a chat, an evaluation, and mistakes in one line with status 2."""
 
 import json
 import os
@@ -25,7 +25,7 @@ PICTURE, QUESTION = "pictures/red.jpg", "what color is it?"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with tiny frozen models, untrained adapters of both stages, pictures, questions and captions."""
+    """A folder with tiny frozen models, untrained adapters of both stages, questions and captions."""
     home = tmp_path_factory.mktemp("home")
     (home / "pictures").mkdir()
     rows = []
@@ -110,7 +110,8 @@ def test_a_stage_1_checkpoint_writes_captions_and_says_so(home, streams):
     caption = run("sample.py", PICTURE, *checkpoint, cwd=home)
     asked = run("sample.py", PICTURE, QUESTION, *checkpoint, cwd=home)
     assert caption.returncode == asked.returncode == 0 and caption.stdout == asked.stdout
-    assert "stage 1" in asked.stderr and "note" not in caption.stderr and [s.texts for s in streams] == [None, None]
+    assert "stage 1" in asked.stderr and "note" not in caption.stderr
+    assert [s.texts for s in streams] == [None, None]
 
 
 # ---- A chat
@@ -131,7 +132,8 @@ def test_on_a_terminal_an_empty_line_ends_the_chat_and_the_prompt_says_so(monkey
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(lines))
     sample.chat(model, torch.zeros(1, 24), {"max_tokens": 2})
-    assert [s.texts for s in streams] == [["what?"]] and next(lines) == "no" and "empty line ends" in prompts[0]
+    assert [s.texts for s in streams] == [["what?"]] and next(lines) == "no"
+    assert "empty line ends" in prompts[0]
 
 
 def test_a_chat_longer_than_the_context_forgets_its_beginning_and_no_more(home, streams):
@@ -167,12 +169,13 @@ def test_a_data_file_is_evaluated_and_its_results_stand_beside_the_checkpoint(co
     assert result.returncode == 0, result.stderr
     folder = copied / "out/llm+clip/stage2/evaluation-chat"
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert [(line["image"], line["truth"]) for line in lines[::2]] == [(f"{color}.jpg", color) for color in COLORS]
+    assert [line["image"] for line in lines[::2]] == [f"{color}.jpg" for color in COLORS]
+    assert [line["truth"] for line in lines[::2]] == list(COLORS)
     assert [(line["truth"], line["right"]) for line in lines[1::2]] == [(None, None)] * 6
     assert json.loads((folder / "scores.json").read_text())["color"]["n"] == 6
     assert "12 records to evaluate" in result.stderr and result.stdout.split()[:2] == ["lmeye", "blind"]
     again = run(*command, cwd=copied)
-    assert f"{folder.name}.1" in again.stderr and (folder.with_name("evaluation-chat.1") / "answers.jsonl").is_file()
+    assert "evaluation-chat.1" in again.stderr and folder.with_name("evaluation-chat.1").is_dir()
 
 
 def test_the_bound_of_a_batch_reaches_an_evaluation(home, tmp_path, monkeypatch):
@@ -183,7 +186,8 @@ def test_the_bound_of_a_batch_reaches_an_evaluation(home, tmp_path, monkeypatch)
 
 
 def test_captions_are_evaluated_with_stage_1_and_refused_with_stage_2(copied):
-    result = run("sample.py", "--data", "pictures", "--checkpoint", f"out/llm+clip/stage1/{CHECKPOINT}", cwd=copied)
+    one = ["--checkpoint", f"out/llm+clip/stage1/{CHECKPOINT}"]
+    result = run("sample.py", "--data", "pictures", *one, cwd=copied)
     assert result.returncode == 0 and "CLIPScore" in result.stdout, result.stderr
     refused = run("sample.py", "--data", "pictures", cwd=copied)
     assert refused.returncode == 2 and "caption" in refused.stderr.splitlines()[-1]
@@ -220,7 +224,7 @@ def test_a_checkpoint_tells_its_layers_and_what_it_was_trained_as(home, tmp_path
     model.save(tmp_path / "out/m/stage2" / CHECKPOINT, 2)
     assert run("sample.py", home / PICTURE, QUESTION, cwd=tmp_path).returncode == 0
     loaded = streams[0].model
-    assert {name: getattr(loaded.settings, name) for name in given} == given and loaded.llm.dtype == torch.float16
+    assert vars(loaded.settings).items() >= given.items() and loaded.llm.dtype == torch.float16
     for name, p in loaded.adapter(2).items():
         assert torch.equal(p, model.adapter(2)[name]), name
 
@@ -249,7 +253,8 @@ def test_models_of_a_preset_are_below_the_checkpoints_own_out_or_where_they_are_
 
 def test_names_of_own_models_name_their_runs_and_presets_keep_theirs():
     own = sample.settings_from({"llm": "org/name", "clip": "hf-hub:a/b", "n_slots": 2, "dropout": None}, "o")
-    assert (own.preset, own.llm, own.clip, own.n_slots, own.dropout) == ("name+b", "org/name", "hf-hub:a/b", 2, 0.5)
+    assert (own.preset, own.llm, own.clip) == ("name+b", "org/name", "hf-hub:a/b")
+    assert (own.n_slots, own.dropout) == (2, 0.5)
     mini = sample.settings_from({"preset": "mini"}, "o")
     assert (mini.preset, mini.llm, mini.clip) == ("mini", "o/mini/llm", "local-dir:o/mini/clip")
 
@@ -294,10 +299,11 @@ def test_mistakes_end_in_one_line(home, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["a.jpg", "--temperature", "nan"], ["a.jpg", "--temperature", -1], ["a.jpg", "--temperature", 1, "--seed", 10 ** 30],
-    ["a.jpg", "--temperature", 1, "--top-k", -1], ["a.jpg", "--max-tokens", 0], ["--data", "a.json", "a.jpg"], [],
-    ["a.jpg", "--top-k", 5], ["a.jpg", "--seed", 5], ["a.jpg", "--images", "."], ["a.jpg", "--max-batch-tokens", 9],
-    ["--data", "a.json", "--max-tokens", 5], ["--data", "a.json", "--temperature", 1],
+    ["a.jpg", "--temperature", "nan"], ["a.jpg", "--temperature", -1], ["a.jpg", "--max-tokens", 0], [],
+    ["a.jpg", "--temperature", 1, "--seed", 10 ** 30], ["a.jpg", "--temperature", 1, "--top-k", -1],
+    ["a.jpg", "--top-k", 5], ["a.jpg", "--seed", 5], ["a.jpg", "--images", "."], ["a.jpg", "--data", "a"],
+    ["a.jpg", "--max-batch-tokens", 9], ["--data", "a.json", "--max-tokens", 5],
+    ["--data", "a.json", "--temperature", 1],
 ])
 def test_flags_out_of_range_or_without_effect_are_named(flags):
     result = run("sample.py", *flags)
@@ -312,8 +318,9 @@ def test_without_a_standard_input_a_chat_is_told_in_one_line(monkeypatch):
 
 
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
-    process = subprocess.run([sys.executable, str(ROOT / "sample.py"), "a.jpg"], capture_output=True, text=True,
+    stop = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / "torch.py").write_text(stop)  # what is imported in the place of torch
+    process = subprocess.run([sys.executable, ROOT / "sample.py"], capture_output=True, text=True,
                              env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (process.returncode, process.stderr) == (130, "interrupted\n")
 
