@@ -263,7 +263,7 @@ OWN_ROWS = ("all, per token", "CLIPScore")
 
 
 def summarize(dataset, lines, clip, blind_clip):
-    """{row: scores} of the table: the percentage of right answers, in each category and in all; the same where
+    """{row: scores} of the table: the percentage of right answers, in each category and in all; the same if
     choices are ranked by log p a token. Captions have "score", their CLIPScore, in the place of "percent"."""
     scores = defaultdict(list)  # of each row: (picture, score, score when blind) of each record that counts
     for i, (line, picture) in enumerate(zip(lines, dataset.picture)):
@@ -311,7 +311,7 @@ def interval(scores, picture, is_share):
     # Wilson: all shares from which the one that was found is at most z standard errors away.
     middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z * (mean * (1 - mean) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)  # at the ends but for rounding
 
 
 def print_table(scores, variant):
@@ -351,7 +351,7 @@ def settings_from(given, out):
     standard = replace(standard, llm=below(out, standard.llm), clip=below(out, standard.clip))
     settings = replace(standard, **given)  # other models take the rest, as dropout, from the preset
     if (settings.llm, settings.clip) != (standard.llm, standard.clip):
-        clip = settings.clip.removeprefix("local-dir:").removeprefix("hf-hub:").replace(":", "-")
+        clip = settings.clip.removeprefix("local-dir:").replace(":", "-")
         settings.preset = f"{Path(settings.llm).name}+{Path(clip).name}"
     return settings
 

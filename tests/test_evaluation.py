@@ -30,8 +30,8 @@ def dataset(model, records, seed=2):
 
 
 def evaluate(model, some, folder, capsys, answer=None, **options):
-    """(scores, lines of answers.jsonl, printed rows {name: words}). `answer` is what the model says: a function
-    of the question, or None, and of the feature of the picture that is shown."""
+    """(scores, lines of answers.jsonl, printed rows {name: words}). `answer` is what the model says, given a
+    question or None, and the feature of the picture that is shown."""
     if answer:
         model.generate = lambda f, questions, **_: [
             answer(question, row) for question, row in zip(questions or [None] * len(f), f.tolist())]

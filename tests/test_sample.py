@@ -174,6 +174,7 @@ def test_a_data_file_is_evaluated_and_its_results_stand_beside_the_checkpoint(co
     assert [(line["truth"], line["right"]) for line in lines[1::2]] == [(None, None)] * 6
     assert json.loads((folder / "scores.json").read_text())["color"]["n"] == 6
     assert "12 records to evaluate" in result.stderr and result.stdout.split()[:2] == ["lmeye", "blind"]
+    assert (copied / "out/llm+clip/features").is_dir()  # where train.py looks for them, too
     again = run(*command, cwd=copied)
     assert "evaluation-chat.1" in again.stderr and folder.with_name("evaluation-chat.1").is_dir()
 
@@ -255,8 +256,11 @@ def test_names_of_own_models_name_their_runs_and_presets_keep_theirs():
     own = sample.settings_from({"llm": "org/name", "clip": "hf-hub:a/b", "n_slots": 2, "dropout": None}, "o")
     assert (own.preset, own.llm, own.clip) == ("name+b", "org/name", "hf-hub:a/b")
     assert (own.n_slots, own.dropout) == (2, 0.5)
+    published = sample.settings_from({"clip": "ViT-B-32:laion2b"}, "o")
+    assert published.preset == "opt-1.3b+ViT-B-32-laion2b"
     mini = sample.settings_from({"preset": "mini"}, "o")
     assert (mini.preset, mini.llm, mini.clip) == ("mini", "o/mini/llm", "local-dir:o/mini/clip")
+    assert sample.settings_from({"preset": "bloomz-7b1"}, "o") == sample.PRESETS["bloomz-7b1"]
 
 
 def test_what_is_set_aside_is_told_and_keeps_every_earlier_one(tmp_path, capsys):
