@@ -252,6 +252,16 @@ def test_models_of_a_preset_are_below_the_checkpoints_own_out_or_where_they_are_
     assert run(*ask, "--llm", "other-llm", "--clip", "local-dir:other-clip", cwd=copied).stdout == expected
 
 
+def test_a_file_of_weights_keeps_the_name_of_its_architecture(copied, monkeypatch):
+    checkpoint, loaded = copied / "out/llm+clip/stage2" / CHECKPOINT, []
+    model, _ = sample.load_trained(checkpoint)
+    model.settings = replace(model.settings, clip="ViT-B-32:clip/open_clip_config.json")
+    model.save(checkpoint, 2)
+    monkeypatch.setattr(LMEye, "from_settings", lambda settings: loaded.append(settings) or model)
+    sample.load_trained(checkpoint)
+    assert loaded[0].clip == f"ViT-B-32:{copied / 'clip/open_clip_config.json'}"
+
+
 def test_names_of_own_models_name_their_runs_and_presets_keep_theirs():
     own = sample.settings_from({"llm": "org/name", "clip": "hf-hub:a/b", "n_slots": 2, "dropout": None}, "o")
     assert (own.preset, own.llm, own.clip) == ("name+b", "org/name", "hf-hub:a/b")
