@@ -1,20 +1,24 @@
-"""Records, pictures, features and batches: what is skipped is counted, what is kept belongs together."""
+"""Features, datasets and batches: what is left out is counted, what is kept belongs together."""
 
-import json
+import math
 import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from benchmark import llava_like_lengths
-from conftest import tiny_model
-from PIL import Image, ImageOps
+from conftest import ROOT, opt_tokenizer, tiny_model
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from data import Record, Skip, read_records
-from data import dialogue
+from data import Pictures, Record
 from lmeye import UserError
 
 
@@ -23,284 +27,132 @@ def save_picture(path, color="red", size=(40, 30)):
     Image.new("RGB", size, color).save(path)
 
 
-def llava(tmp_path, items):
-    path = tmp_path / "chat.json"
-    path.write_text(json.dumps(items))
-    return path
+def encode(model, records, folder, features=None):
+    """→ (Dataset, what was skipped, what was noted), of pictures in a folder."""
+    skipped, noted = Counter(), Counter()
+    return data.encode(model, records, skipped, Pictures(folder), features, noted), skipped, noted
 
 
-def turns(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+def plain_dataset(lengths, pictures=100):
+    """Records with the numbers 0, 1, … as answers, token ids of given (question, answer) lengths, random features."""
+    records = [Record(f"{i % pictures}.jpg", ("?",), str(i)) for i in range(len(lengths))]
+    tokens = [(np.zeros(q, np.int32), np.zeros(a, np.int32)) for q, a in lengths]
+    features = np.random.default_rng(0).normal(size=(pictures, 24)).astype(np.float16)
+    return data.Dataset(records, tokens, features, np.arange(len(lengths)) % pictures)
 
 
-def test_a_folder_of_captions(tmp_path):
-    save_picture(tmp_path / "a.jpg")
-    save_picture(tmp_path / "deeper" / "b.PNG")
-    save_picture(tmp_path / "c.jpg")
-    (tmp_path / "a.txt").write_text("a red\n picture \n")
-    (tmp_path / "deeper" / "b.txt").write_text("another")
-    records, skips = read_records([tmp_path], None, 1)
-    assert records == [Record(str(tmp_path / "a.jpg"), (), "a red picture"),
-                       Record(str(tmp_path / "deeper" / "b.PNG"), (), "another")]
-    assert len(skips) == 1 and "caption" in skips[0].reason
-
-
-def test_llava_pretraining_takes_the_caption_alone(tmp_path):
-    path = llava(tmp_path, [
-        {"id": "1", "image": "a.jpg", "conversations": turns("Describe it.\n<image>", "a cat")},
-        {"id": "2", "image": "b/c.jpg", "conversations": turns("<image>\nWhat is this?", "a dog ")}])
-    records, skips = read_records([path], [tmp_path], 1)
-    assert records == [Record(f"{tmp_path}/a.jpg", (), "a cat"), Record(f"{tmp_path}/b/c.jpg", (), "a dog")]
-    assert not skips
-
-
-def test_llava_instructions_become_a_record_a_turn(tmp_path):
-    path = llava(tmp_path, [{"image": "a.jpg", "conversations": turns("<image>\nWhat?", "a cat", "Where?", "here")}])
-    records, _ = read_records([path], [tmp_path], 2)
-    assert records == [Record(f"{tmp_path}/a.jpg", ("What?",), "a cat"),
-                       Record(f"{tmp_path}/a.jpg", ("What?", "a cat", "Where?"), "here")]
-    assert records[1].question == "What?\nAnswer: a cat\nQuestion: Where?" == dialogue(records[1].turns)
-
-
-@pytest.mark.parametrize("item, reason", [
-    ({"conversations": turns("What?", "a cat")}, "no picture"),
-    ({"image": 7, "conversations": turns("What?", "a cat")}, "no text"),
-    ({"image": "../a.jpg", "conversations": turns("What?", "a cat")}, "not inside --images"),
-    ({"image": "/etc/a.jpg", "conversations": turns("What?", "a cat")}, "not inside --images"),
-    ({"image": "a.jpg"}, "no known kind, with the fields image"),
-    ({"image": "a.jpg", "caption": 7}, "lacks a field"),
-    (["a.jpg"], "lacks a field"),
-    (7, "lacks a field"),
-    ({"image": "a.jpg", "conversations": turns("What?")}, "alternate"),
-    ({"image": "a.jpg", "conversations": turns("What?", " ")}, "alternate"),
-    ({"image": "a.jpg", "conversations": turns("What?", 5)}, "lacks a field"),
-    ({"image": "a.jpg", "conversations": turns("What?", "a cat")[::-1]}, "alternate"),
-])
-def test_an_odd_record_is_skipped_and_counted(tmp_path, item, reason):
-    good = {"image": "a.jpg", "conversations": turns("What?", "a cat")}
-    records, skips = read_records([llava(tmp_path, [item, good])], [tmp_path], 2)
-    assert len(records) == 1 and len(skips) == 1 and reason in skips[0].reason
-
-
-def test_of_a_chat_the_answered_turns_are_kept_and_the_rest_is_counted(tmp_path):
-    good = turns("What?", "a cat", "Where?", "here")
-    out_of_turn = good + [{"from": "gpt", "value": "And a dog."}, {"from": "human", "value": "Why?"}]
-    for chat in (good + turns("Why?"), good + turns("Why?", " "), good + turns("<image>", "so"), out_of_turn):
-        records, skips = read_records([llava(tmp_path, [{"image": "a.jpg", "conversations": chat}])], [tmp_path], 2)
-        assert [(r.turns, r.answer) for r in records] == [(("What?",), "a cat"), (("What?", "a cat", "Where?"), "here")]
-        assert len(skips) == 1 and "rest of a chat" in skips[0].reason
-
-
-def test_a_human_who_says_no_more_than_image_asks_for_a_caption(tmp_path):
-    path = llava(tmp_path, [{"image": "a.jpg", "conversations": turns("<image>\n", "a cat")}])
-    assert read_records([path], [tmp_path], 1) == ([Record(f"{tmp_path}/a.jpg", (), "a cat")], [])
-    with pytest.raises(UserError, match="a caption, for --stage 1"):
-        read_records([path], [tmp_path], 2)
-
-
-def test_of_a_long_chat_the_newest_turns_that_fit_stand_in_the_prompt(tmp_path):
-    """In a time that grows with the chat, not with its square; the shortened prompts are counted."""
+def test_features_belong_to_their_records_and_each_picture_is_encoded_once(tmp_path):
     model = tiny_model()
-    save_picture(tmp_path / "a.jpg")
-    chat = turns(*[f"what color is the red thing {'at the left ' * (i % 3)}" for i in range(800)])
-    records, skips = read_records([llava(tmp_path, [{"image": "a.jpg", "conversations": chat}])], [tmp_path], 2)
-    start = time.perf_counter()
-    some = data.encode(model, records, skips)
-    assert time.perf_counter() - start < 15
-    assert len(some.records) == 400 and len(skips) > 390 and all(skip.key == "" for skip in skips)
-    assert sum("oldest turns" in skip.reason for skip in skips) == len(skips)
-    for before, record, (question, answer) in zip(records, some.records, some.tokens):
-        assert record.answer == before.answer and before.turns[-len(record.turns):] == record.turns
-        assert len(record.turns) % 2 == 1 and len(question) + len(answer) <= model.max_text_tokens
-        if len(record.turns) < len(before.turns):  # one more question and answer would not have fitted
-            more = before._replace(turns=before.turns[-len(record.turns) - 2:])
-            question, answer = model.token_ids([more.question], [more.answer])
-            assert len(question[0]) + len(answer[0]) > model.max_text_tokens
-    short = [r for r in records if len(r.turns) == 1]
-    assert some.records[0] == short[0]
+    for i, color in enumerate(("red", "green", "blue")):
+        save_picture(tmp_path / f"{i}.jpg", color)
+    some, _, _ = encode(model, [Record(f"{i}.jpg", (), "a") for i in (0, 1, 2, 1)], tmp_path)
+    assert some.picture.tolist() == [0, 1, 2, 1] and some.features.shape == (3, 24)
+    for i, record in enumerate(some.records):
+        alone = model.encode_image(model.preprocess(data.load_image(tmp_path / record.image))[None])
+        assert torch.allclose(some.f([i]), alone, rtol=2e-3, atol=2e-3)  # features are kept in half precision
 
 
-def test_too_long_records_are_left_out_and_counted_with_their_keys(tmp_path):
-    model = tiny_model()
-    save_picture(tmp_path / "a.jpg")
-    picture, long = str(tmp_path / "a.jpg"), "red " * model.max_text_tokens
-    records = [Record(picture, ("what color?",), "red", key=1), Record(picture, (long,), "red", key=2),
-               Record(picture, ("what color?",), long, key=3),
-               Record(picture, ("what color?",), "red", key=4, choices=("red", "blue", long, "green")),
-               Record(picture, ("what?", long, "what color?"), "red", key=5)]
-    skips = []
-    some = data.encode(model, records, skips)
-    assert [(r.key, r.turns[-1]) for r in some.records] == [(1, "what color?"), (5, "what color?")]
-    too_long = [skip.key for skip in skips if "longer" in skip.reason]
-    assert too_long == [2, 3, ""] and len(skips) == 4  # choices are not of VQA
-    with pytest.raises(UserError, match="not one of 3 records can be used: longer"):
-        data.encode(model, records[1:4], [])
-
-
-def test_reasons_are_reported_by_how_often_they_occur(capsys):
-    data.report_skips([Skip("rare\x1b[2J")] + [Skip("often", i) for i in range(1200)])
-    assert capsys.readouterr().out == "  skipped 1,200: often\n  skipped 1: rare[2J\n"
-    data.report_skips([Skip(f"reason {i}") for i in range(12)])
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 11 and out[-1] == "  skipped 2: other reasons"
-
-
-@pytest.mark.parametrize("text", ["", "{", "{}", "3", "[]", '[{"image": "../a.jpg"}]', "\x00"])
-def test_a_file_with_nothing_to_read_is_named_in_one_line(tmp_path, text):
-    (tmp_path / "chat.json").write_text(text)
-    with pytest.raises(UserError, match="chat.json"):
-        read_records([tmp_path / "chat.json"], [tmp_path], 1)
-
-
-@pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"))
-def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    Image.new(mode, (8, 8)).save(path)
-    assert data.load_image(path).mode == "RGB"
-
-
-def test_gray_of_16_bits_keeps_its_shades(tmp_path):
-    Image.fromarray(np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)).save(tmp_path / "a.png")
-    assert np.ptp(np.asarray(data.load_image(tmp_path / "a.png"))) == 255
-    assert abs(np.asarray(data.load_image(tmp_path / "a.png")).mean() - 127.5) < 1
-
-
-def shades(path):
-    return np.asarray(data.load_image(path))[:, :, 0].flatten()
-
-
-def test_gray_of_more_than_8_bits_is_neither_white_nor_black(tmp_path):
-    """Against the values by hand; Pillow's own conversion cuts all of these off at 0 or 255."""
-    ramp = np.linspace(0, 1, 256).reshape(16, 16)
-    (tmp_path / "a.pgm").write_bytes(b"P5 16 16 65535\n" + (ramp * 65535).astype(">u2").tobytes())
-    for kind, scale in (("int32", 1e9), ("int32", 40_000), ("int32", 255), ("float32", 1), ("float32", 255),
-                        ("float32", 1e6)):
-        Image.fromarray((ramp * scale).astype(kind)).save(tmp_path / f"{kind}{scale}.tif")
-    Image.fromarray((ramp - 0.5).astype("float32")).save(tmp_path / "signed.tif")
-    for path in tmp_path.iterdir():
-        expected = ramp.flatten() * (40_000 / 256 if "40000" in path.name else 255)
-        assert np.abs(shades(path).astype(int) - expected).max() <= 2, path
-    odd = ramp.astype("float32")
-    odd[0] = (np.nan, np.inf, -np.inf) * 5 + (0.5,)
-    Image.fromarray(odd).save(tmp_path / "odd.tif")
-    assert shades(tmp_path / "odd.tif")[:3].tolist() == [0, 0, 0] and shades(tmp_path / "odd.tif")[-1] == 255
-    Image.new("F", (8, 8), 300.0).save(tmp_path / "flat.tif")
-    assert len(set(shades(tmp_path / "flat.tif"))) == 1
-
-
-@pytest.mark.parametrize("mode", ("RGBA", "LA", "P"))
-def test_what_is_transparent_becomes_white(tmp_path, mode):
-    picture = Image.new("RGBA", (8, 4), (0, 0, 0, 255))
-    picture.paste((9, 9, 9, 0), (4, 0, 8, 4))
-    if mode == "P":
-        picture = Image.new("P", (8, 4), 0)
-        picture.putpalette([0, 0, 0, 9, 9, 9])
-        picture.paste(1, (4, 0, 8, 4))
-        picture.save(tmp_path / "a.png", transparency=1)
-    else:
-        picture.convert(mode).save(tmp_path / "a.png")
-    assert sorted(data.load_image(tmp_path / "a.png").getcolors()) == [(16, (0, 0, 0)), (16, (255, 255, 255))]
-
-
-def test_odd_exif_costs_no_picture(tmp_path):
-    """Pillow raises at tags of the wrong type when it writes EXIF back, and at broken EXIF when it reads it."""
-    whole = Image.Exif()
-    whole[0x0112], whole[0x010E] = 6, "a picture"
-    blob = whole.tobytes()
-    save_picture(tmp_path / "plain.jpg")
-    sizes = set()
-    for at in range(6, len(blob)):
-        for value in (0, 1, 7, 255):
-            odd = blob[:at] + bytes([value]) + blob[at + 1:]
-            Image.new("RGB", (40, 30), "red").save(tmp_path / "a.jpg", exif=odd)
-            sizes.add(data.load_image(tmp_path / "a.jpg").size)
-    assert sizes == {(30, 40), (40, 30)}
-
-
-def test_every_orientation_is_undone_as_pillow_does(tmp_path):
-    source = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8))
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        source.save(tmp_path / "a.png", exif=exif)
-        with Image.open(tmp_path / "a.png") as image:
-            expected = ImageOps.exif_transpose(image).convert("RGB")
-        assert np.array_equal(np.asarray(data.load_image(tmp_path / "a.png")), np.asarray(expected))
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_in_place_of_a_picture_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "a.jpg")
-    with pytest.raises(UserError, match="no file"):
-        data.load_image(tmp_path / "a.jpg")
-    os.mkfifo(tmp_path / "b.txt")
-    save_picture(tmp_path / "b.jpg")
-    with pytest.raises(UserError, match="b.txt"):
-        read_records([tmp_path], None, 1)
-
-
-def broken_pictures(folder):
-    save_picture(folder / "whole.jpg", size=(300, 300))
-    (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:700])
-    (folder / "text.jpg").write_text("this is no picture")
-    (folder / "empty.jpg").write_bytes(b"")
-    return ["truncated.jpg", "text.jpg", "empty.jpg", "missing.jpg"]
-
-
-def test_broken_pictures_are_left_out_and_counted(tmp_path):
+def test_pictures_that_cannot_be_read_are_left_out_and_counted_with_the_name_of_one(tmp_path):
     """Not replaced by others, not passed over in silence."""
-    names = ["whole.jpg", *broken_pictures(tmp_path), "whole.jpg"]
-    skips = []
-    some = data.encode(tiny_model(), [Record(str(tmp_path / n), ("what?",), "red", key=i) for i, n in enumerate(names)], skips)
-    assert [r.key for r in some.records] == [0, 5]
-    assert len(some.features) == 5 and some.picture.tolist() == [0, 0]  # each picture is encoded once
-    assert [skip.key for skip in skips] == [1, 2, 3, 4]
-    assert skips[3].reason == f"{tmp_path / 'missing.jpg'}: no such picture"
-    for name in names[1:-1]:
-        with pytest.raises(UserError, match=name):
-            data.load_image(tmp_path / name)
+    save_picture(tmp_path / "whole.jpg", size=(300, 300))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:700])
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    names = ["whole.jpg", "cut.jpg", "text.jpg", "empty.jpg", "missing.jpg", "whole.jpg"]
+    some, skipped, _ = encode(tiny_model(), [Record(name, ("what?",), "red", id=i) for i, name in enumerate(names)],
+                              tmp_path)
+    assert [r.id for r in some.records] == [0, 5] and some.picture.tolist() == [0, 0]
+    assert sorted(skipped.values()) == [1, 1, 2] and sum("text.jpg" in reason for reason in skipped) == 1
+    assert any("no such picture" in reason and "missing.jpg" in reason for reason in skipped)
+    with pytest.raises(UserError, match="not one of 2 records can be used: .*text.jpg"):
+        encode(tiny_model(), [Record("text.jpg", ("what?",), "red")] * 2, tmp_path)
 
 
-def test_a_picture_that_can_be_read_again_is_used_again(tmp_path, monkeypatch):
-    """A file on a network may have been away: size and time of change are as before."""
-    model, paths, real = tiny_model(), [], data.load_image
+def test_a_picture_that_comes_back_is_used_again_and_the_others_are_not_encoded_anew(tmp_path, monkeypatch):
+    """A file on a network may have been away: its size and time of change are as before."""
+    model, calls, real = tiny_model(), [], data.load_image
     for color in ("red", "green", "blue"):
         save_picture(tmp_path / f"{color}.jpg", color)
-        paths.append(str(tmp_path / f"{color}.jpg"))
+    records = [Record(f"{color}.jpg", (), "red") for color in ("red", "green", "blue")]
 
-    def away(path):
-        if path == paths[1]:
+    def away(file):
+        if file.name.endswith("green.jpg"):
             raise UserError("away")
-        return real(path)
+        return real(file)
 
-    records, first, later = [Record(path, (), "red") for path in paths], [], []
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "load_image", away)
-        assert len(data.encode(model, records, first, tmp_path / "features").records) == 2
-    for _ in range(2):  # the second time from the file
-        whole = data.encode(model, records, later, tmp_path / "features")
-        assert len(whole.records) == 3 and np.isfinite(whole.features).all()
-        monkeypatch.setattr(data, "load_image", away)
-    assert [skip.reason for skip in first] == ["away"] and later == []
-    torch.testing.assert_close(whole.f([1]), model.encode_image(model.preprocess(real(paths[1]))[None]), rtol=2e-3, atol=2e-3)
+    def counted(file):
+        calls.append(file.name)
+        return real(file)
+
+    monkeypatch.setattr(data, "load_image", away)
+    first, skipped, _ = encode(model, records, tmp_path, tmp_path / "features")
+    assert [r.image for r in first.records] == ["red.jpg", "blue.jpg"] and skipped == {"away, as green.jpg": 1}
+    before = np.array(first.features)
+    monkeypatch.setattr(data, "load_image", counted)
+    for times in (1, 1):  # the second time from the file
+        whole, skipped, _ = encode(model, records, tmp_path, tmp_path / "features")
+        assert len(whole.records) == 3 and np.isfinite(whole.features).all() and not skipped
+        assert len(calls) == times and calls[0].endswith("green.jpg")
+    assert np.array_equal(whole.features[[0, 2]], before[[0, 2]])
+    alone = model.encode_image(model.preprocess(real(tmp_path / "green.jpg"))[None])
+    torch.testing.assert_close(whole.f([1]), alone, rtol=2e-3, atol=2e-3)
 
 
-def test_words_that_the_tokenizer_has_no_token_for_are_counted(tmp_path):
-    save_picture(tmp_path / "a.jpg", "red")
-    answers, skips = ["red", "a pizza", "red circle", "pizza"], []
-    records = [Record(str(tmp_path / "a.jpg"), ("what?",), answer) for answer in answers]
-    assert len(data.encode(tiny_model(), records, skips).records) == 4
-    assert [skip.reason for skip in skips] == ["words in an answer that the language model has no token for"] * 2
+KILLED = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import os, signal
+from conftest import tiny_model
+import data
+data.FEATURE_BATCH = 32
+model, batches = tiny_model(), [0]
+real = model.encode_image
+def encode_image(pixels):
+    batches[0] += 1
+    if batches[0] > {batches}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(pixels)
+model.encode_image = encode_image
+data.encode_images(model, data.Pictures({folder!r}), [f"{{i}}.png" for i in range(150)], {out!r})
+"""
+
+
+def test_a_pass_that_was_killed_goes_on_after_its_last_batch_and_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
+    model, names = tiny_model(), [f"{i}.png" for i in range(150)]
+    monkeypatch.setattr(data, "FEATURE_BATCH", 32)
+    for i, name in enumerate(names):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "40.png").write_bytes(b"broken")
+    pictures = Pictures(tmp_path)
+    whole, unreadable = data.encode_images(model, pictures, names, tmp_path / "whole")
+    assert list(unreadable) == [40] and np.isnan(whole[40]).all()
+    assert np.isfinite(np.delete(np.array(whole), 40, 0)).all()
+
+    program = KILLED.format(root=str(ROOT), batches=3, folder=str(tmp_path), out=str(tmp_path / "killed"))
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-500:]
+    sizes, real = [], model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda pixels: (sizes.append(len(pixels)), real(pixels))[1])
+    again, _ = data.encode_images(model, pictures, names, tmp_path / "killed")
+    assert sizes == [32, 32]  # the fourth batch, and the last 22 pictures, filled up; the first three were kept
+    assert again.tobytes() == whole.tobytes()
+
+
+def test_whatever_stands_beside_a_picture_its_copies_have_equal_features(tmp_path):
+    """Libraries compute few rows in another order than many, and round differently."""
+    model, names = tiny_model(), [f"{i}.png" for i in range(40)]
+    for i, name in enumerate(names):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / name)
+    found = [data.encode_images(model, Pictures(tmp_path), names[i:])[0] for i in (0, 1, 24, 33, 37, 38, 39)]
+    assert len({features[-1].tobytes() for features in found}) == 1
 
 
 @pytest.mark.parametrize("wrong", (float("nan"), float("inf"), 1e6))
 def test_features_that_are_not_finite_are_left_out_and_told(wrong, tmp_path, monkeypatch):
     """As those of a CLIP in fp16 that overflows; 1e6 is beyond float16, in which features are kept."""
-    model, paths = tiny_model(), []
+    model = tiny_model()
     for i, color in enumerate(("red", "blue", "green")):
         save_picture(tmp_path / f"{i}.png", color)
-        paths.append(str(tmp_path / f"{i}.png"))
-    broken, real = model.preprocess(data.load_image(paths[1])), model.encode_image
+    broken, real = model.preprocess(data.load_image(tmp_path / "1.png")), model.encode_image
 
     def encode_image(pixels):
         f = real(pixels)
@@ -310,41 +162,20 @@ def test_features_that_are_not_finite_are_left_out_and_told(wrong, tmp_path, mon
         return f
 
     monkeypatch.setattr(model, "encode_image", encode_image)
-    skips, records = [], [Record(path, (), "red") for path in paths]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dataset = data.encode(model, records, skips)
-    assert [record.image for record in dataset.records] == [paths[0], paths[2]]
-    assert len(skips) == 1 and "not finite" in skips[0].reason
-
-
-def test_choices_without_a_token_are_left_out(tmp_path):
-    save_picture(tmp_path / "a.jpg", "red")
-    records, skips = [], []
-    for choices in (("red", "blue"), ("red", " ")):
-        records.append(Record(str(tmp_path / "a.jpg"), ("what?",), "red", choices=choices))
-    assert data.encode(tiny_model(), records, skips).records == records[:1]
-    assert [skip.reason for skip in skips] == ["a choice that the language model has no token for"]
-
-
-def test_features_belong_to_their_records(tmp_path):
-    model = tiny_model()
-    for i, color in enumerate(("red", "green", "blue")):
-        save_picture(tmp_path / f"{i}.jpg", color)
-    some = data.encode(model, [Record(str(tmp_path / f"{i}.jpg"), (), "a") for i in (0, 1, 2, 1)], [])
-    for i, record in enumerate(some.records):
-        alone = model.encode_image(model.preprocess(data.load_image(record.image))[None])
-        assert torch.allclose(some.f([i]), alone, rtol=2e-3, atol=2e-3)  # features are kept in half precision
+        some, skipped, _ = encode(model, [Record(f"{i}.png", (), "red") for i in range(3)], tmp_path)
+    assert [record.image for record in some.records] == ["0.png", "2.png"]
+    assert len(skipped) == 1 and "not finite" in next(iter(skipped))
 
 
 def test_features_kept_in_a_file_are_those_of_this_clip_its_preprocessing_and_these_pictures(tmp_path):
-    model, paths = tiny_model(), []
-    for i, color in enumerate(("red", "green", "blue")):
-        save_picture(tmp_path / f"{i}.jpg", color)
-        paths.append(str(tmp_path / f"{i}.jpg"))
-    key = data.features_key(model, paths)
-    assert data.features_key(model, paths) == key == data.features_key(tiny_model(), paths)
-    assert data.features_key(model, paths[::-1]) != key
+    model, names, pictures = tiny_model(), [f"{i}.jpg" for i in range(3)], Pictures(tmp_path)
+    for name, color in zip(names, ("red", "green", "blue")):
+        save_picture(tmp_path / name, color)
+    key = data.features_key(model, pictures, names)
+    assert data.features_key(model, pictures, names) == key == data.features_key(tiny_model(), pictures, names)
+    assert data.features_key(model, pictures, names[::-1]) != key
     for change in ("weight", "buffer", "preprocess", "activation"):
         other = tiny_model()
         visual = other.clip.visual
@@ -356,22 +187,152 @@ def test_features_kept_in_a_file_are_those_of_this_clip_its_preprocessing_and_th
             other.preprocess.transforms[-1].mean = (0.5, 0.5, 0.5)
         else:
             visual.transformer.resblocks[0].mlp.gelu = torch.nn.ReLU()
-        assert data.features_key(other, paths) != key, change
-    save_picture(tmp_path / "0.jpg", "white", (41, 30))
-    assert data.features_key(model, paths) != key
+        assert data.features_key(other, pictures, names) != key, change
     for change in ("time", "size"):
-        before, stat = data.features_key(model, paths), os.stat(paths[1])
+        before, stat = data.features_key(model, pictures, names), os.stat(tmp_path / names[1])
         if change == "size":
-            with open(paths[1], "ab") as file:
+            with open(tmp_path / names[1], "ab") as file:
                 file.write(b" ")
-        os.utime(paths[1], ns=(stat.st_atime_ns, stat.st_mtime_ns + (10 ** 9 if change == "time" else 0)))
-        assert data.features_key(model, paths) != before, change
-    archive = tmp_path / "a.zip"
-    archive.write_bytes(b"one")
-    member = [data.Member(str(archive), "1.jpg")]
-    before = data.features_key(model, member)
-    archive.write_bytes(b"another")
-    assert data.features_key(model, member) != before
+        later = stat.st_mtime_ns + (10 ** 9 if change == "time" else 0)
+        os.utime(tmp_path / names[1], ns=(stat.st_atime_ns, later))
+        assert data.features_key(model, pictures, names) != before, change
+
+
+def test_of_a_long_chat_the_newest_turns_that_fit_stand_in_the_prompt(tmp_path):
+    """In a time that grows with the chat, not with its square; the shortened prompts are told."""
+    model = tiny_model()
+    save_picture(tmp_path / "a.jpg")
+    texts = [f"what color is the red thing {'at the left ' * (i % 3)}" for i in range(800)]
+    records = [Record("a.jpg", tuple(texts[:i + 1]), texts[i + 1]) for i in range(0, 800, 2)]
+    start = time.perf_counter()
+    some, skipped, noted = encode(model, records, tmp_path)
+    assert time.perf_counter() - start < 15
+    assert len(some.records) == 400 and not skipped
+    reason, n = next(iter(noted.items()))
+    shortened = sum(len(r.turns) < len(b.turns) for r, b in zip(some.records, records))
+    assert "oldest turns" in reason and n == shortened > 390
+    for before, record, (question, answer) in zip(records, some.records, some.tokens):
+        assert record.answer == before.answer and before.turns[-len(record.turns):] == record.turns
+        assert len(record.turns) % 2 == 1 and len(question) + len(answer) <= model.max_text_tokens
+        if len(record.turns) < len(before.turns):  # one more question and answer would not have fitted
+            more = before._replace(turns=before.turns[-len(record.turns) - 2:])
+            ids = model.question_ids([more.question])[0] + model.answer_ids([more.answer])[0]
+            assert len(ids) > model.max_text_tokens
+    assert some.records[0] == records[0]
+
+
+def test_too_long_records_are_left_out_and_counted(tmp_path):
+    model = tiny_model()
+    save_picture(tmp_path / "a.jpg")
+    long, four = "red " * model.max_text_tokens, ("red", "blue", "green", "white")
+    nearly = "red " * (model.max_text_tokens - 5)
+    records = [Record("a.jpg", ("what color?",), "red", id=1), Record("a.jpg", (long,), "red", id=2),
+               Record("a.jpg", ("what color?",), long, id=3),
+               Record("a.jpg", ("what color?",), "red", id=4, choices=("red", "blue", long, "green")),
+               Record("a.jpg", ("what?", long, "what color?"), "red", id=5),
+               Record("a.jpg", ("what color?", nearly, "what?"), "red", id=6, choices=four)]  # not shortened
+    some, skipped, noted = encode(model, records, tmp_path)
+    assert [(r.id, r.turns[-1]) for r in some.records] == [(1, "what color?"), (5, "what color?")]
+    assert skipped == {"longer than the language model's context": 4} and list(noted.values()) == [1]
+    with pytest.raises(UserError, match="not one of 3 records can be used: longer"):
+        encode(model, records[1:4], tmp_path)
+
+
+def test_of_more_than_a_thousand_records_each_is_judged_by_itself(tmp_path):
+    save_picture(tmp_path / "a.jpg")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    records = [Record("broken.jpg" if i == 1500 else "a.jpg", ("what?",), "red", id=i) for i in range(2000)]
+    some, skipped, _ = encode(tiny_model(), records, tmp_path)
+    assert sum(skipped.values()) == 1 and {r.id for r in some.records} == set(range(2000)) - {1500}
+
+
+def test_words_that_the_tokenizer_has_no_token_for_are_noted_but_trained(tmp_path):
+    save_picture(tmp_path / "a.jpg")
+    records = [Record("a.jpg", ("what?",), answer) for answer in ("red", "a pizza", "Red circle", "pizza")]
+    model = tiny_model()
+    some, skipped, noted = encode(model, records, tmp_path)
+    assert len(some.records) == 4 and not skipped
+    assert noted == {"words in an answer that the language model has no token for": 2}
+    model.tokenizer.unk_token = model.tokenizer.eos_token  # one token for both, as OPT has it
+    assert not encode(model, records[:1], tmp_path)[2]
+
+
+def test_letters_that_a_tokenizer_without_an_unknown_token_loses_are_noted_and_empty_answers_left_out(tmp_path):
+    """A BPE of ASCII letters: "café" becomes "caf" and "猫" nothing, both without a word."""
+    letters = [chr(i) for i in range(32, 127)] + ["Ċ"]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    save_picture(tmp_path / "a.jpg")
+    answers = ("cafe", "caf\u00e9", "a cat", "A , b", "a 猫")
+    records = [Record("a.jpg", ("what?",), answer) for answer in answers]
+    model = tiny_model()
+    model.tokenizer = tokenizer
+    some, skipped, noted = encode(model, records, tmp_path)
+    assert len(some.records) == 5 and not skipped
+    assert noted == {"answers of which the tokenizer loses or changes letters": 2}
+    model.answer_ids = lambda texts: [[2] if text == "猫" else [5, 2] for text in texts]  # not even its space
+    _, skipped, _ = encode(model, [*records, Record("a.jpg", ("what?",), "猫")], tmp_path)
+    assert skipped == {"an answer or choice that the language model has no token for": 1}
+
+
+def test_what_only_spaces_case_or_composition_make_different_is_not_noted(tmp_path):
+    if not opt_tokenizer(tmp_path / "opt"):
+        pytest.skip("OPT's tokenizer is not at hand")
+    model = tiny_model()
+    model.tokenizer = AutoTokenizer.from_pretrained(tmp_path / "opt")
+    save_picture(tmp_path / "a.jpg")
+    for clean in (False, True):
+        model.tokenizer.clean_up_tokenization_spaces = clean
+        answers = ("it 's here , is n't it ?", "two  spaces\nand lines", "cafe\u0301", "猫", "ﬁne")
+        _, skipped, noted = encode(model, [Record("a.jpg", ("what?",), answer) for answer in answers], tmp_path)
+        assert not skipped and not noted
+    assert data.letters("Cafe\u0301 !") == data.letters("caf\u00e9!") != data.letters("cafe!")
+
+
+def test_a_text_that_the_tokenizer_takes_for_the_end_of_the_text_is_left_out(tmp_path):
+    """Unigram tokenizers read "</s>" as eos also where special tokens are to be split."""
+    save_picture(tmp_path / "a.jpg")
+    model = tiny_model()
+    real, eos = model.ids_of, model.tokenizer.eos_token_id
+    model.ids_of = lambda texts: [ids + [eos] * ("</s>" in text) for text, ids in zip(texts, real(texts))]
+    records = [Record("a.jpg", ("what?",), "red"), Record("a.jpg", ("what </s>",), "red"),
+               Record("a.jpg", ("what?",), "red </s>"),
+               Record("a.jpg", ("what?",), "red", choices=("red", "blue </s>"))]
+    some, skipped, noted = encode(model, records, tmp_path)
+    assert some.records == records[:1] and not noted
+    assert skipped == {"a text in which the tokenizer reads the end of a text": 3}
+
+
+def test_an_answer_that_is_not_known_is_kept_and_a_choice_without_a_token_is_not(tmp_path):
+    save_picture(tmp_path / "a.jpg")
+    records = [Record("a.jpg", ("what?",), "", choices=choices) for choices in ((), ("red", "blue"), ("red", ","))]
+    some, skipped, _ = encode(tiny_model(), records, tmp_path)
+    assert some.records == records[:2]
+    assert skipped == {"an answer or choice that the language model has no token for": 1}
+
+
+def test_reasons_are_reported_by_how_often_they_occur_and_notes_apart(capsys):
+    data.report(Counter({"rare\x1b[2J": 1, "often": 1200}), Counter({"told": 3}))
+    assert capsys.readouterr().out == "  skipped 1,200: often\n  skipped 1: rare[2J\n  noted 3: told\n"
+    data.report(Counter(f"reason {i}" for i in range(12)))
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 11 and out[-1] == "  skipped 2: other reasons"
+
+
+def test_a_batch_holds_the_records_of_its_rows():
+    tokens = [([5, 6], [7, 8, 9]), ([], [1]), ([0, 1, 2, 3], [3, 4])]
+    some = plain_dataset([(2, 3), (0, 1), (4, 2)])._replace(tokens=tokens)
+    f, tokens = some.batch([0, 2])
+    assert torch.equal(f, torch.tensor(some.features[[0, 2]]).float())
+    assert tokens.question.tolist() == [[0, 0, 5, 6], [0, 1, 2, 3]] and tokens.answer.tolist() == [[7, 8, 9], [3, 4, 0]]
+    assert tokens.question_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]] and tokens.answer_mask.tolist()[1] == [1, 1, 0]
+    assert not f.requires_grad and f.device.type == tokens.answer.device.type == "cpu"
+    captions = some._replace(records=[record._replace(turns=()) for record in some.records])
+    assert captions.batch([0, 1])[1].question is None
+    part = some.take(np.array([2, 0]))
+    assert part.records == [some.records[2], some.records[0]] and part.picture.tolist() == [2, 0]
+    assert part.tokens == [some.tokens[2], some.tokens[0]]
 
 
 def test_a_fingerprint_tells_datasets_of_one_shape_apart(tmp_path):
@@ -380,14 +341,54 @@ def test_a_fingerprint_tells_datasets_of_one_shape_apart(tmp_path):
         save_picture(tmp_path / f"{i}.jpg", color)
 
     def fingerprint(pictures=(0, 1, 2), answer="red", question="what color?"):
-        records = [Record(str(tmp_path / f"{i}.jpg"), (question,), answer) for i in pictures]
-        return data.encode(model, records, []).fingerprint()
+        return encode(model, [Record(f"{i}.jpg", (question,), answer) for i in pictures], tmp_path)[0].fingerprint()
 
     first = fingerprint()
-    assert first == fingerprint() and len({first, fingerprint(answer="blue"), fingerprint(question="what size?"),
-                                           fingerprint((0, 2, 1)), fingerprint((0, 1, 1)), fingerprint((0, 1, 0))}) == 6
+    others = {fingerprint(answer="blue"), fingerprint(question="what size?"), fingerprint((0, 2, 1)),
+              fingerprint((0, 1, 1)), fingerprint((0, 1, 0))}
+    assert first == fingerprint() and len({first, *others}) == 6
     save_picture(tmp_path / "0.jpg", "yellow")
     assert fingerprint() != first
+
+
+def test_a_tenth_of_the_pictures_is_held_out_and_never_trained_on():
+    some = plain_dataset([(1, 1)] * 300)
+    rest, test = data.hold_out(some)
+    assert {r.image for r in rest.records}.isdisjoint(r.image for r in test.records)
+    assert len(rest.records) == 270 and len(test.records) == 30 and len({r.image for r in test.records}) == 10
+    for part in (rest, test):
+        assert all(int(p) == int(r.image[:-4]) for r, p in zip(part.records, part.picture))
+    assert data.hold_out(some)[1].records == test.records
+    for pictures, held in ((9, None), (10, 2), (19, 2), (30, 3), (8000, 500)):
+        test = data.hold_out(plain_dataset([(1, 1)] * pictures, pictures))[1]
+        assert (test and len(test.records)) == held
+    few = data.hold_out(plain_dataset([(1, 1)] * 10, 10))[1]
+    assert (data.shuffled(few).picture != few.picture).all()  # one alone could not be shuffled
+
+
+def test_copies_of_a_picture_stay_on_one_side_and_are_no_other_picture():
+    """Under any names: four pictures, each there ten times, and twenty single ones."""
+    some = plain_dataset([(1, 1)] * 60, 60)
+    some.features[:40] = some.features[np.arange(40) % 4]
+    rest, test = data.hold_out(some)
+    kinds = [set(map(bytes, part.features[part.picture])) for part in (rest, test)]
+    assert kinds[0].isdisjoint(kinds[1]) and len(kinds[0]) == 22 and len(kinds[1]) == 2
+    assert len(rest.records) + len(test.records) == 60
+    for part in (some, rest):
+        other = data.shuffled(part)
+        assert (other.f(range(len(part.records))) != part.f(range(len(part.records)))).any(1).all()
+    alone = some.take(np.arange(0, 40, 4))  # all are copies of one
+    assert torch.equal(data.shuffled(alone).f(range(10)), alone.f(range(10)))
+    nine = some.take(np.array([*range(40), 41, 42, 43, 44, 45]))
+    assert data.hold_out(nine)[1] is None
+
+
+def test_pictures_of_val_that_are_trained_on_are_counted():
+    some = plain_dataset([(1, 1)] * 60, 60)
+    some.features[50] = some.features[3]
+    train, val = some.take(np.arange(40)), some.take(np.arange(38, 60))
+    assert data.count_shared(train, val) == 3  # 38, 39 and the copy of 3
+    assert data.count_shared(train, some.take(np.arange(40, 50))) == 0
 
 
 def test_shuffled_records_have_some_other_picture_and_records_of_one_picture_the_same():
@@ -395,52 +396,42 @@ def test_shuffled_records_have_some_other_picture_and_records_of_one_picture_the
     other = data.shuffled(some)
     assert (other.picture != some.picture).all() and set(other.picture) == set(some.picture)
     assert len(set(zip(some.picture, other.picture))) == 60 and other.records == some.records
+    assert np.array_equal(data.shuffled(some).picture, other.picture)
 
 
-def plain_dataset(lengths, pictures=100):
-    """Records with the numbers 0, 1, … as answers, token ids of given (question, answer) lengths, random features."""
-    records = [Record(f"{i % pictures}.jpg", (), str(i)) for i in range(len(lengths))]
-    tokens = [(np.zeros(q, np.int32), np.zeros(a, np.int32)) for q, a in lengths]
-    return data.Dataset(records, tokens, np.random.randn(pictures, 24).astype(np.float16),
-                        np.arange(len(lengths)) % pictures)
+def llava_like_lengths(n):
+    """Conversations of some turns, whose prompts grow, and single long answers: about as in LLaVA-Instruct-150K."""
+    rng, lengths = np.random.default_rng(0), []
+    while len(lengths) < n:
+        prompt = 0
+        for _ in range(rng.integers(1, 8)):
+            question, answer = rng.integers(7, 22), int(rng.lognormal(3.3, 0.7)) + 2
+            lengths.append((prompt + question, answer))
+            prompt += question + answer
+        lengths.append((rng.integers(10, 30), max(20, int(rng.normal(130, 40)))))
+    return lengths
 
 
-def test_held_out_pictures_are_not_trained_on():
-    rest, test = data.hold_out(plain_dataset([(1, 1)] * 300))
-    assert {r.image for r in rest.records}.isdisjoint(r.image for r in test.records)
-    assert len(rest.records) + len(test.records) == 300 and len(test.records) == 6
-    for some in (rest, test):
-        assert all(int(p) == int(r.image[:-4]) for r, p in zip(some.records, some.picture))
-    assert data.hold_out(plain_dataset([(1, 1)] * 300, pictures=49))[1] is None
-    few = data.hold_out(plain_dataset([(1, 1)] * 300, pictures=50))[1]
-    assert (data.shuffled(few).picture != few.picture).all()  # two at least: one can't be shuffled
-
-
-def test_a_batch_holds_the_records_of_its_rows():
-    tokens = [(np.array([5, 6]), np.array([7, 8, 9])), (np.array([], int), np.array([1])),
-              (np.arange(4), np.array([3, 4]))]
-    some = plain_dataset([(2, 3), (0, 1), (4, 2)])._replace(tokens=tokens)
-    f, tokens = some.batch([0, 2])
-    assert torch.equal(f, torch.tensor(some.features[[0, 2]]).float())
-    assert tokens.question.tolist() == [[0, 0, 5, 6], [0, 1, 2, 3]] and tokens.answer.tolist() == [[7, 8, 9], [3, 4, 0]]
-    assert tokens.question_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]] and tokens.answer_mask.tolist()[1] == [1, 1, 0]
-    assert not f.requires_grad and f.device.type == tokens.answer.device.type == "cpu"
-
-
-@pytest.mark.parametrize("size, tokens", [(16, None), (64, None), (64, 4096), (1000, 4096)])
+@pytest.mark.parametrize("size, tokens", [(16, math.inf), (64, math.inf), (64, 4096), (1000, 4096)])
 def test_an_epoch_has_every_record_once_in_batches_with_little_padding(size, tokens):
     some = plain_dataset(llava_like_lengths(60_000))
     plan = data.plan_epoch(some, size, tokens, 0, 0)
     assert sorted(np.concatenate(plan)) == list(range(len(some.records)))
     lengths = np.array([(len(q), len(a)) for q, a in some.tokens])
     padded = [len(rows) * lengths[rows].max(0).sum() for rows in plan]
-    assert max(map(len, plan)) <= size and (not tokens or max(padded) <= tokens)
+    assert max(map(len, plan)) <= size and max(padded) <= tokens
     assert sum(padded) / lengths.sum() <= 1.1
+
+
+def test_batches_of_an_epoch_do_not_come_in_order_of_length():
+    some = plain_dataset([(i % 50, 3) for i in range(5000)])
+    lengths = [max(len(some.tokens[i][0]) for i in rows) for rows in data.plan_epoch(some, 10, math.inf, 0, 0)]
+    assert abs(np.mean(lengths[:250]) - np.mean(lengths[250:])) < 5
 
 
 def test_the_order_of_batches_depends_on_seed_and_epoch_alone():
     some = plain_dataset([(i % 7, 3) for i in range(100)])
-    first, again, other = (data.batches(some, 10, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (data.batches(some, 10, 4096, seed) for seed in (0, 0, 1))
     first, again, other = ([next(plan).tolist() for _ in range(20)] for plan in (first, again, other))
     assert first == again != other and first[:10] != first[10:]
     assert sorted(sum(first[:10], [])) == sorted(sum(first[10:], [])) == list(range(100))
