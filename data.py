@@ -1,20 +1,30 @@
-"""Records and where they come from; their pictures' features; datasets, and the order in which training takes them.
+"""Records from a data file, their pictures as CLIP features, and batches.
 
-Everything that is trained on or asked about is a Record: a picture, the turns of the prompt, the answer. Published
-files are read as they are: paths → samples → records. Each picture goes through CLIP once; a Dataset holds its feature
-beside the token ids of its records. What can't be used becomes a Skip, which says why: counted, never passed over.
+One shape of record is read, from a JSON list or from JSON Lines (one record a line). It is LLaVA's:
+
+    {"image": "a.jpg", "caption": "A red cup on a table."}                                # for stage 1
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},     # for stage 2
+                                         {"from": "gpt", "value": "a cup"}, …]}
+    {"image": "a.jpg", "question": "What color is it?", "answer": "red"}                  # the same, shorter
+
+More fields are optional: "category" (accuracy is told for each), "id", and "choices", a list of texts for each answer.
+Several pairs of a conversation are a dialogue: each answer becomes a record, with the turns before it in its prompt.
+A folder of pictures, a.jpg beside its caption a.txt, is read as well. For other formats tests/lab/published.py writes
+such a file first. `--images` names the folder of the pictures, or a zip archive, which is read in place.
+
+Two ideas are worth reading first. CLIP is frozen, so each picture goes through it once and its feature is kept in a
+file (`encode_images`). Records differ in length, so batches are planned (`plan_epoch`). What can't be used is left out
+and counted with its reason, never passed over; where a file's meaning can't be known, it is not guessed.
 """
 
-import codecs
-import functools
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
-import tarfile
+import shlex
 import tempfile
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter, deque
@@ -22,44 +32,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from lmeye import ANSWER, QUESTION, Tokens, UserError, pad, printable
+from lmeye import ANSWER, QUESTION, Tokens, UserError, collate, printable
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".tga",
-           ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
-MAX_BYTES = 100_000_000  # of one file inside an archive, unpacked
-MAX_PIXELS = 100_000_000  # of one picture; this takes the place of Pillow's own two limits, which warn and raise
 MAX_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and the question itself
+MAX_BYTES = 100_000_000  # of a picture in a zip, unpacked
+MAX_PIXELS = 100_000_000  # of a picture. This takes the place of Pillow's two limits, which warn and raise
+FEATURE_BATCH = 128  # pictures that go through CLIP together
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
+           ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures in a folder of pairs
+MALFORMED = "a record that is no object, lacks a field, has one twice, or has one of another type"
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
 
 
-class Member(NamedTuple):
-    """A file inside a zip archive or a tar shard, read in place."""
-    archive: str
-    name: str
-    offset: int = -1  # where its bytes begin in a tar; a zip has a directory of its own
-    size: int = 0
-
-    def __str__(self):
-        return f"{self.archive}: {self.name}"
-
-
 class Record(NamedTuple):
-    """One picture with one answer. `turns` is (question, answer, …, question), or empty for a caption."""
-    image: str | Member
-    turns: tuple
-    answer: str  # "" where it is not known: VQA's test split
-    category: str = "all"  # of the question: accuracy is reported for each
-    key: str | int = ""  # the published id: COCO's image_id, VQA's question_id, VCR's annot_id
-    answers: tuple = ()  # VQA: what the ten annotators said; `answer` is what most of them said
-    choices: tuple = ()  # VCR: the four texts to choose from; `answer` is the right one
+    """One picture, one prompt, one answer. A caption is a record without a prompt."""
+    image: str  # name of the picture, as the data file gives it
+    turns: tuple  # (question, answer, …, question); () for a caption
+    answer: str  # "" where it is not known
+    category: str = "all"
+    id: str | int | None = None
+    choices: tuple = ()  # texts, one of which is the answer
 
     @property
     def question(self):
@@ -67,579 +66,32 @@ class Record(NamedTuple):
 
 
 def dialogue(turns):
-    """Turns (question, answer, …, question) → one string for the place of a question, whose first turn has no QUESTION."""
+    """Turns (question, answer, …, question) → one text for the place of the question in the template."""
     text = turns[0] if turns else ""
     for i in range(1, len(turns)):
         text += (QUESTION if i % 2 == 0 else ANSWER + " ") + turns[i]
     return text
 
 
-class Skip(NamedTuple):
-    """Something left out, and why; `key` is VQA's question_id, if it was one: its score counts what is left out."""
-    reason: str
-    key: str | int = ""
-
-
-class Sample(NamedTuple):
-    """What a file says of one picture, before it becomes the records of a stage."""
-    name: str = ""  # of the picture, to be looked for under --images
-    picture: str | Member = ""  # or the picture itself, where it lies with the text
-    caption: str = ""
-    turns: tuple = ()  # (question, answer, …); a question at the end has no known answer
-    category: str = "all"
-    key: str | int = ""
-    answers: tuple = ()
-    choices: tuple = ()  # VCR: the four texts of each question
-
-
-# ---- Reading: paths → samples → records ----------------------------------------------------------------------
-#
-# A reader yields samples, and appends to `skips` what it leaves out. Where one record can't be used, a UserError says
-# why, which becomes a Skip; where a whole file can't, it ends the program.
-
-
-def read_records(paths, images, stage, answered=True):
-    """Records of files and folders, told apart by content → (list of Record, list of Skip).
-    The names of pictures are joined to the folders or zip archives `images`; without any, to the data file's folder.
-    Stage 1 takes captions, stage 2 makes a record of each turn of a conversation, the earlier turns in its prompt.
-    With answered=False, for an evaluation, VQA's questions without annotations become records with the answer "".
-    UserError if a path is not there or can't be read, or if nothing remains.
-    """
-    paths = [Path(path) for path in paths]
-    for path in paths:
-        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-            raise UserError(f"{path}: no such file or folder")
-    given = [open_place(Path(image)) for image in images or []]
-    tables = {"questions": [], "annotations": []}  # VQA's two files are joined when both have been read
-    found, skips, records, all_places = [], [], [], []
-    for path in paths:
-        places = given or [open_place(path if path.is_dir() else path.parent)]
-        all_places += [place for place in places if place not in all_places]
-        found += [(sample, places) for sample in read_path(path, tables, skips)]
-    found += [(sample, all_places) for sample in join_vqa(tables, answered, skips)]
-    for sample, places in found:
-        try:
-            records += make_records(sample, places, stage)
-        except UserError as reason:
-            skips.append(Skip(str(reason), vqa_key(sample)))
-    if not records:
-        reasons = Counter(skip.reason for skip in skips).most_common(5)
-        why = ", ".join(f"{reason} ({n:,})" for reason, n in reasons) or "it holds none"
-        raise UserError(f"{' '.join(map(str, paths))}: no records for stage {stage}: {why}")
-    return records, skips
-
-
-def vqa_key(item):
-    """The key of a Sample or Record of VQA, "" of another."""
-    return item.key if item.turns and not item.choices else ""
-
-
-def make_records(sample, places, stage):
-    """A sample → the list of its records for a stage."""
-    if stage == 1 and sample.turns and not sample.caption:
-        raise UserError("questions, not a caption")
-    if stage == 2 and not sample.turns:
-        raise UserError("a caption, for --stage 1")
-    texts = [sample.caption] if stage == 1 else list(sample.turns)
-    for choices in sample.choices:
-        texts += choices
-    if not all(is_text(text) for text in texts):
-        raise UserError("an empty or unreadable text")
-    picture = sample.picture or find_picture(places, sample.name)
-    if stage == 1:
-        return [Record(picture, (), sample.caption, sample.category, sample.key)]
-    records = []
-    for n in range(0, len(sample.turns), 2):
-        answer = sample.turns[n + 1] if n + 1 < len(sample.turns) else ""
-        choices = sample.choices[n // 2] if sample.choices else ()  # of each question, at every second turn
-        turns = sample.turns[:n + 1]
-        records.append(Record(picture, turns, answer, sample.category, sample.key, sample.answers, choices))
-    return records
-
-
-def is_text(value):
-    """Whether a value is text that says something and can be written down (JSON can hold halves of characters)."""
-    return isinstance(value, str) and bool(value.strip()) and value == value.encode("utf-8", "ignore").decode()
-
-
-def read_path(path, tables, skips):
-    """Samples of one file or folder. Rows of VQA's files are added to `tables` instead."""
-    if path.is_dir():
-        yield from read_folder(path, skips)
-    elif path.suffix.lower() == ".tar" or is_tar(path):
-        yield from read_shard(path, skips)
-    else:
-        yield from read_json(path, tables, skips)
-
-
-def is_tar(path):
-    try:
-        return tarfile.is_tarfile(path)
-    except (EOFError, OSError, ValueError):  # of a file that begins as if it were compressed, and is not, or is cut off
-        return False
-
-
-def read_text(path):
-    """The text of a file: UTF-8, or UTF-16 where a byte order mark says so. UserError if it is neither or not there."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{path}: no such file")
-    return decode_text(Path(path).read_bytes(), path)
-
-
-def decode_text(content, where):
-    """The same from bytes; errors name them by `where`."""
-    refuse_pointer(content, where)
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = content.decode("utf-16" if marked else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and zips "
-                        "of them, belong to --images)") from error
-    if "\0" in text:
-        raise UserError(f"{where}: holds zero bytes, as UTF-16 without a byte order mark does: save it as UTF-8")
-    return text
-
-
-def refuse_pointer(content, where):
-    if content.startswith(b"version https://git-lfs"):
-        raise UserError(f"{where}: is a git-lfs pointer in place of the file: run  git lfs pull  in its folder")
-
-
-def read_folder(folder, skips):
-    """`a.jpg` (or with another of ENDINGS) beside `a.txt`, and tar shards, in any depth. Linked folders are followed,
-    none is read twice."""
-    def fail(error):
-        raise error
-
-    seen, files = set(), []
-    for place, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        subfolders.sort()
-        if os.path.realpath(place) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        files += [Path(place, name) for name in names]
-    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    paired = set()
-    for path in sorted(files):
-        ending, stem = path.suffix.lower(), path.with_suffix("")
-        if ending == ".tar":
-            yield from read_shard(path, skips)
-        elif ending in ENDINGS and stem in texts:
-            paired.add(stem)
-            try:
-                yield Sample(picture=str(path), caption=" ".join(read_text(texts[stem]).split()))
-            except UserError as reason:
-                skips.append(Skip(str(reason)))
-        elif ending in ENDINGS:
-            skips.append(Skip("a picture without a caption in a .txt beside it"))
-        elif ending != ".txt":
-            skips.append(Skip("another file in a folder, where pictures, .txt and .tar are read (name a .json itself)"))
-    skips += [Skip("a .txt without its picture beside it")] * (len(texts) - len(paired))
-
-
-def read_shard(path, skips):
-    """A WebDataset shard: `key.jpg` with `key.txt` (a caption) or `key.json` (a caption or a conversation). Archives
-    joined by `cat` are read one after the other. UserError, with the place, if one is broken or cut off."""
-    with open(path, "rb") as file:
-        refuse_pointer(file.read(100), path)
-        start = 0
-        while start == 0 or start < os.path.getsize(path):
-            groups, start = read_archive(path, file, start, skips)
-            for group in groups.values():
-                yield from read_group(group, skips)
-            file.seek(start)
-            while file.read(512) == bytes(512):  # the zeros that close an archive
-                start += 512
-
-
-def read_archive(path, file, start, skips):
-    """One tar archive in a file → ({(folder, key): {ending: its files}}, where its members end). Pictures become
-    Members, the contents of texts are read."""
-    groups = {}
-    file.seek(start)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:  # not compressed: its pictures are read in place
-            for info in tar:
-                folder, name = os.path.split(info.name)
-                key, _, ending = name.rpartition(".")
-                group = groups.setdefault((folder, key), {"picture": [], "txt": [], "json": []})
-                if info.isdir():
-                    continue
-                if not info.isfile() or info.size > MAX_BYTES:
-                    skips.append(Skip("a link or an oversized file in a tar shard"))
-                elif "." + ending.lower() in ENDINGS:
-                    group["picture"].append(Member(str(path), info.name, info.offset_data, info.size))
-                elif ending.lower() in ("txt", "json"):
-                    group[ending.lower()].append(tar.extractfile(info).read())
-                else:
-                    skips.append(Skip("another file in a tar shard, where pictures, .txt and .json are read"))
-            end = tar.offset
-    except Exception as error:  # tarfile raises what it likes at broken bytes
-        raise UserError(f"{path}: no whole tar without compression from byte {start:,} on ({error})") from error
-    file.seek(end)
-    if file.read(512) != bytes(512):  # for tarfile, too, the archive ends here, but without a word
-        raise UserError(f"{path}: is broken or cut off: neither a file nor the archive's end at byte {end:,}")
-    return groups, end
-
-
-def read_group(group, skips):
-    """The files of one key in a shard → its sample. A .txt comes before a .json, which may describe the same."""
-    largest, texts = max(len(files) for files in group.values()), group["txt"] or group["json"]
-    try:
-        if largest > 1:
-            raise UserError("a name that is twice in a tar shard")
-        if group["picture"] and texts:
-            picture = group["picture"][0]
-            text = decode_text(texts[0], f"the text of {picture}")
-            item = {"caption": text} if group["txt"] else json.loads(text)
-            for sample in read_item(item, skips):
-                yield sample._replace(picture=picture)
-        elif largest == 1:
-            raise UserError("a picture without its text, or a text without its picture, in a tar shard")
-    except UserError as reason:
-        skips.append(Skip(str(reason)))
-    except (ValueError, RecursionError):
-        skips.append(Skip("a .json in a tar shard that is not JSON"))
-
-
-def read_json(path, tables, skips):
-    """A JSON file, or JSON Lines: one record, many, or a table of COCO's or VQA's."""
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):  # a list, of which single lines may look whole
-            raise UserError(f"{path}: is broken JSON, or cut off ({error})") from error
-        content = []
-        for line in text.split("\n"):
-            try:
-                if line.strip():
-                    content.append(json.loads(line))
-            except (ValueError, RecursionError):
-                skips.append(Skip("a line is not JSON"))
-        if not any(isinstance(item, dict) for item in content):
-            raise UserError(f"{path}: is neither JSON nor JSON Lines ({error}): write it as the README shows") from error
-    if not isinstance(content, list):
-        content = [content]
-    table = content[0] if len(content) == 1 and isinstance(content[0], dict) else {}
-    if any(name in table for name in ("image", "image_id", "conversations")):
-        table = {}  # one record
-    if isinstance(table.get("images"), list):
-        yield from read_coco(path, table, skips)
-    elif "questions" in table or "annotations" in table:
-        split = str(table.get("data_subtype", "val2014")).replace("-dev", "")  # test-dev2015's pictures are test2015's
-        for name in tables:
-            rows = table.get(name)
-            if isinstance(rows, list):
-                tables[name] += [(split, row) for row in rows]
-            elif name in table:
-                skips.append(Skip(f'"{name}" that are no list'))
-    else:
-        for item in content:
-            yield from read_item(item, skips)
-
-
-MALFORMED = "a record that lacks a field, or has one of another type"
-MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)  # what reading one raises
-
-
-def read_item(item, skips):
-    """One record of a list, of JSON Lines or of a shard: of LLaVA's kind, VCR's, LMEye's own, or a caption alone."""
-    try:
-        if "answer_choices" in item:
-            sample = read_vcr(item)
-        elif "questions" in item:
-            sample = read_release(item, skips)
-        elif "conversations" in item:
-            sample = read_chat(item, skips)
-        elif "caption" in item:
-            sample = Sample(item.get("image"), caption=" ".join(item["caption"].split()))
-        else:
-            raise UserError(f"a record of no known kind, with the fields {', '.join(item.keys())[:100]}")
-        yield sample._replace(category=printable(str(item.get("category") or "all")))
-    except UserError as reason:
-        skips.append(Skip(str(reason)))
-    except MISSHAPEN:
-        skips.append(Skip(MALFORMED))
-
-
-def read_chat(item, skips):
-    """LLaVA: human and gpt in turn, with an optional caption. Of a conversation the answered turns are kept up to one
-    that is empty or not the speaker's. A single answer is a caption as well; where the human says just <image>, only that."""
-    conversation, turns = item["conversations"], []
-    for turn in conversation:
-        if turn["from"] != ("human" if len(turns) % 2 == 0 else "gpt"):
-            break
-        turns.append(turn["value"].replace("<image>", "").strip())
-    single = len(turns) == len(conversation) == 2
-    caption = item.get("caption") or (turns[1] if single else "")
-    good = 0
-    while good + 1 < len(turns) and turns[good] and turns[good + 1]:
-        good += 2
-    if not good and not caption:
-        raise UserError("turns do not alternate between human and gpt, or are empty")
-    if good < len(conversation) and not single:
-        skips.append(Skip("the rest of a chat, from a turn that is empty, unanswered or not the speaker's"))
-    return Sample(item.get("image"), caption=caption, turns=tuple(turns[:good]))
-
-
-NUMBERED = r"\s*(?:\d+\s*[.)]\s*)?(Question|Answer)\s*\d*\s*:\s*(.*\S)\s*"  # also "1. Question: …", "Question 1: …"
-
-
-def read_release(item, skips):
-    """LMEye's own data: "questions" lists "Question: …", "Answer: …" in turn; some lists begin in mid-caption.
-    What is not a question with its answer is counted, text by text."""
-    turns, question = [], ""
-    for text in item["questions"]:
-        match = re.fullmatch(NUMBERED, text, re.DOTALL)
-        if match and match[1] == "Question":
-            question = match[2]
-        elif match and question:
-            turns += [question, match[2]]
-            question = ""
-    caption, name = (item.get("caption") or "").strip(), item["image_id"]
-    if not turns and not caption:
-        raise UserError("no question with its answer")
-    skips += [Skip("a text that is not a question with its answer")] * (len(item["questions"]) - len(turns))
-    if isinstance(name, int):
-        name = f"{name:012d}.jpg"  # as COCO names its pictures
-    return Sample(name, caption=caption, turns=tuple(turns))
-
-
-def read_vcr(item):
-    """VCR: the answer, then its rationale. Text is a list of words; [0, 1] in it names two of `objects`, from 0."""
-    def render(words):
-        if not isinstance(words, list):
-            raise UserError("a text that is not a list of words")
-        parts = []
-        for word in words:
-            if isinstance(word, list):
-                if not all(number in range(len(item["objects"])) for number in word):
-                    raise UserError("a text that names an object which is not in the picture")
-                word = " and ".join(f"{item['objects'][number]} {number + 1}" for number in word)
-            parts.append(word)
-        text = re.sub(r" (?=[?.!,;:])", "", " ".join(parts))  # no space before a punctuation mark
-        return re.sub(r" (['’]) ?(?=(?:s|t|re|ve|ll|d|m)\b)", r"\1", text)  # it ' s → it's
-
-    if "answer_label" not in item or "rationale_label" not in item:
-        raise UserError("no label")  # the test split
-    turns, all_choices = [], []
-    for question, kind in ((render(item["question"]), "answer"), ("Why?", "rationale")):
-        choices = tuple(render(words) for words in item[f"{kind}_choices"])
-        if item[f"{kind}_label"] not in range(len(choices)):
-            raise UserError("a label that is none of the choices")
-        turns += [question, choices[item[f"{kind}_label"]]]
-        all_choices.append(choices)
-    return Sample(item["img_fn"], turns=tuple(turns), key=str(item.get("annot_id", "")), choices=tuple(all_choices))
-
-
-def read_coco(path, table, skips):
-    """COCO's captions, joined with the pictures of the same file."""
-    if not isinstance(table.get("annotations"), list):
-        raise UserError(f"{path}: has pictures without annotations (Karpathy's split file, in which training "
-                        "and test pictures are mixed, is not read: take COCO's captions_….json)")
-    images = index([("", row) for row in table["images"]], "id", skips)
-    for row in table["annotations"]:
-        try:
-            image = images.get(("", str(row["image_id"])))
-            if image is None:
-                skips.append(Skip("a caption without its picture"))
-            else:
-                yield Sample(image["file_name"], caption=" ".join(row["caption"].split()), key=row["image_id"])
-        except MISSHAPEN:
-            skips.append(Skip(MALFORMED))
-
-
-def join_vqa(tables, answered, skips):
-    """VQA's questions, joined with their annotations by split and question_id."""
-    questions = index(tables["questions"], "question_id", skips)
-    annotations = index(tables["annotations"], "question_id", skips)
-    skips += [Skip("an answer without its question")] * len(annotations.keys() - questions.keys())
-    for (split, name), question in questions.items():
-        annotation = annotations.get((split, name), {})
-        try:
-            sample = Sample(f"COCO_{split}_{question['image_id']:012d}.jpg", turns=(question["question"],),
-                            key=question["question_id"])
-            if annotation:
-                if annotation.get("image_id", question["image_id"]) != question["image_id"]:
-                    raise UserError("a question and an answer of different pictures have the same question_id")
-                answers = tuple(str(answer["answer"]) for answer in annotation.get("answers", ()))
-                turns = (question["question"], annotation["multiple_choice_answer"])
-                category = printable(str(annotation["answer_type"]))
-                sample = sample._replace(turns=turns, answers=answers, category=category)
-            elif answered:
-                skips.append(Skip("a question without an answer"))  # no key: no score is to count it as missed
-                continue
-            yield sample
-        except UserError as reason:
-            skips.append(Skip(str(reason), question["question_id"]))
-        except MISSHAPEN:
-            skips.append(Skip(MALFORMED, question["question_id"]))
-
-
-def index(rows, key, skips):
-    """(split, row) pairs → {(split, id): row}. Of an id given twice none is kept: a wrong row could be joined to it."""
-    table, twice = {}, set()
-    for split, row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get(key), (int, str)):
-            skips.append(Skip(MALFORMED))
-        elif (split, str(row[key])) in table:
-            twice.add((split, str(row[key])))
-        else:
-            table[split, str(row[key])] = row
-    for name in sorted(twice):
-        row = table.pop(name)
-        skips.append(Skip(f"{key} is given twice", row[key] if "question" in row else ""))  # not of an annotation
-    return table
-
-
-def report_skips(skips):
-    """Print how often which reason occurred, for the ten most frequent."""
-    reasons = Counter(skip.reason for skip in skips).most_common()
-    for reason, n in reasons[:10]:
-        print(f"  skipped {n:,}: {printable(reason)}")
-    if reasons[10:]:
-        print(f"  skipped {sum(n for _, n in reasons[10:]):,}: other reasons")
-
-
-# ---- Pictures ------------------------------------------------------------------------------------------------
-
-
-class Place(NamedTuple):
-    """A folder, or a zip archive with {name that a record may use: name in the archive}."""
-    path: str
-    names: dict | None = None
-
-
-open_zip = functools.cache(zipfile.ZipFile)  # an archive is opened once
-
-
-def open_place(path):
-    """A folder or zip archive of --images → Place. UserError if it is neither."""
-    if path.is_dir():
-        return Place(str(path))
-    if not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path}: no such folder or zip archive")
-    try:
-        with open(path, "rb") as file:
-            refuse_pointer(file.read(100), path)
-        names = {name: name for name in open_zip(str(path)).namelist() if not name.endswith("/")}
-    except UserError:
-        raise
-    except Exception as error:  # zipfile raises half a dozen kinds at broken archives
-        raise UserError(f"{path}: is neither a folder nor a whole zip archive ({error})") from error
-    tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
-    if len(tops) == 1:  # everything in one folder, as in COCO's train2017.zip: its name may be left out
-        for name in list(names):
-            names.setdefault(name.partition("/")[2], name)
-    return Place(str(path), names)
-
-
-def find_picture(places, name):
-    """A name → the path or Member in one of the places. A name without an ending is looked for with each of ENDINGS.
-    UserError, with the reason, if it is no name, leads out of the places, or is in none of them."""
-    if name is None or name == "":
-        raise UserError("no picture")
-    if isinstance(name, list):
-        raise UserError("a list in place of a picture's name")
-    if not is_text(name):
-        raise UserError("a picture's name that is no text")
-    if name.startswith(("/", "\\")) or os.path.splitdrive(name)[0] or ".." in re.split(r"[/\\]", name) or "\0" in name:
-        raise UserError("picture is not inside --images")
-    candidates = [name]
-    if not name.lower().endswith(ENDINGS):
-        candidates += [name + ending for ending in ENDINGS]
-    only = len(places) == len(candidates) == 1  # then loading it will tell whether it is there
-    for place in places:
-        for candidate in candidates:
-            path = os.path.join(place.path, candidate)
-            if place.names is None and (only or os.path.isfile(path)):
-                return path
-            if place.names is not None and candidate in place.names:
-                return Member(place.path, place.names[candidate])
-    raise UserError("no such picture in --images")
-
-
-def load_image(source):
-    """A path or Member → RGB picture, on white where it is transparent, turned as its EXIF says (as it is where that is
-    broken). Gray of more than 8 bits: see `to_8_bits`. UserError if it can't be read."""
-    if not isinstance(source, Member) and not os.path.isfile(source):  # a pipe would be waited for
-        raise UserError(f"{source}: " + ("is no file" if os.path.exists(source) else "no such picture"))
-    try:
-        with read_member(source) if isinstance(source, Member) else open(source, "rb") as file:
-            refuse_pointer(file.read(100), source)
-            file.seek(0)
-            with Image.open(file) as image:
-                if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
-                    raise ValueError(f"{image.width} × {image.height} pixels are too many, or too narrow")
-                image.load()
-                try:
-                    ImageOps.exif_transpose(image, in_place=True)
-                except Exception:  # at EXIF that it can't read, or can't write when the picture is turned (Pillow 8965)
-                    pass
-                if image.mode.startswith(("I", "F")):
-                    image = to_8_bits(image)
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return image.convert("RGB")
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's decoders raise what they like at broken bytes
-        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{source}: can't be read as a picture: {reason}") from error
-
-
-def read_member(member):
-    """The bytes of a file in an archive, as a stream."""
-    if member.offset >= 0:
-        with open(member.archive, "rb") as file:
-            file.seek(member.offset)
-            return io.BytesIO(file.read(member.size))
-    info = open_zip(member.archive).getinfo(member.name)
-    if info.file_size > MAX_BYTES:
-        raise ValueError(f"unpacks to {info.file_size:,} bytes")
-    return io.BytesIO(open_zip(member.archive).read(info))
-
-
-def to_8_bits(image):
-    """Gray of 16 bits, or of 32 as whole numbers (I) or floats (F) → 8 bits. 16 bits are divided by 256, floats from 0
-    to 1 multiplied by 255, values from 0 to 255 kept; others are stretched, the lowest to black, the highest to white.
-    """
-    values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
-    low, high = values.min(), values.max()
-    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high < 65536):
-        values = values / 256
-    elif image.mode == "F" and low >= 0 and high <= 1:
-        values = values * 255
-    elif low < 0 or high > 255:
-        values = (values - low) * (255 / max(high - low, 1e-6))
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-
-
-# ---- Features and datasets: each picture goes through CLIP once ------------------------------------------------
-
-
 class Dataset(NamedTuple):
     """R records, with the CLIP features of their P pictures and with their token ids."""
     records: list
-    tokens: list  # (ids of the question, ids of the answer) of each record
+    tokens: list  # (ids of the question, ids of the answer) of each record; a caption's question has none
     features: np.ndarray  # (P, C) float16, mapped from a file
     picture: np.ndarray  # (R,) the row of `features` of each record
 
     def f(self, rows):
-        return torch.from_numpy(self.features[self.picture[rows]]).float()  # (B, C)
+        """Rows of records → their pictures' features (B, C), on the CPU."""
+        return torch.from_numpy(self.features[self.picture[rows]]).float()
 
     def batch(self, rows):
-        """Indices of records → (f (B, C), Tokens), on the CPU."""
+        """Rows of records → (f (B, C), Tokens), on the CPU."""
         questions = [self.tokens[i][0] for i in rows]
         answers = [self.tokens[i][1] for i in rows]
-        return self.f(rows), Tokens(*pad(questions, side="left"), *pad(answers))
+        return self.f(rows), collate(questions if self.records[rows[0]].turns else None, answers)
 
-    def take(self, keep):
-        """The records where `keep` (R,) is true, with the same features."""
-        rows = np.flatnonzero(keep)
+    def take(self, rows):
+        """The records of these rows, in this order, with the same features."""
         records, tokens = [self.records[i] for i in rows], [self.tokens[i] for i in rows]
         return Dataset(records, tokens, self.features, self.picture[rows])
 
@@ -653,221 +105,638 @@ class Dataset(NamedTuple):
         return digest.hexdigest()
 
 
-def encode(model, records, skips, folder=None):
-    """Features and tokens of records → Dataset. With `folder`, the features are kept in a file there.
-    From prompts of more than MAX_TURNS turns, or beyond the language model's context, the oldest turns are left out. Words
-    without a token, which small tokenizers have, can't be learned. Records are left out whose picture can't be read, or
-    whose question and answer, or longest choice, still exceed the context. All that is appended to `skips`, records with
-    their keys. UserError if no record remains.
+# ---- Features: each picture goes through CLIP once -------------------------------------------------------------
+
+
+def encode_images(model, pictures, names, folder=None):
+    """CLIP features of the named pictures → (features (P, C) float16, {row: reason} of those that can't be read).
+
+    They are kept in a file in `folder`, or in a temporary one. A new file holds NaN everywhere, and NaN in a row
+    means "not done yet". So one rule serves three cases: whoever opens the file encodes the rows that hold NaN. A pass
+    that was killed goes on after its last batch, a picture that could not be read is tried again, and a whole file is
+    used as it is.
     """
-    images = list(dict.fromkeys(record.image for record in records))  # each once, in order
-    row = {image: i for i, image in enumerate(images)}
-    picture = np.array([row[record.image] for record in records])
-    features = encode_images(model, images, folder)
-    unreadable = {}
-    for i in np.flatnonzero(~np.isfinite(features).all(1)):
-        try:  # once more: the file may have come back since
-            features[i] = model.encode_image(model.preprocess(load_image(images[i]))[None]).half().cpu().numpy()
-            if not np.isfinite(features[i]).all():
-                unreadable[i] = "a picture whose CLIP features are not finite, or beyond 65,504: try --precision fp32"
-        except UserError as reason:
-            unreadable[i] = str(reason)
-    features.flags.writeable = False  # what is written there stands in the file
-
-    fitted, tokens, keep = [], [], []
-    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 50_000 else True):
-        part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in records[start:start + 1000]]
-        questions = [record.question for record in part] if part[0].turns else None
-        question_ids, answer_ids = model.token_ids(questions, [record.answer for record in part])
-        for i, (record, question, answer) in enumerate(zip(part, question_ids, answer_ids), start):
-            longest, reason = len(answer), unreadable.get(picture[i], "")
-            if record.choices:
-                lengths = [len(ids) for ids in model.token_ids(None, record.choices)[1]]
-                longest = max(lengths)
-                if min(lengths) < 2:  # eos alone
-                    reason = "a choice that the language model has no token for"
-            while len(question) + longest > model.max_text_tokens and len(record.turns) > 1 and not record.choices:
-                record = record._replace(turns=record.turns[2:])
-                question = model.token_ids([record.question], [""])[0][0]
-            if not reason and len(question) + longest > model.max_text_tokens:
-                reason = "longer than the language model's context"
-            if reason:
-                skips.append(Skip(reason, vqa_key(record)))
-            elif len(record.turns) < len(records[i].turns):
-                skips.append(Skip("the oldest turns of a long chat"))
-            elif model.tokenizer.unk_token_id in answer[:-1]:  # all but eos, which some tokenizers take for unknown words, too
-                skips.append(Skip("words in an answer that the language model has no token for"))
-            fitted.append(record)
-            tokens.append((np.array(question, np.int32), np.array(answer, np.int32)))
-            keep.append(not reason)
-    if not any(keep):
-        raise UserError(f"not one of {len(records)} records can be used: {skips[-1].reason}")
-    return Dataset(fitted, tokens, features, picture).take(keep)
-
-
-def encode_images(model, images, folder=None, batch_size=128):
-    """CLIP features of pictures (P, C), float16, mapped from a file; the row of one that can't be read is NaN.
-    The file is written batch by batch. Its name is a hash of the CLIP and of the pictures, and its length tells how
-    far it is, so a pass that was broken off goes on from the last whole batch. Without `folder` it is a temporary one.
-    """
-    if not folder:
+    if folder is None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            return encode_images(model, images, folder, batch_size)
-    path = Path(folder, features_key(model, images) + ".f16")
+            return encode_images(model, pictures, names, folder)
+    path = Path(folder, features_key(model, pictures, names) + ".f16")
     path.parent.mkdir(parents=True, exist_ok=True)
-    C = model.align.in_features
-    with FileLock(f"{path}.lock"), open(path, "a+b") as file:  # two programs may want the same features
-        size = file.seek(0, os.SEEK_END) // (2 * C)  # pictures in the file
-        done = size if size == len(images) else size - size % batch_size
-        file.truncate(done * 2 * C)
-        with tqdm(total=len(images), initial=done, desc="CLIP features", disable=None) as bar:
-            for pixels in decode(model.preprocess, images[done:], batch_size):
-                rows = np.full((len(pixels), C), np.nan, np.float16)
-                good = [i for i, picture in enumerate(pixels) if picture is not None]
-                if good:
-                    rows[good] = model.encode_image(torch.stack([pixels[i] for i in good])).half().cpu().numpy()
-                file.write(rows.tobytes())
-                bar.update(len(pixels))
+    shape = (len(names), model.align.in_features)
+    unreadable, examples = {}, {}
+
+    def read(row):
+        return load_pixels(model, pictures, names[row])
+
+    with FileLock(f"{path}.lock"):  # two programs may want the same features
+        if not path.is_file() or path.stat().st_size != 2 * shape[0] * shape[1]:
+            create_features(path, shape)
+        features = np.memmap(path, np.float16, "r+", shape=shape)
+        todo = np.flatnonzero(np.isnan(features.sum(1, dtype=np.float32)))  # a sum with NaN is NaN
+        # Batches are cut at the same rows whatever is done already: then each is computed as in an unbroken pass.
+        parts = np.split(todo, np.flatnonzero(np.diff(todo // FEATURE_BATCH)) + 1)
+        with tqdm(total=len(todo), desc="CLIP features", disable=None if len(todo) else True) as bar:
+            for rows, loaded in read_ahead(read, parts):
+                pixels = {row: x for row, (x, _) in zip(rows, loaded) if x is not None}
+                if pixels:
+                    features[list(pixels)] = encode_pixels(model, list(pixels.values()))
+                for row, (_, reason) in zip(rows, loaded):
+                    if not reason and np.isnan(features[row, 0]):
+                        reason = "CLIP features that are not finite, or beyond 65,504: try --precision fp32"
+                    if reason:
+                        unreadable[row] = examples.setdefault(reason, f"{reason}, as {names[row]}")
+                bar.update(len(rows))
+    features.flags.writeable = False  # what is written there stands in the file
+    return features, unreadable
+
+
+def create_features(path, shape):
+    """A file of NaN for features (P, C), which appears all at once. (Written, not mapped: a full disk then is an error.)
+    """
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        for start in range(0, shape[0], 4096):
+            file.write(np.full((min(4096, shape[0] - start), shape[1]), np.nan, np.float16).tobytes())
         file.flush()
-        return np.memmap(file, np.float16, "r+", shape=(len(images), C))
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
-def features_key(model, images):
-    """A hash of what decides the features: CLIP's name, its image tower's layers and some values of each weight, the
-    preprocessing, and each picture's name, its file's size and time of change."""
+def encode_pixels(model, pixels):
+    """A list of B tensors (3, side, side) → features (B, C) float16; a row that is not finite becomes NaN."""
+    f = model.encode_image(torch.stack(pixels)).half()
+    f[~f.isfinite().all(1)] = torch.nan
+    return f.cpu().numpy()
+
+
+def load_pixels(model, pictures, name):
+    """A picture → (pixels (3, side, side), ""), or (None, the reason why it can't be read)."""
+    try:
+        with pictures.open(name) as file:
+            return model.preprocess(load_image(file)), ""
+    except UserError as reason:
+        return None, str(reason)
+
+
+def read_ahead(read, parts, ahead=3):
+    """Yield (part, [read(item) for each of its items]) for each part, in order. Threads read `ahead` parts before they
+    are wanted, so that a GPU need not wait. (Pillow decodes and resizes without Python's lock.)"""
+    queue = deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in parts:
+            queue.append((part, [pool.submit(read, item) for item in part]))
+            if len(queue) > ahead:
+                first, futures = queue.popleft()
+                yield first, [future.result() for future in futures]
+        for part, futures in queue:
+            yield part, [future.result() for future in futures]
+
+
+def features_key(model, pictures, names):
+    """A hash of what decides the features: CLIP's layers and some values of each weight, the preprocessing, and the
+    state of each picture (`Pictures.state`). A picture in a folder that is replaced by another one of the same size and
+    time of change is not noticed."""
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr((model.preprocess, model.clip.visual)))  # addresses change
     key = hashlib.sha256((model.settings.clip + layers).encode())
     for name, weight in model.clip.visual.state_dict().items():
         key.update(f"{name} {weight.dtype} {weight.flatten()[:4].tolist()}".encode())
-    states = {}  # an archive has many pictures
-    for image in images:
-        file = image.archive if isinstance(image, Member) else image
-        if file not in states:
-            stat = os.stat(file) if os.path.exists(file) else None
-            states[file] = (stat.st_size, stat.st_mtime_ns) if stat else None
-        key.update(repr((image, states[file])).encode())
+    for name in names:
+        key.update(repr((name, pictures.state(name))).encode())
     return key.hexdigest()[:16]
 
 
-def decode(preprocess, images, batch_size, ahead=3):
-    """Yield lists of `batch_size` pixel tensors (3, S, S), None for what can't be read; threads work `ahead` batches
-    before. (Pillow's decoding and resizing run without Python's lock, so threads do what processes would.)"""
-    def pixels(image):
-        try:
-            return preprocess(load_image(image))
-        except UserError:
-            return None
-
-    queue = deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(images), batch_size):
-            queue.append([pool.submit(pixels, image) for image in images[start:start + batch_size]])
-            if len(queue) > ahead:
-                yield [future.result() for future in queue.popleft()]
-        while queue:
-            yield [future.result() for future in queue.popleft()]
+# ---- Datasets: records with features and tokens ----------------------------------------------------------------
 
 
-def hold_out(dataset, share=0.02, max_pictures=500, min_pictures=50):
-    """Set some pictures with their records aside, always the same → (training, validation Dataset). Of fewer than
-    `min_pictures` none is set aside, and the second is None."""
-    pictures = np.unique(dataset.picture)
-    if len(pictures) < min_pictures:
+def encode(model, records, skipped, pictures, folder=None, noted=None):
+    """Records → Dataset: features (kept in `folder`, see `encode_images`) and tokens.
+
+    Left out are records whose picture can't be read, whose texts the language model can't take (`find_unfit`), or that
+    exceed its context: they are added to the Counter `skipped`. Counted in `noted`, if one is given, is what is kept
+    but not as it was: dialogues that lost their oldest turns, and answers that the tokenizer changes. UserError if
+    no record remains.
+    """
+    noted = Counter() if noted is None else noted
+    names = list(dict.fromkeys(record.image for record in records))  # each once, in order
+    row = {name: i for i, name in enumerate(names)}
+    features, unreadable = encode_images(model, pictures, names, folder)
+
+    kept, tokens, picture = [], [], []
+    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 20_000 else True):
+        whole = records[start:start + 1000]
+        part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in whole]
+        questions = model.question_ids([record.question for record in part]) if part[0].turns else [[]] * len(part)
+        answers = model.answer_ids([record.answer for record in part])
+        for before, record, question, answer in zip(whole, part, questions, answers):
+            choices = model.answer_ids(record.choices) if record.choices else []
+            room = model.max_text_tokens - max(map(len, [answer, *choices]))
+            while len(question) > room and len(record.turns) > 1 and not record.choices:
+                record = record._replace(turns=record.turns[2:])
+                question = model.question_ids([record.question])[0]
+
+            reason = unreadable.get(row[record.image]) or find_unfit(model, record, question, [answer, *choices])
+            if not reason and len(question) > room:
+                reason = "longer than the language model's context"
+            if reason:
+                skipped[reason] += 1
+                continue
+            if len(record.turns) < len(before.turns):
+                noted["prompts without the oldest turns of a long dialogue"] += 1
+            if model.tokenizer.unk_token_id in answer[:-1]:
+                noted["words in an answer that the language model has no token for"] += 1
+            elif letters(model.decode(answer)) != letters(record.answer):
+                noted["answers of which the tokenizer loses or changes letters"] += 1
+            kept.append(record)
+            tokens.append((np.array(question, np.int32), np.array(answer, np.int32)))
+            picture.append(row[record.image])
+    if not kept:
+        raise UserError(f"not one of {len(records):,} records can be used: {list_reasons(skipped)}")
+    return Dataset(kept, tokens, features, np.array(picture))
+
+
+def find_unfit(model, record, question, answers):
+    """Why the language model can't take the texts of a record, or "". Takes their token ids: those of the question,
+    and a list of those of the answer and the choices, each with eos."""
+    eos = model.tokenizer.eos_token_id
+    if eos in question or any(eos in ids[:-1] for ids in answers):  # some tokenizers read "</s>" as eos
+        return "a text in which the tokenizer finds the end of the text"
+    if record.answer and len(answers[0]) == 1:  # eos alone
+        return "an answer that the language model has no token for"
+    if any(len(ids) == 1 for ids in answers[1:]):
+        return "a choice that the language model has no token for"
+    return ""
+
+
+def letters(text):
+    """A text without what a tokenizer may change: case, whitespace, and how accents are written."""
+    return "".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def hold_out(dataset, most=500):
+    """Set a tenth of the pictures aside, with their records → (training, validation Dataset). Always the same ones.
+
+    Copies of a picture stay on one side. At least two pictures are taken, for one alone could not be shuffled; of
+    fewer than ten none is, and the second Dataset is None.
+    """
+    hashes = picture_hashes(dataset)
+    distinct = list(dict.fromkeys(hashes.values()))
+    if len(distinct) < 10:
         return dataset, None
-    n = min(max_pictures, max(2, round(share * len(pictures))))
-    aside = np.isin(dataset.picture, np.random.default_rng(0).permutation(pictures)[:n])
-    return dataset.take(~aside), dataset.take(aside)
+    n = min(most, max(2, len(distinct) // 10))
+    chosen = set(np.random.default_rng(0).permutation(distinct)[:n].tolist())
+    aside = np.array([hashes[i] in chosen for i in dataset.picture.tolist()])
+    return dataset.take(np.flatnonzero(~aside)), dataset.take(np.flatnonzero(aside))
 
 
 def shuffled(dataset):
-    """The same records, each with some other picture (if there is one): a model that does not look loses nothing by it."""
-    pictures = np.random.default_rng(0).permutation(np.unique(dataset.picture))
-    other = dict(zip(pictures, np.roll(pictures, 1)))
-    return dataset._replace(picture=np.array([other[i] for i in dataset.picture]))
+    """The same records, each with another picture: a model that does not look loses nothing by it. A copy is not
+    another picture. (If all are copies of one, they stay as they are.)"""
+    hashes = picture_hashes(dataset)
+    first = {}  # of each hash, the first picture
+    for i, digest in hashes.items():
+        first.setdefault(digest, i)
+    order = np.random.default_rng(0).permutation(list(first.values()))
+    other = dict(zip(order.tolist(), np.roll(order, 1).tolist()))
+    return dataset._replace(picture=np.array([other[first[hashes[i]]] for i in dataset.picture.tolist()]))
 
 
-# ---- Batches -------------------------------------------------------------------------------------------------
+def count_shared(train, val):
+    """How many of val's pictures are trained on: those with the same features."""
+    trained = set(picture_hashes(train).values())
+    return sum(digest in trained for digest in picture_hashes(val).values())
 
 
-def batches(dataset, size, max_batch_tokens=None, seed=0):
-    """Yield the rows of one batch after the other, without end; each epoch is planned anew by `plan_epoch`."""
+def picture_hashes(dataset):
+    """{row of features: their hash} of all pictures that have a record. Copies of a picture have the same hash."""
+    rows = np.unique(dataset.picture).tolist()
+    return {i: hashlib.blake2b(dataset.features[i].tobytes(), digest_size=16).hexdigest() for i in rows}
+
+
+# ---- Batches: planned by length --------------------------------------------------------------------------------
+
+
+def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
+    """The rows of all batches of one epoch: a list of arrays, which depends on the arguments alone.
+
+    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has more).
+    Padding is wasted work, so records of like length should share a batch. To sort them by their total length is not
+    enough: a long question with a short answer would meet a short one with a long answer. So each stretch of `window`
+    batches of shuffled records is halved, by the side whose lengths differ most, until the parts are batches. On
+    lengths like LLaVA's, 1.03 × the real tokens are computed; sorted by total length, it would be 1.66 ×.
+    """
+    lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
+    rng = np.random.default_rng((seed, epoch))
+    order, plan = rng.permutation(len(lengths)), []
+    for start in range(0, len(order), window * size):
+        parts = [order[start:start + window * size]]
+        while parts:
+            rows = parts.pop()
+            padded = len(rows) * lengths[rows].max(0).sum()  # the longest question and the longest answer
+            if len(rows) == 1 or (len(rows) <= size and padded <= max_batch_tokens):
+                plan.append(rows)
+                continue
+            side = np.ptp(lengths[rows], 0).argmax()  # 0: questions differ most, 1: answers do
+            rows = rows[lengths[rows, side].argsort(kind="stable")]
+            middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
+            if middle >= len(rows):
+                middle = len(rows) // 2
+            parts += [rows[:middle], rows[middle:]]
+    return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def batches(dataset, size, max_batch_tokens, seed):
+    """Yield the rows of one batch after the other, epoch after epoch, without end."""
     epoch = 0
     while True:
         yield from plan_epoch(dataset, size, max_batch_tokens, seed, epoch)
         epoch += 1
 
 
-def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
-    """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
-    A batch has at most `size` records, and, padding included, `max_batch_tokens` tokens (unless one record has more).
-    Records of like length come together: each stretch of `window` batches of the shuffled records is halved by the
-    side, question or answer, whose lengths differ most, until the parts are batches; these come in random order.
+# ---- Reading records -------------------------------------------------------------------------------------------
+
+
+def read_records(path, pictures, stage, answered=True):
+    """A data file, or a folder of a.jpg beside a.txt → (list of Record, Counter of what is left out, by reason).
+
+    Stage 1 takes captions, and of a conversation with a single answer that answer. Stage 2 takes questions. With
+    answered=False, for an evaluation, a question without an answer becomes a record with the answer "". UserError if
+    the file can't be read, or if no record remains.
     """
-    lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
-    rng = np.random.default_rng((seed, epoch))
-
-    def fits(rows):
-        padded = len(rows) * lengths[rows].max(0).sum()  # each as long as the longest question and the longest answer
-        return len(rows) == 1 or (len(rows) <= size and (not max_batch_tokens or padded <= max_batch_tokens))
-
-    def halves(rows):
-        side = np.ptp(lengths[rows], 0).argmax()  # 0 question, 1 answer
-        rows = rows[lengths[rows, side].argsort(kind="stable")]
-        middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
-        if middle >= len(rows):
-            middle = len(rows) // 2
-        return rows[:middle], rows[middle:]
-
-    order, plan = rng.permutation(len(lengths)), []
-    for start in range(0, len(order), window * size):
-        parts = [order[start:start + window * size]]
-        while parts:
-            rows = parts.pop()
-            if fits(rows):
-                plan.append(rows)
-            else:
-                parts += halves(rows)
-    return [plan[i] for i in rng.permutation(len(plan))]
+    path, records, skipped, examples = Path(path), [], Counter(), {}
+    items = read_folder(path, skipped) if path.is_dir() else read_json(path, skipped)
+    for item in tqdm(items, desc="records", disable=None if len(items) > 100_000 else True):
+        try:
+            found = read_captions(item) if stage == 1 else read_turns(item, answered, skipped)
+        except UserError as reason:
+            skipped[str(reason)] += 1
+            continue
+        except (AttributeError, KeyError, TypeError):  # from a value of another type, anywhere in the record
+            skipped[MALFORMED] += 1
+            continue
+        name = item["image"]
+        try:
+            pictures.find(name)
+            records += found
+        except UserError as reason:
+            skipped[examples.setdefault(str(reason), f"{reason}, as {name}")] += 1
+    if not records:
+        why = list_reasons(skipped) or "it holds none"
+        raise UserError(f"{path}: not one of {len(items):,} records can be used for stage {stage}: {why}")
+    return records, skipped
 
 
-# ---- Published data ------------------------------------------------------------------------------------------
+def read_json(path, skipped):
+    """The records of a JSON list or of JSON Lines, as dictionaries."""
+    text = read_text(path)
+    try:
+        content = json.loads(text, object_pairs_hook=read_object)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):  # a list, of which single lines may look whole
+            raise UserError(f"{path}: is broken JSON, or cut off ({error})") from error
+        content = []
+        for line in text.split("\n"):  # at nothing else: U+2028 may stand in a text
+            try:
+                if line.strip():
+                    content.append(json.loads(line, object_pairs_hook=read_object))
+            except (ValueError, RecursionError):
+                skipped["a line is not JSON"] += 1
+        if not any(isinstance(item, dict) for item in content):
+            raise UserError(f"{path}: is neither JSON nor JSON Lines ({error}): the README shows its shape") from error
+    return content if isinstance(content, list) else [content]
 
-PUBLISHED = {  # what a stage takes without --data: a folder, a data repository on the Hugging Face hub, its files
-    1: ("llava-cc3m-595k", "liuhaotian/LLaVA-CC3M-Pretrain-595K", ["chat.json", "images.zip"]),
-    2: ("llava-instruct-150k", "liuhaotian/LLaVA-Instruct-150K", ["llava_instruct_150k.json"]),
+
+def read_object(pairs):
+    """A JSON object → dictionary; None if a key is there twice, for it can't be known which is meant."""
+    item = dict(pairs)
+    return item if len(item) == len(pairs) else None
+
+
+def read_text(path):
+    """The text of a UTF-8 file. UserError if it is not there or in another encoding."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path}: no such file")
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and zips of "
+                        "them, belong to --images)") from error
+
+
+def read_folder(folder, skipped):
+    """The pictures of a folder, at any depth, with a .txt beside each → records of captions, as read_json gives them.
+    Linked folders are followed; none is read twice."""
+    def fail(error):
+        raise error
+
+    seen, files = set(), []
+    for place, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        subfolders.sort()
+        if os.path.realpath(place) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        files += [Path(place, name) for name in names]
+
+    texts, items, paired = {}, [], set()
+    for path in files:
+        if path.suffix.lower() == ".txt":
+            texts.setdefault(path.with_suffix(""), []).append(path)
+    for path in sorted(files):
+        stem = path.with_suffix("")
+        if path.suffix.lower() not in (".txt", *ENDINGS):
+            skipped["another file in a folder, where pictures and .txt are read (name a .json itself)"] += 1
+        elif path.suffix.lower() != ".txt" and stem not in texts:
+            skipped["a picture without a caption in a .txt beside it"] += 1
+        elif path.suffix.lower() != ".txt":
+            paired.add(stem)
+            try:
+                if len(texts[stem]) > 1:
+                    raise UserError("a picture with two texts beside it, as a.txt and a.TXT")
+                items.append({"image": path.relative_to(folder).as_posix(), "caption": read_text(texts[stem][0])})
+            except UserError as reason:
+                skipped[str(reason)] += 1
+    if len(paired) < len(texts):
+        skipped["a .txt without its picture beside it"] += len(texts) - len(paired)
+    return items
+
+
+def read_captions(item):
+    """One record of a data file → a list of one Record, for stage 1."""
+    check_kind(item)
+    conversation = item.get("conversations") or []
+    if item.get("caption"):
+        caption = " ".join(item["caption"].split())
+    elif [speaker(turn) for turn in conversation] == ["human", "gpt"]:  # "describe the picture" and a description
+        caption = conversation[1]["value"].strip()
+    elif "caption" in item:
+        caption = ""
+    else:
+        raise UserError("questions, for --stage 2")
+    if not is_text(caption):
+        raise UserError("an empty or unreadable text")
+    return [Record(item["image"], (), caption, category_of(item), item.get("id"))]
+
+
+def read_turns(item, answered, skipped):
+    """One record of a data file → a list with a Record for each answer, for stage 2."""
+    check_kind(item)
+    conversation = item.get("conversations")
+    if conversation is None and "question" not in item:
+        raise UserError("captions, for --stage 1")
+    if conversation is None:
+        conversation = [{"from": "human", "value": item["question"]}]
+        if item.get("answer") is not None:
+            conversation.append({"from": "gpt", "value": item["answer"]})
+    if not answered and len(conversation) % 2 == 0 and conversation and not conversation[-1]["value"].strip():
+        conversation = conversation[:-1]  # an empty answer is one that is not known
+
+    turns = []  # up to the first one that is empty or not the speaker's
+    for turn in conversation:
+        text = turn["value"].strip()
+        if not turns:  # LLaVA marks the picture's place, before or after the first question
+            text = text.removeprefix("<image>").removesuffix("<image>").strip()
+        if speaker(turn) != ("human", "gpt")[len(turns) % 2] or not is_text(text):
+            break
+        turns.append(text)
+    if len(turns) % 2 and (answered or len(turns) < len(conversation)):
+        turns.pop()  # a question without an answer
+    if not turns:
+        raise UserError(why_no_turns(conversation))
+    if len(turns) < len(conversation):
+        skipped["the rest of a chat, from a turn that is empty, unanswered or not the speaker's"] += 1
+
+    all_choices = item.get("choices") or [[]] * len(conversation)
+    if item.get("choices") and len(all_choices) != (len(conversation) + 1) // 2:
+        raise UserError('"choices" that are not one list for each answer')
+    records = []
+    for n in range(0, len(turns), 2):
+        answer = turns[n + 1] if n + 1 < len(turns) else ""
+        choices = read_choices(all_choices[n // 2], answer)
+        records.append(Record(item["image"], tuple(turns[:n + 1]), answer, category_of(item), item.get("id"), choices))
+    return records
+
+
+def why_no_turns(conversation):
+    """Why a conversation has no turn for stage 2."""
+    speakers = [speaker(turn) for turn in conversation]
+    if speakers == ["human", "gpt"] and conversation[0]["value"].strip() == "<image>":
+        return "captions, for --stage 1"
+    if speakers == ["human"] or (speakers == ["human", "gpt"] and not conversation[1]["value"].strip()):
+        return "a question without an answer"
+    return "turns that do not alternate between human and gpt, or are empty"
+
+
+def read_choices(choices, answer):
+    """A list of texts → tuple. UserError if it can't be known which one is the answer."""
+    if not isinstance(choices, list) or not all(is_text(text) for text in choices):
+        raise UserError('"choices" that are not one list of texts for each answer')
+    choices = tuple(text.strip() for text in choices)
+    if choices and (len(set(choices)) < len(choices) or (answer and answer not in choices)):
+        raise UserError("an answer that is not one of its choices, or a choice that is there twice")
+    return choices
+
+
+def check_kind(item):
+    """UserError if a record has not the fields of one of the three kinds, TypeError if it is no object."""
+    if not isinstance(item, dict):
+        raise TypeError
+    if not any(name in item for name in ("caption", "conversations", "question")):
+        raise UserError('a record of no known kind: it needs "image" with "caption", "conversations" or "question", '
+                        f"and has {', '.join(item)[:100]} (tests/lab/published.py reads other formats)")
+    item.setdefault("image", None)
+
+
+def speaker(turn):
+    return {"user": "human", "assistant": "gpt"}.get(turn["from"], turn["from"])
+
+
+def category_of(item):
+    category = item.get("category")
+    if isinstance(category, (dict, list)):
+        raise TypeError
+    return "all" if category is None or category == "" else printable(str(category))
+
+
+def is_text(value):
+    """Whether a value is text that says something and can be written down (JSON can hold halves of characters)."""
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value \
+        and value == value.encode("utf-8", "ignore").decode()
+
+
+def list_reasons(skipped):
+    """The five most frequent reasons, in one line."""
+    return "; ".join(f"{reason} ({n:,})" for reason, n in skipped.most_common(5))
+
+
+def report(skipped, noted=Counter()):
+    """Print how often which reason occurred, the ten most frequent ones first."""
+    for word, reasons in (("skipped", skipped.most_common()), ("noted", noted.most_common())):
+        for reason, n in reasons[:10]:
+            print(f"  {word} {n:,}: {printable(reason)}")
+        if reasons[10:]:
+            print(f"  {word} {sum(n for _, n in reasons[10:]):,}: other reasons")
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------
+
+
+class Pictures:
+    """The pictures that records name: a folder, or a zip archive, read in place. UserError if it is neither.
+
+    If everything in an archive lies in one folder, as in COCO's train2017.zip, that folder's name may be left out.
+    """
+
+    def __init__(self, path):
+        self.path, self.zip = Path(path), None
+        if self.path.is_dir():
+            return
+        if not self.path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: no such folder or zip archive")
+        try:
+            self.zip = zipfile.ZipFile(self.path)
+        except Exception as error:  # zipfile raises half a dozen kinds at broken archives
+            raise UserError(f"{path}: is neither a folder nor a whole zip archive ({error})") from error
+        self.names, self.twice = {}, set()  # {a name as `find` makes it plain: the name in the archive}
+        for name in self.zip.namelist():
+            plain = "/".join(split_name(name))
+            if plain in self.names:
+                self.twice.add(plain)
+            if not name.endswith("/"):
+                self.names[plain] = name
+        tops = {name.partition("/")[0] for name in self.names} - {"__MACOSX"}
+        self.top = tops.pop() + "/" if len(tops) == 1 else ""
+
+    def find(self, name):
+        """The name of a picture in a record → the one under which it is there. UserError, with the reason, if it is no
+        name, leads out of the folder, is there twice or not at all."""
+        if name is None or name == "":
+            raise UserError("no picture")
+        if not is_text(name):
+            raise UserError("a picture's name that is no text")
+        if name.startswith(("/", "\\")) or os.path.splitdrive(name)[0] or ".." in split_name(name):
+            raise UserError("a picture's name that leads out of --images")
+        plain = "/".join(split_name(name))
+        if self.zip is None:
+            if os.path.isfile(self.path / plain):
+                return plain
+        else:
+            for candidate in (plain, self.top + plain):
+                if candidate in self.twice:
+                    raise UserError(f"a picture's name that is twice in {self.path}")
+                if candidate in self.names:
+                    return self.names[candidate]
+        raise UserError(f"no such picture in {self.path} (--images names their folder or zip)")
+
+    def open(self, name):
+        """The name of a picture → a binary file. UserError as from `find`, and if the archive is broken there."""
+        found = self.find(name)
+        if self.zip is None:
+            return open(self.path / found, "rb")
+        info = self.zip.getinfo(found)
+        if info.file_size > MAX_BYTES:
+            raise UserError(f"a picture in a zip that unpacks to more than {MAX_BYTES:,} bytes")
+        try:
+            return io.BytesIO(self.zip.read(info))
+        except Exception as error:  # broken, encrypted or packed in another way
+            raise UserError(f"a picture that can't be unpacked ({error})") from error
+
+    def state(self, name):
+        """What tells whether a picture has changed: its checksum in an archive, else its path, size and time."""
+        try:
+            found = self.find(name)
+        except UserError:
+            return None
+        if self.zip is None:
+            stat = os.stat(self.path / found)
+            return str(self.path.resolve()), stat.st_size, stat.st_mtime_ns
+        info = self.zip.getinfo(found)
+        return info.CRC, info.file_size
+
+
+def open_pictures(data, images=None):
+    """The Pictures of a data file: `images`, or else its own folder. A folder of pairs holds its pictures itself."""
+    if images and os.path.isdir(data):
+        raise UserError(f"{data}: is a folder of pictures with a .txt beside each, so --images would not be used")
+    return Pictures(images or (data if os.path.isdir(data) else Path(data).parent))
+
+
+def split_name(name):
+    """The parts of a file's name: a/b, ./a//b and a\\b have the same."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+
+
+def load_image(source):
+    """The path of a picture, or a binary file → RGB picture, as a person sees it: turned as its EXIF says, on white where
+    it is transparent. UserError, which names the path, if it can't be read."""
+    if isinstance(source, (str, Path)):
+        if not os.path.isfile(source):  # a pipe would be waited for
+            raise UserError(f"{source}: no such picture")
+        try:
+            with open(source, "rb") as file:
+                return load_image(file)
+        except UserError as reason:
+            raise UserError(f"{source}: {reason}") from reason
+    try:
+        with Image.open(source) as image:
+            if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
+                raise UserError("a picture with too many pixels, or too narrow")
+            image.load()
+            return to_rgb(image)
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        source.seek(0)
+        if source.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"):
+            raise UserError("a HEIC picture, which has to be converted to JPEG or PNG") from error
+        raise UserError("a file that is no picture") from error
+    except Exception as error:  # Pillow's decoders raise what they like at broken bytes
+        raise UserError(f"a picture that can't be read ({type(error).__name__}: {error})") from error
+
+
+def to_rgb(image):
+    """A picture of any mode, as Pillow opened it → RGB."""
+    many_bits = image.mode.startswith(("I", "F"))
+    if many_bits and image.format != "PNG":
+        raise UserError("gray of more than 8 bits, whose range the file does not tell: save it as PNG, or in 8 bits")
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # at EXIF that it can't read, or can't write when the picture is turned (Pillow 8965)
+        pass
+    if many_bits:  # in PNG 65,535 is white. Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image, np.uint32) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[1] > 0:  # else nothing would be seen: some programs write such files
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---- Published data --------------------------------------------------------------------------------------------
+
+PUBLISHED = {  # what a stage takes without --data: a folder, a data set on the Hugging Face hub, its files, pictures
+    1: ("llava-cc3m-595k", "liuhaotian/LLaVA-CC3M-Pretrain-595K", ("chat.json", "images.zip"), "images.zip"),
+    2: ("llava-instruct-150k", "liuhaotian/LLaVA-Instruct-150K", ("llava_instruct_150k.json",), "train2017.zip"),
 }
 COCO_PICTURES = "http://images.cocodataset.org/zips/train2017.zip"  # those of stage 2; they are not on the hub
 
 
-def published(stage, out, agreed):
-    """Have the published data of a stage below `out` → ([records], [pictures]) for `read_records`.
-    States size and place first, and downloads only if `agreed`. UserError without that, without the hub or room on the
-    disk, and where COCO's pictures are missing, with the command that fetches them.
-    """
-    name, repository, files = PUBLISHED[stage]
+def published_data(stage, out):
+    """(data file, zip of pictures) of a stage, as the authors of LLaVA published them, below `out`. UserError, with the
+    commands that fetch them, if they are not there."""
+    name, _, files, pictures = PUBLISHED[stage]
     folder = Path(out, "data", name)
-    missing = [file for file in files if not (folder / file).is_file()]
-    try:
-        size = 0
-        for file in missing:
-            url = huggingface_hub.hf_hub_url(repository, file, repo_type="dataset")
-            size += huggingface_hub.get_hf_file_metadata(url).size
-        if missing:
-            print(f"--stage {stage} without --data takes {name}: {size / 1e9:.2f} GB to download into {folder}/")
-            if not agreed:
-                raise UserError("nothing was downloaded: add --download to agree, or name data of your own with --data")
-            folder.mkdir(parents=True, exist_ok=True)
-            if size > shutil.disk_usage(folder).free:
-                raise UserError(f"{folder}: there is no room for {size / 1e9:.2f} GB")
-        for file in missing:
-            huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", local_dir=folder)
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client raises what its network library raises
-        raise UserError(f"{repository}: can't be fetched from the hub ({error}): try again, or use data of your own, "
-                        "with --data") from error
-    pictures = folder / ("images.zip" if stage == 1 else "train2017.zip")
-    if not pictures.is_file():
-        raise UserError(f"{pictures} is missing: COCO's pictures, 19 GB, are not on the hub. To fetch them:  "
-                        f"curl -L -C - --create-dirs -o {pictures} {COCO_PICTURES}")
-    return [str(folder / files[0])], [str(pictures)]
+    if not all((folder / file).is_file() for file in (*files, pictures)):
+        raise UserError(how_to_fetch(stage, out))
+    return folder / files[0], folder / pictures
+
+
+def how_to_fetch(stage, out):
+    """The commands that fetch the published data of a stage, in one line."""
+    name, repository, files, pictures = PUBLISHED[stage]
+    folder = Path(out, "data", name)
+    where = shlex.quote(str(folder))
+    commands = [f"hf download {repository} {' '.join(files)} --repo-type dataset --local-dir {where}"]
+    if pictures not in files:
+        place = shlex.quote(str(folder / pictures))
+        commands.append(f"curl -L -C - --create-dirs -o {place} {COCO_PICTURES}  (COCO's pictures, 19 GB)")
+    return (f"name data of your own with --data, or fetch what is looked for in {folder}, {' and '.join(files)}"
+            f"{'' if pictures in files else ' and ' + pictures}:  " + "  and  ".join(commands))
