@@ -138,18 +138,20 @@ def evaluation(account, model, weights, stage, max_batch_tokens, question, answe
     model.eval()
     pairs = max(1, max_batch_tokens // (question + answer))  # of a question with an answer
     prompts = max(1, max_batch_tokens // (question + sample.MAX_TOKENS))
-    tasks = [(min(64, pairs), question, lambda f, tokens: model(f, tokens)),
-             (prompts, question + sample.MAX_TOKENS - 2, lambda f, _: list(model.stream(f, max_tokens=2)))]
+
+    def first_token(f, tokens):  # of `generate`, which can't go on with a token that has no value
+        x, mask, cache = model.read_prompt(*model.to_device(f, tokens.question, tokens.question_mask))
+        model.logits(model.run_llm(x, mask, cache)[0][:, -1]).argmax(-1)
+
+    tasks = [(min(64, pairs), question, model), (prompts, question + sample.MAX_TOKENS, first_token)]
     if stage == 2:
         choices = [[""] * 4]
         tasks.append((max(1, pairs // 4), question, lambda f, _: model.score(f, [""] * len(f), choices * len(f))))
     peaks = []
     for B, length, task in tasks:
-        def tokens_of(_, answers, length=length):
-            return measure.random_batch(model, len(answers), length, answer)[1]
-
         f, tokens = measure.random_batch(model, B, length, answer)
-        with torch.no_grad(), mock.patch.object(model, "tokenize", tokens_of):
+        every_choice = measure.random_batch(model, 4 * B, length, answer)[1]  # what `score` makes of its texts
+        with torch.no_grad(), mock.patch.object(model, "tokenize", lambda *_: every_choice):
             peaks.append(run(account, weights, lambda: task(f, tokens)).peak)
     return max(peaks)
 

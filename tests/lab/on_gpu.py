@@ -32,7 +32,7 @@ import lmeye
 import measure
 import train
 
-KINDS = ((1, "lmeye"), (1, "static"), (1, "norequest"), (2, "lmeye"), (2, "static"), (2, "norequest"))
+KINDS = ((1, "lmeye"), (2, "lmeye"), (2, "static"), (2, "norequest"))  # phase 1 is the same for all
 BOUNDS = {  # of the loss, and of each gradient, against fp32 arithmetic on the CPU with the same weights
     torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 0.2), torch.float16: (3e-3, 0.05),
 }

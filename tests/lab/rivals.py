@@ -1,9 +1,10 @@
 """The exercises of README.md, solved: each is a class that changes one step of LMEye.
 
-    python tests/lab/rivals.py --rival TwoRounds --stage 2 --preset mini --out out/two-rounds
+    python tests/lab/rivals.py --rival TwoRounds --stage 2 --preset mini
 
-trains one of them: --rival names it, and all other flags are those of train.py. Phase 1 is LMEye's own: with another
---out, name its adapter by --init.
+trains one of them: --rival names it, all other flags are those of train.py. Phase 1 is LMEye's own. A run of LMEye
+that is in the way is renamed. Only this script, with the flags of sample.py, asks a rival: sample.py would take its
+checkpoint for LMEye's.
 """
 
 import argparse
@@ -15,11 +16,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import lmeye
+import sample
 import train
 from lmeye import LMEye
 
 
-class CurvedDecomposition(LMEye):
+class Rival(LMEye):
+    """What all have in common."""
+
+    @classmethod
+    def from_settings(cls, settings):
+        """As LMEye's, but unchecked: `check_llm` and `check_clip` would find that this is not LMEye."""
+        where = lmeye.device_and_dtype(settings.precision)
+        return cls(settings, *lmeye.load_llm(settings.llm, *where), *lmeye.load_clip(settings.clip, *where))
+
+
+class CurvedDecomposition(Rival):
     """Decompose with a hidden layer: Linear, GELU, Linear."""
 
     def __init__(self, *parts):
@@ -29,7 +41,7 @@ class CurvedDecomposition(LMEye):
         self.to(self.device).eval()
 
 
-class TwoRounds(LMEye):
+class TwoRounds(Rival):
     """Ask twice: the model reads what came back, and asks again from there."""
 
     def read_prompt(self, f, question, question_mask):
@@ -44,7 +56,7 @@ class TwoRounds(LMEye):
         return torch.cat([self.tell(v), answer_follows], 1), mask, cache
 
 
-class EarlierRequest(LMEye):
+class EarlierRequest(Rival):
     """Read the request from the language model's first layer instead of its last."""
 
     def __init__(self, *parts):
@@ -58,31 +70,33 @@ class EarlierRequest(LMEye):
         return super().ask(self.state[:, -1])  # of the pass that has just ended at <img-d>
 
 
-class NoPictureToken(LMEye):
+class NoPictureToken(Rival):
     """No picture in <img>: all must come by request."""
 
     def see(self, f):
         return self.img.expand(len(f), self.settings.n_image_tokens, -1)
 
 
-class NoTextTransformer(LMEye):
+class NoTextTransformer(Rival):
     """`v` is the sum of the words. (Needs a CLIP whose text transformer is as wide as its joint space.)"""
 
     def encode_words(self, words):
         return words.sum(1)  # (B, W)
 
 
-RIVALS = {kind.__name__: kind for kind in LMEye.__subclasses__()}
+RIVALS = {kind.__name__: kind for kind in Rival.__subclasses__()}
 
 
 def main():
-    """Run train.py with a rival in LMEye's place."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """Run train.py, or without --stage sample.py, with a rival in LMEye's place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--rival", required=True, choices=RIVALS)
     args, flags = parser.parse_known_args()
-    train.LMEye = RIVALS[args.rival]
-    sys.argv = [f"rivals.py --rival {args.rival}", *flags]
-    train.main()
+    train.LMEye = sample.LMEye = RIVALS[args.rival]
+    sys.argv[1:] = flags
+    program = train if "--stage" in flags else sample
+    program.main()
 
 
 if __name__ == "__main__":
