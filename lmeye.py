@@ -1,31 +1,27 @@
 r"""LMEye: a frozen language model asks a frozen CLIP about a picture (arXiv 2305.03701, version 1).
 
-Models like LLaVA turn a picture into tokens once, before the question is known. LMEye lets the language model (LM)
-read the question first and then *ask* for what it needs:
+Models like LLaVA turn a picture into tokens once, before the question is known. LMEye lets the language
+model (LM) read the question first and then *ask* for what it needs:
 
-    1. see        CLIP turns the picture into one vector f.          <img> = align(f) + img
-    2. ask        The LM reads  [bos]Image:<img>\nQuestion: {question}<img-d>  where a learned vector, img_d, stands
-                  in for <img-d>, the place of what the picture will answer. Its last hidden state there is h.
-                                                                     r = request(h)
+    1. see        CLIP turns the picture into one vector f.    <img> = align(f) + img
+    2. ask        The LM reads  [bos]Image:<img>\nQuestion: {question}<img-d>  where a learned vector, img_d,
+                  stands in for <img-d>. Its last state there is h.    r = request(h)
     3. interact   CLIP's own text transformer reads picture and request as if they were words.
-                  f_1 … f_N = decompose(f)                           v = CLIP_text([SOS, f_1 … f_N, r, EOS])
-    4. tell       The LM reads the prompt again, now with            <img-d> = transmit(v) + img_d
-                  and after it  \nAnswer: {answer}[eos]  whose tokens carry the loss.
+                  f_1 … f_N = decompose(f)    v = CLIP_text([SOS, f_1 … f_N, r, EOS])
+    4. tell       The LM reads the prompt again, now with  <img-d> = transmit(v) + img_d , and then
+                  \nAnswer: {answer}[eos]  whose tokens carry the loss.
 
-Both models are frozen; four linear layers and two vectors are trained. Phase 1 (`--stage 1`) trains `align` and `img`
-on captions, [bos]Image:<img> {caption}[eos], where nothing is asked; phase 2 trains the others on questions.
-"Frozen" means that weights don't change. It does not stop gradients: they pass from the loss through the LM (second
-pass), `transmit` and CLIP's text transformer to `request`, and on through the LM (first pass) to img_d. Only the
+Both models are frozen; four linear layers and two vectors are trained. Phase 1 (`--stage 1`) trains `align`
+and `img` on captions, [bos]Image:<img> {caption}[eos], where nothing is asked. Phase 2 trains the others.
+"Frozen" means that weights don't change. It does not stop gradients: they pass from the loss through the LM,
+`transmit` and CLIP's text transformer to `request`, and through the LM's first pass to img_d. Only the
 picture tower runs without gradients.
-
-Below, `plain_loss` is the method as the paper tells it, for one record. The class LMEye is the same for a batch, and
-faster. Loading, its checks, files and errors come last.
 
 In numbers, for "what is on the table?" with OPT-1.3b and CLIP ViT-L/14:
     f (1, 768)   <img> (1, 1, 2048)   prompt before <img-d> (1, 13, 2048)   h (1, 2048)   r (1, 768)
     words of CLIP (1, 8, 768)   v (1, 768)   <img-d> (1, 1, 2048)
-Trained: align 1.57 M, request 1.57 M, decompose 2.95 M, transmit 1.57 M and two vectors: 7.68 M, of which 1.58 M in
-phase 1 and 6.10 M in phase 2. Frozen: 1.3 billion (OPT) and 0.43 billion (CLIP).
+Trained: align 1.57 M, request 1.57 M, decompose 2.95 M, transmit 1.57 M and two vectors: 7.68 M, of which
+1.58 M in phase 1 and 6.10 M in phase 2. Frozen: 1.3 billion (OPT) and 0.43 billion (CLIP).
 
 Axes in the shape comments, with the sizes of these two models:
     B   records of a batch                     T   tokens; T' those of the answer
@@ -35,6 +31,7 @@ Axes in the shape comments, with the sizes of these two models:
     V   size of the LM's vocabulary, 50272     K   choices of a question
 """
 
+import copy
 import inspect
 import json
 import logging
@@ -79,15 +76,14 @@ VARIANTS = ("lmeye", "norequest", "static")
 IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"  # one template for training and all else
 
 
-# ---- The method, plainly ---------------------------------------------------------------------------------------
-
+# ---- The method, plainly -------------------------------------------------------------------------
 
 def plain_loss(model, f, question, answer):
-    """The method as section 3 of the paper tells it: two whole passes of the language model, nothing clever.
+    """The method as section 3 of the paper tells it: two whole passes of the LM, nothing clever.
 
-    Takes the feature f (1, C) of one picture, a question and an answer. Returns the loss, a scalar, and what it was
-    computed from: the logits before each token of the answer (T', V) and the state h (1, D). `LMEye.forward` computes
-    the same for a batch; when models are loaded, `check_llm` compares the two.
+    Takes the feature f (1, C) of one picture, a question and an answer. Returns the loss, a scalar, and what
+    it was computed from: the logits before each token of the answer (T', V) and the state h (1, D). The class
+    below computes the same for a batch, faster; when models are loaded, `check_llm` compares the two.
     """
     def embed(ids):  # token ids → word vectors of the LM (1, T, D)
         return model.embed(torch.tensor([ids], dtype=torch.long, device=model.device))
@@ -114,8 +110,7 @@ def plain_loss(model, f, question, answer):
     return F.cross_entropy(logits, torch.tensor(answer, device=model.device)), logits, h
 
 
-# ---- The method, for batches -----------------------------------------------------------------------------------
-
+# ---- The method, for batches ---------------------------------------------------------------------
 
 class Tokens(NamedTuple):
     """Token ids of a batch, with masks: 1 for a token, 0 for padding. The marked ones carry the loss:
@@ -136,8 +131,7 @@ class Tokens(NamedTuple):
 class LMEye(nn.Module):
     """Four linear layers and two vectors between a frozen language model and a frozen CLIP.
 
-    `f` is always the picture feature of `encode_image`, (B, C). `questions` is a list of B texts, or None for
-    captions.
+    `f` is always the picture feature of `encode_image`, (B, C). `questions`: B texts, or None for captions.
     """
 
     def __init__(self, settings, llm, tokenizer, clip, preprocess, clip_tokenizer):
@@ -149,8 +143,7 @@ class LMEye(nn.Module):
         self.clip_text = getattr(clip, "text", clip)  # open_clip.CLIP has the text layers itself
         check_settings(self)
 
-        # The fixed words of the prompt. bos stands where the LM's own tokenizer writes one; CLIP's tokenizer frames
-        # an empty text with SOS and EOS.
+        # The fixed words. bos only where the LM's tokenizer writes one; CLIP's frames texts with SOS and EOS.
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
         self.register_buffer("image_words", torch.tensor(bos + self.ids_of([IMAGE])[0]), persistent=False)
         self.register_buffer("answer_words", torch.tensor(self.ids_of([ANSWER])[0]), persistent=False)
@@ -180,7 +173,6 @@ class LMEye(nn.Module):
         self.to(llm.device).eval()
 
     # -- 1. See: the picture becomes a word of the language model
-
     @torch.no_grad()
     def encode_image(self, pixels):
         """Pixels (B, 3, side, side) from `preprocess` → f (B, C), fp32: CLIP's feature, not normalised."""
@@ -192,7 +184,6 @@ class LMEye(nn.Module):
         return self.align(f).unflatten(-1, (self.settings.n_image_tokens, -1)) + self.img
 
     # -- 2. Ask: the LM has read picture and question; its state says what it wants to know
-
     def ask(self, h):
         """The LM's last hidden state at <img-d>, h (B, D) → the request r (B, W)."""
         r = self.request(h.float())
@@ -201,11 +192,10 @@ class LMEye(nn.Module):
         return r
 
     # -- 3. Interact: picture and request meet as the words of one CLIP sentence
-
     def interact(self, f, r):
         """f (B, C) and r (B, W) → v (B, C), what CLIP's text transformer makes of both.
 
-        The order of the words decides what can happen. The transformer is causal and is read at EOS: the features
+        The order of the words decides what can happen. The transformer is causal and is read at EOS: features
         never see the request, the request sees all features, and EOS sees everything.
         """
         features = self.dropout(self.decompose(f)).unflatten(-1, (self.settings.n_features, -1))  # (B, N, W)
@@ -215,8 +205,8 @@ class LMEye(nn.Module):
     def encode_words(self, words):
         """CLIP's text transformer over word vectors (B, T, W) → its text feature (B, C).
 
-        This is `clip.encode_text` without the look-up of words: T places instead of 77, and the state is read at the
-        last one, where EOS stands. `check_clip` compares the two.
+        This is `clip.encode_text` without the look-up of words: T places instead of 77, and the state is read
+        at the last one, where EOS stands. `check_clip` compares the two.
         """
         text, T = self.clip_text, words.shape[1]
         x = (words + text.positional_embedding[:T]).to(text.transformer.get_cast_dtype())
@@ -229,24 +219,22 @@ class LMEye(nn.Module):
         return x.float()
 
     # -- 4. Tell: what came out takes the place of <img-d>
-
     def tell(self, v):
         """v (B, C) → the word vectors that replace <img-d> (B, Q, D).
 
-        img_d is used twice. In step 2 it is the place-holder that the LM reads when it asks; here it is what all
-        answers share, as `img` is what all pictures share.
+        img_d is used twice. In step 2 it is the placeholder that the LM reads when it asks; here it is what
+        all answers have in common, as `img` is what all pictures have in common.
         """
         return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d
 
     # -- Both passes of the language model
-
     def read_prompt(self, f, question, question_mask):
         """Run steps 1 to 4 → (x, mask, cache): what the LM still has to read before the answer.
 
-        Plainly, the LM reads the prompt twice, with another <img-d>. But attention is causal: changing <img-d> can't
-        change the states of the words before it. So their keys and values are kept in the cache, step 4 goes on from
-        there, and gradients flow back through both uses. x (B, T, D) begins at <img-d>, or where there is no cache
-        (for captions and `static`) at the very beginning. The mask covers the cache and x.
+        Plainly, the LM reads the prompt twice, with another <img-d>. But attention is causal: another <img-d>
+        can't change the states of the words before it. So their keys and values are kept in the cache, step 4
+        goes on from there, and gradients flow back through both uses. x (B, T, D) begins at <img-d>; without
+        a cache (captions, `static`) at the very beginning. The mask covers the cache and x.
         """
         B, Q = len(f), self.settings.n_slots
         x = torch.cat([self.embed(self.image_words).expand(B, -1, -1), self.see(f)], 1)
@@ -257,12 +245,13 @@ class LMEye(nn.Module):
         x, mask = padding_first(x, torch.cat([mask, question_mask], 1))
 
         cache = None
-        if self.settings.variant != "static":  # in that control <img> is all that the LM sees of the picture
-            img_d, mask_with_slots = self.img_d.expand(B, Q, -1), F.pad(mask, (0, Q), value=1)
+        if self.settings.variant != "static":  # in that control <img> must do alone
+            img_d = self.img_d.expand(B, Q, -1)
+            mask_with_slots = F.pad(mask, (0, Q), value=1)
             if torch.is_grad_enabled():
                 _, cache = self.run_llm(x, mask)
                 h, cache = self.run_llm(img_d, mask_with_slots, cache)
-            else:  # one call is faster; two let the first do without gradients where `align` is frozen
+            else:  # one call is faster; in two, the first does without gradients while `align` is frozen
                 h, cache = self.run_llm(torch.cat([x, img_d], 1), mask_with_slots)
             cache.crop(-Q)  # forget <img-d>, keep what stands before it
             v = self.interact(f, self.ask(h[:, -1]))  # the last slot has seen the others
@@ -273,20 +262,20 @@ class LMEye(nn.Module):
     def run_llm(self, x, mask, cache=None):
         """The LM over word vectors x (B, T, D), behind what the cache holds → (states (B, T, D), cache).
 
-        The mask covers the cache and x. A token's position is the number of tokens before it: padding does not
-        count. (BLOOM takes no positions; it computes them from the mask.)
+        The mask covers the cache and x. A token's position is the number of tokens before it: padding does
+        not count. (BLOOM takes no positions; it computes them from the mask.)
         """
         if cache is None:
-            cache = transformers.DynamicCache()  # without the LM's config, for sliding windows can't be cropped
+            cache = transformers.DynamicCache()  # no sliding windows, which could not be cropped
         accepted = inspect.signature(self.llm.base_model.forward).parameters
-        options = {"past_key_values" if "past_key_values" in accepted else "cache": cache, "use_cache": True}
+        options = {"past_key_values" if "past_key_values" in accepted else "cache": cache}
         if "position_ids" in accepted:
             options["position_ids"] = (mask.cumsum(1)[:, -x.shape[1]:] - 1).clamp(min=0)
-        output = self.llm.base_model(inputs_embeds=x.to(self.llm.dtype), attention_mask=mask, **options)
+        x = x.to(self.llm.dtype)
+        output = self.llm.base_model(inputs_embeds=x, attention_mask=mask, use_cache=True, **options)
         return output.last_hidden_state, cache
 
     # -- The loss
-
     def forward(self, f, tokens):
         """f (B, C) and Tokens → the cross-entropy of all answers with their eos, summed: a scalar, fp32."""
         h, targets = self.answer_states(f, tokens)
@@ -303,12 +292,11 @@ class LMEye(nn.Module):
         return h[places], answer.flatten()[places]
 
     def loss(self, f, questions, answers):
-        """The same from texts, averaged over the answers' tokens: f (B, C), two lists of B texts → a scalar."""
+        """f (B, C), questions and answers, B texts each → the loss averaged over the answers' tokens."""
         tokens = self.tokenize(questions, answers)
         return self(f, tokens) / tokens.answer_mask.sum()
 
     # -- Answers, and the likelihood of given ones
-
     def logits(self, h):
         """States (…, D) → logits of the next token (…, V), fp32."""
         return self.llm.get_output_embeddings()(h).float()
@@ -317,8 +305,8 @@ class LMEye(nn.Module):
     def stream(self, f, questions=None, max_tokens=64, temperature=0.0, top_k=0, generator=None):
         """Yield the answers token by token, ids (B,) at a time; an answer that has ended repeats eos.
 
-        temperature 0 takes the likeliest token. Above, one is drawn, of the top_k likeliest only unless top_k is 0;
-        a `generator` makes that repeatable. UserError if the numbers are not finite.
+        temperature 0 takes the likeliest token. Above, one is drawn, of the top_k likeliest only unless top_k
+        is 0; a `generator` makes that repeatable. UserError if the numbers are not finite.
         """
         eos = self.tokenizer.eos_token_id
         tokens = self.tokenize(questions, [""] * len(f))  # the answers are what is looked for
@@ -329,37 +317,39 @@ class LMEye(nn.Module):
             h, cache = self.run_llm(x, mask, cache)
             logits = self.logits(h[:, -1])[:, :self.vocabulary]
             if not logits.max().isfinite():  # NaN is the largest of all
-                raise UserError("the language model's logits are not finite: use --precision fp32, or bf16")
+                raise UserError("the model's logits are not finite: use --precision fp32, or bf16")
             token = choose_token(logits, temperature, top_k, generator).masked_fill(ended, eos)
             yield token
             ended |= (token == eos) | (mask.sum(1) >= self.context - 1)  # or the context is full
             if ended.all():
                 return
-            x, mask = self.embed(token)[:, None], torch.cat([mask, (~ended).long()[:, None]], 1)
+            x = self.embed(token)[:, None]
+            mask = torch.cat([mask, (~ended).long()[:, None]], 1)
 
     def generate(self, f, questions=None, **options):
-        """f (B, C) and B questions (or None) → a list of B answers (or captions). Options as for `stream`."""
+        """f (B, C) and B questions → a list of B answers, or captions. Options as for `stream`."""
         tokens = torch.stack(list(self.stream(f, questions, **options)), 1)  # (B, T)
         return [self.decode(row) for row in tokens.tolist()]
 
     @torch.no_grad()
     def score(self, f, questions, choices):
-        """f (B, C), B questions, B lists of K texts → log p of each text as the answer, without eos: (B, K)."""
+        """f (B, C), B questions, B lists of K texts → log p of each text as answer, without eos: (B, K)."""
         K = len(choices[0])
         if isinstance(questions, str) or any(len(row) != K or isinstance(row, str) for row in choices):
-            raise UserError("score takes a list of questions and a list of choices for each, all of one length")
+            raise UserError("score takes a list of questions, and for each a list of K choices")
         every_question = [question for question in questions for _ in range(K)]
-        tokens = self.tokenize(every_question, [choice for row in choices for choice in row])  # (B·K, …)
+        every_choice = [choice for row in choices for choice in row]
+        tokens = self.tokenize(every_question, every_choice)  # (B·K, …)
         if tokens.answer_mask.sum(1).min() < 2:
-            raise UserError("score: a choice is empty, or has only letters that the tokenizer has no token for")
+            raise UserError("score: a choice is empty, or the tokenizer has no token for its letters")
         h, targets = self.answer_states(f.repeat_interleave(K, 0), tokens)
         log_p = torch.zeros(tokens.answer.shape, device=self.device)
-        log_p[tokens.answer_mask > 0] = -chunked_cross_entropy(h, targets, self.llm.get_output_embeddings())
-        log_p[tokens.answer == self.tokenizer.eos_token_id] = 0
+        losses = chunked_cross_entropy(h, targets, self.llm.get_output_embeddings())
+        log_p[tokens.answer_mask > 0] = -losses
+        log_p[tokens.answer == self.tokenizer.eos_token_id] = 0  # each ends alike: eos does not count
         return log_p.sum(1).view(-1, K)
 
     # -- Texts and tokens
-
     def ids_of(self, texts):
         """Token ids of each text. What looks like a special token in one, "</s>", is read as text."""
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -370,11 +360,12 @@ class LMEye(nn.Module):
 
     def answer_ids(self, answers):
         """Token ids of each answer or caption, with eos."""
-        return [ids + [self.tokenizer.eos_token_id] for ids in self.ids_of([" " + text for text in answers])]
+        eos = [self.tokenizer.eos_token_id]
+        return [ids + eos for ids in self.ids_of([" " + answer for answer in answers])]
 
     def tokenize(self, questions, answers):
-        """Texts → Tokens, on the CPU. Each text is tokenised by itself, so that a question's tokens can't depend on
-        its answer's. UserError if a record exceeds the LM's context, or if the lists don't fit."""
+        """Texts → Tokens, on the CPU. Each is tokenised by itself, so that a question's tokens can't depend
+        on its answer's. UserError if a record exceeds the LM's context, or if the lists don't fit."""
         if isinstance(questions, str) or (questions is not None and len(questions) != len(answers)):
             raise UserError("a list with one question for each picture or answer is needed")
         question_ids = None if questions is None else self.question_ids(questions)
@@ -404,7 +395,6 @@ class LMEye(nn.Module):
         return [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
 
     # -- What is trained, saved and loaded
-
     def train(self, mode=True):
         """As nn.Module.train, but the frozen models stay in eval mode, in which they have no dropout."""
         super().train(mode)
@@ -425,7 +415,8 @@ class LMEye(nn.Module):
         """Let exactly the tensors of this stage be trained → {name: parameter}.
 
             stage 1, and stage 2 of `static`   align, img
-            stage 2                            request, decompose, transmit, img_d; `train_align` adds align, img
+            stage 2                            request, decompose, transmit, img_d
+            stage 2 with train_align           all of these
         """
         trained = self.adapter(stage)
         if stage == 2 and self.settings.variant != "static" and not train_align:
@@ -442,13 +433,13 @@ class LMEye(nn.Module):
         write_atomically(path, safetensors.torch.save(tensors, {"lmeye": json.dumps(header)}))
 
     def load(self, path):
-        """Load a checkpoint into this model → its stage. UserError if it belongs to other models or shapes."""
+        """Load a checkpoint into this model → its stage. UserError if it belongs to other models."""
         stage, saved, theirs, tensors = read_adapter(path)
         for part, numbers in self.identity.items():
             same_size = len(theirs.get(part, ())) == len(numbers)
             if not (same_size and np.allclose(theirs[part], numbers, rtol=0.01, atol=1e-6)):
-                raise UserError(f"{path}: was trained with --llm {saved.llm} --clip {saved.clip}; the {part} of "
-                                f"--llm {self.settings.llm} --clip {self.settings.clip} are others")
+                raise UserError(f"{path}: was trained with --llm {saved.llm} --clip {saved.clip}; the {part} "
+                                f"of --llm {self.settings.llm} --clip {self.settings.clip} are others")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         needed = {name: tuple(p.shape) for name, p in self.adapter(stage).items()}
         for name in shapes | needed:
@@ -467,12 +458,11 @@ class LMEye(nn.Module):
         return model
 
 
-# ---- Helpers of the class --------------------------------------------------------------------------------------
-
+# ---- Helpers of the class ------------------------------------------------------------------------
 
 def padding_first(x, mask):
-    """Move the padding of x (B, T, D) and mask (B, T) to the far left. A question's padding stands between <img> and
-    the question, where models with ALiBi or a sliding window would count it as distance."""
+    """Move the padding of x (B, T, D) and mask (B, T) to the far left. It stands between <img> and question,
+    where models with ALiBi or a sliding window would count it as distance."""
     order = mask.argsort(dim=1, stable=True)
     return x.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
 
@@ -483,11 +473,12 @@ LOGITS_AT_ONCE = 25_000_000  # of a chunk: 500 tokens of OPT's vocabulary, 100 o
 def chunked_cross_entropy(h, targets, head):
     """States h (n, D), the tokens that follow (n,), the LM's frozen head → the loss of each (n,), fp32.
 
-    The logits of a whole batch would be the largest tensors of a step. The head is frozen, so all that must be kept
-    of a chunk is g, the gradient of its loss with respect to its states. It is taken at once, and the logits are
-    gone. What is added to the loss is zero and has the gradient g.
+    The logits of a whole batch are the largest tensors of a step. But the head is frozen: all that must be
+    kept of a chunk is g, the gradient of its loss with respect to its states. It is taken at once, and the
+    logits are gone. What is added to the loss is zero and has the gradient g.
     """
-    losses, size = [], max(1, LOGITS_AT_ONCE // len(head.weight))
+    size = max(1, LOGITS_AT_ONCE // len(head.weight))
+    losses = []
     for part, target in zip(h.split(size), targets.split(size)):
         x = part.detach().requires_grad_(part.requires_grad)
         loss = F.cross_entropy(head(x).float(), target, reduction="none")
@@ -526,8 +517,9 @@ def pad(rows, side):
 
 
 def context_length(llm):
-    """The number of tokens that the LM can read. Models with "longrope", as Phi-3, rotate all keys anew beyond an
-    original length, and cached ones are then wrong: they are used up to it. BLOOM was trained on 2,048 tokens."""
+    """The number of tokens that the LM can read. Models with "longrope", as Phi-3, rotate all keys anew
+    beyond an original length, where cached ones are wrong: they are used up to it. (BLOOM names no
+    length; it was trained on 2,048 tokens.)"""
     config = llm.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     original = getattr(config, "original_max_position_embeddings", None)
@@ -541,19 +533,19 @@ def identity(model):
     """Numbers that tell frozen models, tokenizers and preprocessings apart: {what: list}."""
     weights = []
     for p in (*model.llm.parameters(), *model.clip.parameters()):
-        weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())  # the first and the middle one
+        weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())  # first and middle one
     picture = Image.linear_gradient("L").resize((256, 128)).convert("RGB")
     pixels = model.preprocess(picture)  # (3, side, side)
     step = max(1, pixels.shape[-1] // 4)
-    return {"weights": torch.cat(weights).tolist(), "pixels": pixels[:, ::step, ::step].flatten().tolist(),
+    return {"weights": torch.cat(weights).tolist(),
+            "pixels": pixels[:, ::step, ::step].flatten().tolist(),
             "token ids": model.ids_of(["Image: how many red things are there?\n3, or: none!"])[0]}
 
 
-# ---- The frozen models: loading them, and the check that the method works with them ----------------------------
-
+# ---- The frozen models: loading them, and the check that the method works with them --------------
 
 def device_and_dtype(precision):
-    """(device, dtype of the frozen weights): a CUDA GPU if there is one. `auto` is bf16 on a GPU that computes with
+    """(device, dtype of the frozen weights): a CUDA GPU if there is one. `auto` is bf16 on a GPU that has
     it, fp16 on others, fp32 on a CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "auto" and device.type == "cuda":
@@ -562,40 +554,46 @@ def device_and_dtype(precision):
 
 
 def load_llm(name, device, dtype):
-    """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, if weights
-    are missing (transformers would make them up), compressed or ignored, or if the tokenizer does not fit."""
+    """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, if
+    weights are missing (transformers would make them up), compressed or ignored, or if the tokenizer does not
+    fit the model."""
     first = name.split("/")[0]
-    if not Path(name).is_dir() and (name.count("/") != 1 or first in ("", ".", "..", "~") or Path(first).is_dir()):
-        raise UserError(f"--llm {name}: no such folder, and not a hub name, ORGANISATION/NAME, as facebook/opt-1.3b is")
+    is_hub_name = name.count("/") == 1 and first not in ("", ".", "..", "~") and not Path(first).is_dir()
+    if not (Path(name).is_dir() or is_hub_name):
+        raise UserError(f"--llm {name}: no such folder, and not a hub name as facebook/opt-1.3b is")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         llm, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # a foreign folder or a missing network may raise anything
-        raise UserError(f"--llm {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
-    # The file may hold weights for which the model has no place. In a layer that exists they change what it should
-    # compute: a bias that config.json does not name, the scale of compressed weights, LoRA's matrices.
-    layers = [name for name, layer in (*llm.named_modules(), *llm.base_model.named_modules())
-              if name and list(layer.parameters(recurse=False))]
+        raise UserError(f"--llm {name}: can't be loaded ({why_not(error, name)})") from error
+
+    # Some weights of the file may have no place in the model. Those of a layer that exists change what it
+    # should compute: a bias that config.json does not name, the scale of compressed weights, LoRA's matrices.
+    layers = [layer for layer, module in (*llm.named_modules(), *llm.base_model.named_modules())
+              if layer and list(module.parameters(recurse=False))]
     ignored = sorted(found["unexpected_keys"])
-    wrong = [key for key in ignored if key.startswith(tuple(f"{layer}." for layer in layers))]
+    wrong = [key for key in ignored if key.startswith(tuple(layer + "." for layer in layers))]
     wrong += sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if wrong:
-        raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape, compressed, or ignored by "
-                        f"the layer that they belong to: {', '.join(wrong[:3])}")
+        raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape, ignored by their "
+                        f"layer or compressed: {', '.join(wrong[:3])}")
     if ignored:
-        print(f"note: --llm {name}: {len(ignored)} weights are not used: {', '.join(ignored[:3])}", file=sys.stderr)
-    ids, embeddings = set(tokenizer(IMAGE + QUESTION + ANSWER).input_ids), len(llm.get_input_embeddings().weight)
+        some = ", ".join(ignored[:3])
+        print(f"note: --llm {name}: {len(ignored)} weights of the file are not used: {some}", file=sys.stderr)
+
+    ids = set(tokenizer(IMAGE + QUESTION + ANSWER).input_ids)
+    embeddings = len(llm.get_input_embeddings().weight)
     if ids <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with "
-                        f"{tokenizer.eos_token} as end of text, and the model {embeddings}; are all files there?")
+                        f"{tokenizer.eos_token} as end of text, the model {embeddings}; are all files there?")
     return llm.to(device), tokenizer
 
 
 def load_clip(name, device, dtype):
-    """(CLIP, preprocess, tokenizer), by open_clip. UserError if that fails. OpenAI's weights were trained with
-    QuickGELU and give silently different features without it (open_clip issue 771): a TAG knows, so it decides; with
-    a FILE the name does, as in ViT-L-14-quickgelu:FILE."""
+    """(CLIP, preprocess, tokenizer), by open_clip. UserError if that fails. OpenAI's weights need QuickGELU
+    and give silently different features without it (open_clip issue 771). A TAG knows that; with a FILE the
+    name must tell, as in ViT-L-14-quickgelu:FILE."""
     model, _, tag = name.partition(":")
     if Path(name).is_dir():
         model, tag = f"local-dir:{name}", ""
@@ -608,7 +606,17 @@ def load_clip(name, device, dtype):
             model, tag or None, precision=precision, device=device, force_quick_gelu=quick_gelu)
         return clip, preprocess, open_clip.get_tokenizer(model)
     except Exception as error:
-        raise UserError(f"--clip {name}: can't be loaded ({type(error).__name__}: {str(error)[:300]})") from error
+        folder = name.removeprefix("local-dir:")
+        raise UserError(f"--clip {name}: can't be loaded ({why_not(error, folder)})") from error
+
+
+def why_not(error, folder):
+    """An error in one line, or its usual cause: git-lfs pointers, small texts, in the place of weights."""
+    for path in Path(folder).glob("*"):
+        small = path.is_file() and path.stat().st_size < 1000
+        if small and path.read_bytes().startswith(b"version https://git-lfs"):
+            return f"{path.name} is a git-lfs pointer in place of the file: run  git lfs pull  in {folder}"
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def check_settings(model):
@@ -616,7 +624,8 @@ def check_settings(model):
     settings = model.settings
     if getattr(model.clip_text, "attn_mask", None) is None:
         raise UserError(f"--clip {settings.clip}: can't be used: its text transformer is not causal")
-    most = {"n_features": len(model.clip_text.positional_embedding) - 3, "n_slots": 100, "n_image_tokens": 100}
+    places = len(model.clip_text.positional_embedding)  # three are for SOS, the request and EOS
+    most = {"n_features": places - 3, "n_slots": 100, "n_image_tokens": 100}
     for name, highest in most.items():
         if not 1 <= getattr(settings, name) <= highest:
             raise UserError(f"--{name.replace('_', '-')} has to be from 1 to {highest}")
@@ -624,7 +633,7 @@ def check_settings(model):
         raise UserError("--dropout has to be from 0 to below 1, and --variant one of " + ", ".join(VARIANTS))
     for text in (IMAGE, QUESTION, ANSWER):
         if not model.ids_of([text])[0]:
-            raise UserError(f"--llm {settings.llm}: its tokenizer has no token for {text!r}, a part of every prompt")
+            raise UserError(f"--llm {settings.llm}: its tokenizer has no token for {text!r}, which it needs")
 
 
 @torch.no_grad()
@@ -634,29 +643,28 @@ def check_clip(model):
     length = (ids[0] == model.sos_eos[1]).int().argmax() + 1  # up to the first EOS
     mine = model.encode_words(model.clip_text.token_embedding(ids[:, :length]))
     if not same(mine, model.clip.encode_text(ids), model.clip_text.transformer.get_cast_dtype()):
-        raise UserError(f"--clip {model.settings.clip}: this kind of CLIP can't be used: its text transformer is not "
-                        "causal, or is not read at the end of a text")
+        raise UserError(f"--clip {model.settings.clip}: this kind of CLIP can't be used: its text "
+                        "transformer is not causal, or is not read at the end of a text")
 
 
 def check_llm(model):
-    """UserError unless a batch of two gives the language model's own numbers, those of `plain_loss`.
+    """UserError unless a batch of two gives the LM's own numbers, those of `plain_loss`.
 
-    Seen to fail: a head that is not all there is to the logits, padding that leaks into states, a cache that can't be
-    shortened, attention that is not causal. Logits are compared, not losses: while weights are small, a loss is ln V
-    whatever the model does. The variants share the passes of `lmeye`.
+    Seen to fail: a head that is not all there is to the logits, padding that leaks into states, a cache that
+    can't be shortened, attention that is not causal. Logits are compared, not losses: with small weights a
+    loss is ln V whatever the model does. The controls share the passes of `lmeye`, which is looked at.
     """
-    settings, fault = model.settings, None
-    model.settings = replace(settings, variant="lmeye")
+    lmeye = copy.copy(model)
+    lmeye.settings = replace(model.settings, variant="lmeye")
     try:
-        fault = find_fault(model)
+        fault = find_fault(lmeye)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a foreign model may raise anything
-        fault = f"it can't be run on vectors with a cache ({type(error).__name__}: {printable(str(error))[:300]})"
-    finally:
-        model.settings = settings
+        error = f"{type(error).__name__}: {printable(str(error))[:300]}"
+        fault = f"it can't be run on vectors with a cache ({error})"
     if fault:
-        raise UserError(f"--llm {settings.llm}: this kind of language model can't be used: {fault}")
+        raise UserError(f"--llm {model.settings.llm}: this kind of language model can't be used: {fault}")
 
 
 def find_fault(model):
@@ -667,7 +675,8 @@ def find_fault(model):
     f = torch.randn(2, model.align.in_features, generator=torch.Generator().manual_seed(0)).to(model.device)
     with torch.no_grad():
         plain = [plain_loss(model, f[i:i + 1], questions[i], answers[i]) for i in range(2)]
-    plain_logits, plain_h = torch.cat([logits for _, logits, _ in plain]), torch.cat([h for _, _, h in plain])
+    plain_logits = torch.cat([logits for _, logits, _ in plain])  # (n, V)
+    plain_h = torch.cat([h for _, _, h in plain])  # (2, D)
     if not (plain_logits.isfinite().all() and plain_h.isfinite().all()):
         advice = ": fp16 ends at 65,504, so use --precision fp32, or bf16 on a GPU that has it"
         return "its states are not finite" + (advice if llm.dtype == torch.float16 else "")
@@ -675,12 +684,11 @@ def find_fault(model):
     size = 30 / plain_logits.std()  # as large as the logits of trained models: a soft cap shows there
     x = model.embed(model.answer_words)[None].to(llm.dtype)
     with torch.no_grad(), head.register_forward_pre_hook(lambda layer, inputs: (inputs[0] * size,)):
-        own_logits = llm(inputs_embeds=x).logits
-        states = llm.base_model(inputs_embeds=x).last_hidden_state
-        if not same(model.logits(states), own_logits, llm.dtype):
+        mine = model.logits(llm.base_model(inputs_embeds=x).last_hidden_state)
+        if not same(mine, llm(inputs_embeds=x).logits, llm.dtype):
             return "its head alone does not give its logits"
 
-    asked = []  # the state at <img-d>
+    asked = []  # the states at <img-d>
     with model.request.register_forward_pre_hook(lambda layer, inputs: asked.append(inputs[0].detach())):
         states, targets = model.answer_states(f, model.tokenize(questions, answers))
     logits = model.logits(states.detach())
@@ -694,19 +702,19 @@ def find_fault(model):
 
 
 def same(mine, theirs, dtype):
-    """Whether two tensors are equal but for rounding, by the length of their difference. Right models stay below a
+    """Whether tensors differ by rounding only, by the length of their difference. Right models stay below a
     tenth of the limit, wrong ones were never seen below 0.49."""
     difference = (mine.float() - theirs.float()).norm() / theirs.float().norm()
     return difference.item() < (1e-3 if dtype == torch.float32 else 0.1)  # NaN is not
 
 
-# ---- Files, and errors -----------------------------------------------------------------------------------------
+# ---- Files, and errors ---------------------------------------------------------------------------
 
 CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
 
 def read_adapter(path):
-    """A checkpoint → (stage, Settings, identity, {name: tensor}); nothing in it is executed. UserError if it is none."""
+    """A checkpoint → (stage, Settings, identity, {name: tensor}); no code in it runs. UserError if none."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["lmeye"])
@@ -721,13 +729,15 @@ def read_adapter(path):
             raise ValueError(f"its header is off: {', '.join(wrong) or 'stage or variant'}")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("some of its numbers are not finite")
-        return header["stage"], settings, dict(header["identity"]), tensors
+        identity = {part: np.array(numbers, float) for part, numbers in header["identity"].items()}
+        return header["stage"], settings, identity, tensors
     except Exception as error:  # anything may stand in a file
-        raise UserError(f"{path}: is not a checkpoint of this program ({type(error).__name__}: {error})") from error
+        error = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: is not a checkpoint of this program ({error})") from None
 
 
 def write_atomically(path, data):
-    """Write bytes beside `path`, flush them to the disk, rename: a reader finds the old file or the new one."""
+    """Write bytes beside `path`, flush them to the disk, rename: a reader finds the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
@@ -746,25 +756,32 @@ class UserError(Exception):
 
 
 def printable(text):
-    """Text in one line without what a terminal obeys: anything may stand in a file. (Joiners belong to letters.)"""
+    """Text in one line, without what a terminal would obey. (Joiners stay: they belong to letters.)"""
     return "".join(c for c in " ".join(text.split()) if c.isprintable() or c in "\u200c\u200d")
 
 
-def note_of_library(record):
-    """Put what a library logs in one line → whether it is for the user: warnings, and positions that open_clip resizes.
-    (transformers' list of missing weights is not: load_llm refuses those.)"""
-    record.msg, record.args = f"note: {printable(record.getMessage())[:300]}", ()
-    return (record.levelno >= logging.WARNING and "LOAD REPORT" not in record.msg) or "Resizing" in record.msg
+def show_library_notes():
+    """Print what transformers and open_clip warn of, once each and in one line, and when positions are
+    resized. (transformers' list of missing weights is left out: load_llm refuses those.)"""
+    told, handler = set(), logging.Handler()
 
+    def emit(record):
+        text = printable(record.getMessage())[:300]
+        warns = record.levelno >= logging.WARNING and "LOAD REPORT" not in text
+        if (warns or text.startswith("Resizing")) and text not in told:
+            told.add(text)
+            print(f"note: {text}", file=sys.stderr)
 
-def run_main(main):
-    """Run a program's `main()`: a UserError, a file's error or full memory is one line and status 2, Ctrl-C 130."""
-    notes = logging.StreamHandler()
-    notes.addFilter(note_of_library)
-    logging.basicConfig(level=logging.INFO, handlers=[notes], force=True)
+    handler.emit = emit
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
     transformers.logging.disable_progress_bar()
+
+
+def run_main(main):
+    """Run a program's `main()`. A UserError, a file's error, full memory: one line, status 2. Ctrl-C: 130."""
+    show_library_notes()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for letters that a terminal lacks; and each line appears at once
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -1,35 +1,41 @@
 """Train LMEye.
 
-    python train.py --stage 1                     phase 1: `align` and `img` on captions
-    python train.py --stage 2                     phase 2: the other layers on instructions
+    python train.py --stage 1        phase 1 of the paper: `align` and `img`, on captions
+    python train.py --stage 2        phase 2: the other layers, on questions with answers
 
-Without a CUDA GPU, and without further flags, this trains the miniature: a tiny CLIP and a tiny language model, which
-a script makes where they are missing, and LMEye between them, in minutes. With models and data of your own:
+Without a CUDA GPU, and without other flags, this trains the miniature: a tiny CLIP and a tiny language model,
+which are made at first use, and LMEye between them, in minutes. With models and data of your own:
 
-    python train.py --stage 1 --llm facebook/opt-125m --clip ViT-B-32:openai --data captions/
-    python train.py --stage 2 --llm facebook/opt-125m --clip ViT-B-32:openai --data llava.json --images coco/
+    python train.py --stage 1 --llm facebook/opt-125m --clip ViT-B-32:openai --data captions.json
+    python train.py --stage 2 --llm facebook/opt-125m --clip ViT-B-32:openai --data questions.json
 
-A run works in OUT/MODEL/stage1 or OUT/MODEL/stage2 (stage2-static, stage2-norequest for these): run.json says how it
-was started, log.csv how it goes. adapter.safetensors, written anew at each validation, can be sampled from at any time;
-best.safetensors is that of the lowest validation loss; evaluation/ comes at the end. While state.pt is there, the run
-is not complete, and --resume goes on with it. An earlier run is never overwritten: its folder gets another name.
-("Phase" is the paper's word, --stage the flag.)
+A run works in OUT/MODEL/stage1 or OUT/MODEL/stage2 (stage2-static, stage2-norequest, …-align with these
+flags). There, run.json says how it was started and how it scored, log.csv how it went. adapter.safetensors is
+written at each validation and can be asked at any time; best.safetensors is that of the lowest validation
+loss. While state.pt is there the run is not complete, and --resume goes on with it. No run is ever overwritten:
+a folder that is in the way gets another name.
 """
+
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # the imports take seconds; Ctrl-C among them is one line, too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
 import math
-import os
 import shlex
-import signal
 import subprocess
-import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import filelock
@@ -37,123 +43,119 @@ import numpy as np
 import open_clip
 import torch
 import transformers
+from torch import nn
 from tqdm import tqdm
 
 import data
 import lmeye
 import sample
-from lmeye import CHECKPOINT, INTERACTIONS, PRESETS, LMEye, Settings, UserError
+from lmeye import CHECKPOINT, PRESETS, VARIANTS, LMEye, Settings, UserError
 
-# What a run takes unless told otherwise, by preset and stage. Those of "mini" were tuned on it.
+# What a run takes unless told otherwise, by preset and stage. Rates were measured for "mini" and "smollm2".
 DEFAULTS = {
-    ("mini", 1): dict(steps=400, batch_size=64, lr=1e-2, data="out/mini/captions.json", images="out/mini/pictures.zip",
-                      val="out/mini/val_captions.json", made_by="tests/lab/miniature.py"),
-    ("mini", 2): dict(steps=2400, batch_size=64, lr=1e-2, data="out/mini/questions.json", images="out/mini/pictures.zip",
-                      val="out/mini/val_questions.json", made_by="tests/lab/miniature.py"),
-    ("others", 1): dict(epochs=1, batch_size=128, reach=40),  # see reach_to_rate
-    ("others", 2): dict(epochs=1, batch_size=64, reach=8),
+    ("mini", 1): dict(steps=400, batch_size=64, lr=1e-2),
+    ("mini", 2): dict(steps=2400, batch_size=64, lr=1e-2),
+    ("smollm2", 1): dict(steps=150, batch_size=16, lr=0.11),
+    ("smollm2", 2): dict(steps=3000, batch_size=32, lr=0.021),
+    ("others", 1): dict(batch_size=128, reach=40),  # see suggested_lr, and default_steps
+    ("others", 2): dict(batch_size=64, reach=8),
 }
-WARMUP = 0.05  # share of the steps in which the learning rate rises; it then falls along a cosine
-MAX_NORM = 1.0  # gradients are clipped to this norm
+WARMUP = 0.05  # share of the steps in which the learning rate rises; then it falls along a cosine
+MAX_NORM = 1.0  # of a step's gradient
 MAX_BAD_STEPS = 20  # in a row whose loss or gradient is not finite, before the run gives up
-STATE = "state.pt"  # of a run that is not complete: what --resume takes up
+SAVE_EVERY = 200  # steps; the state is saved at each validation as well
+STATE = "state.pt"  # in the folder of a run that is not complete
 
 
-# ---- The loop ------------------------------------------------------------------------------------------------
+# ---- The loop -----------------------------------------------------------------------------------
 
 
-def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_batch_tokens=4096, accumulate=1, seed=0,
-                  train_align=False, resume=False, save_every=200, about=None):
-    """Train the layers of one phase on a Dataset `train`; leave adapter, log and run.json in `folder`.
+def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_batch_tokens=4096,
+                  accumulate=1, seed=0, train_align=False, resume=False, about=None):
+    """Train the layers of one phase on a Dataset; leave adapter, log and run.json in `folder`.
 
-    `val` is a Dataset or None, `about` a dict that run.json says of the run. A step takes `accumulate` batches; its loss is
-    averaged over all their answers' tokens. Trained weights, gradients and loss are fp32. All randomness is a function of
-    seed and step: so what `save_state` writes is all that it takes to go on as if nothing had happened, where all that
-    `run` holds is the same. The caller removes STATE when nothing is left to do.
+    `val` is a Dataset or None; `about` is a dict for run.json. Trained weights, gradients and loss are fp32.
+    All randomness is a function of seed and step, so a state (step, weights, optimizer, scaler, log) is all
+    that a run needs to go on as if nothing had happened. The caller removes STATE when nothing is left to do.
     """
-    folder, trained = Path(folder), model.set_trained(stage, train_align)
+    folder = Path(folder)
+    trained = model.set_trained(stage, train_align)
     optimizer = torch.optim.AdamW(trained.values(), lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.llm.dtype == torch.float16)
-    run = {"steps": steps, "batch size": batch_size, "learning rate": lr, "max batch tokens": max_batch_tokens,
-           "accumulate": accumulate, "seed": seed, "frozen weights": str(model.llm.dtype),
-           "align trained": "align.weight" in trained, "interaction": model.settings.interaction,
-           "N": model.settings.n_features, "Q": model.settings.n_slots, "dropout": model.settings.dropout,
-           "models": model.fingerprint.sum().item(), "hash of the data": train.fingerprint(),
-           "hash of the val data": val.fingerprint() if val else None}
-    log = {"lines": [], "losses": [], "norms": [], "tokens": 0, "skipped": 0, "bad steps in a row": 0, "best": math.inf,
-           "seconds": 0.0, "seconds in steps": 0.0}
-    state, adapter = folder / STATE, model.adapter(stage)
-    if resume and state.exists():
-        start = load_state(state, run, adapter, optimizer, scaler, log)
-    else:
-        start, earlier = 0, sample.set_aside(folder)
-        if earlier:
-            print(f"note: {folder} held an earlier run, which is now {earlier}")
-        lmeye.write_atomically(folder / "run.json", json.dumps((about or {}) | run, indent=1).encode())
-        save_state(state, 0, run, adapter, optimizer, scaler, log)
+    recipe = {"steps": steps, "batch size": batch_size, "learning rate": lr, "accumulate": accumulate,
+              "max batch tokens": max_batch_tokens, "seed": seed, "align trained": "align.weight" in trained}
+    recipe |= describe(model, stage, train, val)
+    run = Run(folder, stage, steps, model, optimizer, scaler, recipe)
+    start = run.resume() if resume and (folder / STATE).exists() else run.begin(about)
+    plan = data.batches(train, batch_size, max_batch_tokens, seed)
+    plan = itertools.islice(plan, start * accumulate, None)  # a resumed run goes on with the next batch
 
-    clock = time.perf_counter()
-    plan = itertools.islice(data.batches(train, batch_size, max_batch_tokens, seed), start * accumulate, None)  # those to come
     with stop_signals() as stop, tqdm(total=steps, initial=start, desc=f"stage {stage}", disable=None) as bar:
         for step in range(start, steps):
-            began = time.perf_counter()
+            run.start_clock()
+            rate = learning_rate(step, steps, lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout, too, is a function of seed and step
+                group["lr"] = rate
+            # Dropout depends on seed and step alone, so after an interruption it falls where it would have.
+            torch.manual_seed(seed * 1_000_003 + step)
             model.train()
-            batches = [train.batch(next(plan)) for _ in range(accumulate)]
-            answer_tokens = sum(tokens.answer_mask.sum().item() for _, tokens in batches)
-            loss_sum = torch.zeros((), device=model.device)
-            for f, tokens in batches:
-                loss = model.loss_sum(f, tokens) / answer_tokens
-                scaler.scale(loss).backward()
-                loss_sum += loss.detach()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_NORM)
-            loss, norm = torch.stack([loss_sum, norm]).tolist()  # the one place where a step waits for a GPU
-            if math.isfinite(loss) and math.isfinite(norm):
-                scaler.step(optimizer)
-                log["losses"].append(loss)
-                log["norms"].append(norm)
-                log["bad steps in a row"] = 0
-            else:  # in fp16 some are to be expected: the scaler then lowers its factor
-                log["skipped"] += 1
-                log["bad steps in a row"] += 1
-            scaler.update()
-            optimizer.zero_grad()
 
-            done, now = step + 1, time.perf_counter()
-            log["seconds"] += now - clock
-            log["seconds in steps"] += now - began
-            clock = now
-            log["tokens"] += sum(tokens.question_mask.sum().item() for _, tokens in batches) + answer_tokens
-            limit = MAX_BAD_STEPS if done < steps else min(2, steps)  # the last steps tell whether anything is left
-            if log["bad steps in a row"] >= limit:
-                raise UserError(f"loss or gradient was not finite in {log['bad steps in a row']} steps in a row: start anew "
-                                "with a lower --lr, or with --precision fp32; the adapter of the last validation, if any, "
-                                f"is in {folder}")
+            # A step may take several batches, which saves memory. Answers differ in length, so the loss is
+            # averaged over all answer tokens of the step. A mean of means would favour short answers.
+            batches = [train.batch(next(plan)) for _ in range(accumulate)]
+            n_tokens = sum(tokens.answer_mask.sum().item() for _, tokens in batches)
+            total = torch.zeros((), device=model.device)
+            for f, tokens in batches:
+                loss = model(f, tokens) / n_tokens
+                # fp16 has nothing below 6e-8, and gradients on their way through fp16 weights can be smaller.
+                # So the scaler enlarges the loss, and all gradients with it. For other weights it is off.
+                scaler.scale(loss).backward()
+                total += loss.detach()
+
+            # No single batch may throw the weights far off, so long gradients are shortened. It is the true
+            # ones that are measured, not the enlarged ones: unscale first, then clip.
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(trained.values(), MAX_NORM)
+            loss, norm = torch.stack([total, norm]).tolist()  # the one place where a step waits for a GPU
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                scaler.step(optimizer)
+            scaler.update()  # in fp16 some steps are not finite; the scaler then enlarges by less
+            optimizer.zero_grad()
+            n_read = sum(tokens.lengths().sum().item() for _, tokens in batches)
+            run.note_step(step + 1, loss, norm, finite, n_read)
+
+            # A language model guesses well without looking. So the validation loss is measured with the
+            # pictures shuffled, too: while both are the same, nothing was learned from pictures.
             validated = {}
-            if done == steps or done % max(1, steps // 10) == 0:
+            if is_due(step + 1, steps, parts=10):
                 model.save(folder / CHECKPOINT, stage)
                 if val:
                     validated = {"val_loss": mean_loss(model, val, max_batch_tokens),
                                  "val_loss_shuffled": mean_loss(model, data.shuffled(val), max_batch_tokens)}
-                    if validated["val_loss"] < log["best"]:
-                        log["best"] = validated["val_loss"]
-                        model.save(folder / "best.safetensors", stage)
-            if done == steps or done % max(1, steps // 100) == 0 or validated:
-                tqdm.write(add_line(log, done, steps, learning_rate(step, steps, lr), validated))
-                write_log(folder / "log.csv", log["lines"])
-            if validated:
-                tqdm.write(own_words(model, val))
-            stopping = stop.is_set()
-            if done == steps or done % save_every == 0 or stopping:
-                save_state(state, done, run, adapter, optimizer, scaler, log)
-            if stopping:
-                command = "python " + shlex.join([word for word in sys.argv if word != "--resume"] + ["--resume"])
-                raise KeyboardInterrupt(f"stopped after step {done:,} of {steps:,}; to go on:  {command}")
+                    run.keep_best(validated["val_loss"])
+            # Save first, print then: whatever happens to the terminal, nothing is lost.
+            line = ""
+            if is_due(step + 1, steps, parts=100) or validated:
+                line = run.note_line(step + 1, rate, validated)
+            if is_due(step + 1, steps, parts=10) or (step + 1) % SAVE_EVERY == 0 or stop.is_set():
+                run.save_state(step + 1)
+            if line:
+                bar.write(line + (own_words(model, val, step) if validated else ""))
+            if stop.is_set():
+                raise KeyboardInterrupt(f"stopped after step {step + 1:,} of {steps:,}; to go on:  {go_on()}")
             bar.update()
-    print(f"stage {stage}: {steps:,} steps in {log['seconds']:.0f} s: {folder / CHECKPOINT}")
+    print(f"stage {stage}: {steps:,} steps in {run.log['seconds']:.0f} s: {folder / CHECKPOINT}")
+
+
+def go_on():
+    """The command that goes on with this run."""
+    return shlex.join(["python", *[word for word in sys.argv if word != "--resume"], "--resume"])
+
+
+def is_due(done, steps, parts):
+    """Whether after `done` steps one of `parts` equal parts of a run is complete."""
+    return done == steps or done % max(1, steps // parts) == 0
 
 
 def learning_rate(step, steps, peak):
@@ -163,116 +165,208 @@ def learning_rate(step, steps, peak):
     return peak * min(warm_up, cosine)
 
 
-def reach_to_rate(reach, model, dataset):
-    """The learning rate at which one step can move a picture's token by `reach` times the spread of words.
+def suggested_lr(reach, model, dataset):
+    """The rate at which a step can move the picture's token by `reach` standard deviations of word vectors.
 
-    Adam moves each weight by about the rate, and so each number of `align(f)` by the rate times the sum of |f|; for
-    phase 2 the same measure is taken. Models whose embeddings or features are larger or smaller by a factor are so
-    treated alike. The two values of `reach` were measured with SmolLM2-135M on the miniature's data: nothing else is
-    known of them.
+    Adam moves each weight by about the rate, and so each number of align(f) by the rate times the sum of |f|.
+    For SmolLM2-135M the standard deviation is 0.136, for the miniature's CLIP the sum is 52: a reach of 40 is
+    a rate of 40 · 0.136 / 52 = 0.10. There, 40 in phase 1 and 8 in phase 2 were the best of a few that were
+    tried. That they fit other models is a guess.
     """
     size = dataset.f(np.arange(min(1000, len(dataset.records)))).abs().sum(1).mean().item()
-    return float(f"{reach * model.spread / size:.2g}")  # two digits
+    return float(f"{reach * model.word_std / size:.2g}")  # two digits
+
+
+def default_steps(batches, accumulate):
+    """Batches of an epoch → the steps of as many whole epochs as make 500 steps, and of one at least."""
+    epochs = max(1, math.ceil(500 * accumulate / batches))
+    return math.ceil(epochs * batches / accumulate)
 
 
 @torch.no_grad()
 def mean_loss(model, dataset, max_batch_tokens, max_records=256):
-    """Loss per token of the answers of a Dataset, over at most `max_records` drawn from it, always the same. While it
-    is the same with the pictures shuffled, the model does not look."""
+    """The loss per token of a Dataset's answers, over at most `max_records`, always the same. They are drawn
+    at random: kinds of records often come in periods, so the first or every n-th would not do."""
     model.eval()
     drawn = np.random.default_rng(0).permutation(len(dataset.records))[:max_records]
-    part = dataset.take(np.isin(np.arange(len(dataset.records)), drawn))
+    part = dataset.take(np.sort(drawn))
     total = count = 0
     for rows in data.plan_epoch(part, 64, max_batch_tokens, 0, 0):
         f, tokens = part.batch(rows)
-        total += model.loss_sum(f, tokens).item()
+        total += model(f, tokens).item()
         count += tokens.answer_mask.sum().item()
     return total / count
 
 
-def own_words(model, val):
-    """What the model says of the first picture: a caption, or its answers to the first two questions about it."""
-    rows = np.flatnonzero(val.picture == val.picture[0])[:2]
+def own_words(model, val, turn):
+    """What the model says of a picture, another one each turn: a caption, or two answers."""
+    pictures = np.unique(val.picture)
+    rows = np.flatnonzero(val.picture == pictures[turn % len(pictures)])[:2]
     questions = [val.records[i].question for i in rows]
-    if not val.records[0].turns:  # captions: one will do
+    if not val.records[0].turns:  # of captions one will do
         rows, questions = rows[:1], None
     lines = []
     for i, text in zip(rows, model.generate(val.f(rows), questions, max_tokens=32)):
         record = val.records[i]
-        lines.append("    " + lmeye.printable(f"{record.question or 'caption:'} → {text} (right: {record.answer})"))
-    return "\n".join(lines)
+        question, truth = record.question or "caption:", record.answer or "unknown"
+        lines.append("\n    " + lmeye.printable(f"{question} → {text} (truth: {truth})"))
+    return "".join(lines)
 
 
-def add_line(log, step, steps, lr, validated):
-    """Add a line to a run's log, with averages since the last one → the same as text. `skipped` counts the steps whose
-    loss or gradient was not finite."""
-    minutes, seconds = divmod(round((steps - step) * log["seconds"] / step), 60)
-    loss, norm = np.mean(log["losses"] or [math.nan]), np.mean(log["norms"] or [math.nan])  # NaN: all were skipped
-    line = {"step": step, "loss": round(float(loss), 4), "lr": float(f"{lr:.3g}"), "grad_norm": float(f"{norm:.3g}"),
-            "skipped": log["skipped"], "tokens_per_second": round(log["tokens"] / log["seconds in steps"]),
-            "seconds": round(log["seconds"], 1)} | {name: round(value, 4) for name, value in validated.items()}
-    log["lines"].append(line)
-    log.update({"losses": [], "norms": [], "tokens": 0, "seconds in steps": 0.0})
-    text = (f"step {step:,}/{steps:,}  loss {line['loss']:.3f}  lr {lr:.1e}  norm {line['grad_norm']:.2f}  "
-            f"{line['tokens_per_second']:,} tokens/s  {minutes}:{seconds:02} left")
-    if validated:
-        text += f"\n    val loss {line['val_loss']:.3f}, with the pictures shuffled {line['val_loss_shuffled']:.3f}"
-    return text
+# ---- Keeping a run: its log, its state, how it stops and goes on --------------------------------
 
 
-def write_log(path, lines):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("step", "loss", "val_loss", "val_loss_shuffled", "lr", "grad_norm", "skipped",
-                                   "tokens_per_second", "seconds"))
-    writer.writeheader()
-    writer.writerows(lines)
-    lmeye.write_atomically(path, text.getvalue().encode())
+class Run:
+    """What a run has been so far: the log, in memory and in log.csv, and the state, in STATE."""
+
+    COLUMNS = ("step", "loss", "val_loss", "val_loss_shuffled", "lr", "grad_norm", "skipped",
+               "tokens_per_second", "seconds")
+
+    def __init__(self, folder, stage, steps, model, optimizer, scaler, recipe):
+        self.folder, self.stage, self.steps = folder, stage, steps
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.recipe = recipe  # what must be the same for a run to go on exactly
+        self.log = {"lines": [], "losses": [], "norms": [], "tokens": 0, "skipped": 0, "bad in a row": 0,
+                    "best": math.inf, "seconds": 0.0, "seconds in steps": 0.0}
+        self.clock = time.perf_counter()
+
+    def begin(self, about):
+        """Start anew in an empty folder → 0, the first step."""
+        sample.set_aside(self.folder)
+        about = json.dumps((about or {}) | self.recipe, indent=1)
+        lmeye.write_atomically(self.folder / "run.json", about.encode())
+        self.save_state(0)
+        return 0
+
+    def resume(self):
+        """Take up the state → the step that comes next. UserError if it is broken, or of another run."""
+        path = self.folder / STATE
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code, and needs no GPU
+            saved = state["recipe"]
+        except Exception as error:
+            raise UserError(f"{path}: can't be read ({type(error).__name__}); without --resume a new run "
+                            "begins, and this one is kept under another name") from error
+        for name, here in self.recipe.items():
+            there = saved.get(name)
+            if here != there:
+                raise UserError(f"{path}: is of a run with other settings: {name} {there} there, {here} here")
+        with torch.no_grad():
+            for name, p in self.model.adapter(self.stage).items():
+                p.copy_(state["adapter"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.log = state["log"]
+        return state["step"]
+
+    def save_state(self, step):
+        """Write all that it takes to go on after `step` steps, atomically: there is always a whole one."""
+        adapter = {name: p.detach() for name, p in self.model.adapter(self.stage).items()}
+        stream = io.BytesIO()
+        torch.save({"step": step, "recipe": self.recipe, "adapter": adapter, "log": self.log,
+                    "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, stream)
+        lmeye.write_atomically(self.folder / STATE, stream.getvalue())
+
+    def start_clock(self):
+        self.began = time.perf_counter()
+
+    def note_step(self, done, loss, norm, finite, tokens):
+        """Note a step. UserError after many in a row that were not finite, or if the last two were not."""
+        now, log = time.perf_counter(), self.log
+        log["seconds"] += now - self.clock
+        log["seconds in steps"] += now - self.began
+        log["tokens"] += tokens
+        self.clock = now
+        if finite:
+            log["losses"].append(loss)
+            log["norms"].append(norm)
+            log["bad in a row"] = 0
+            return
+        log["skipped"] += 1
+        log["bad in a row"] += 1
+        most = MAX_BAD_STEPS if done < self.steps else min(2, self.steps)
+        if log["bad in a row"] >= most:
+            raise UserError(f"loss or gradient was not finite in {log['bad in a row']} steps in a row: start "
+                            "anew with a lower --lr, or with --precision fp32; the adapter of the last "
+                            f"validation, if any, is in {self.folder}")
+
+    def note_line(self, done, rate, validated):
+        """Write a line of log.csv, with averages since the last one → the same as text."""
+        log = self.log
+        minutes, seconds = divmod(round((self.steps - done) * log["seconds"] / done), 60)
+        loss = float(np.mean(log["losses"] or [math.nan]))  # NaN: no step since the last line was finite
+        norm = float(np.mean(log["norms"] or [math.nan]))
+        speed = round(log["tokens"] / log["seconds in steps"])
+        line = {"step": done, "loss": round(loss, 4), "lr": float(f"{rate:.3g}"),
+                "grad_norm": float(f"{norm:.3g}"), "skipped": log["skipped"], "tokens_per_second": speed,
+                "seconds": round(log["seconds"], 1)}
+        line |= {name: round(value, 4) for name, value in validated.items()}
+        log["lines"].append(line)
+        log.update({"losses": [], "norms": [], "tokens": 0, "seconds in steps": 0.0})
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self.COLUMNS)
+        writer.writeheader()
+        writer.writerows(log["lines"])
+        lmeye.write_atomically(self.folder / "log.csv", table.getvalue().encode())
+
+        text = (f"step {done:,}/{self.steps:,}  loss {loss:.3f}  lr {rate:.1e}  norm {norm:.2f}  "
+                f"{speed:,} tokens/s  {minutes}:{seconds:02} left")
+        if validated:
+            text += (f"\n    val loss {validated['val_loss']:.3f}, with the pictures shuffled "
+                     f"{validated['val_loss_shuffled']:.3f}")
+        return text
+
+    def keep_best(self, val_loss):
+        """Write best.safetensors if this validation loss is the lowest so far."""
+        if val_loss < self.log["best"]:
+            self.log["best"] = val_loss
+            self.model.save(self.folder / "best.safetensors", self.stage)
 
 
-# ---- Saving, stopping, going on ------------------------------------------------------------------------------
-
-
-def save_state(path, step, run, adapter, optimizer, scaler, log):
-    """Write the state of a run, atomically."""
-    tensors = {name: p.detach() for name, p in adapter.items()}
-    stream = io.BytesIO()
-    torch.save({"step": step, "run": run, "adapter": tensors, "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "log": log}, stream)
-    lmeye.write_atomically(path, stream.getvalue())
-
-
-def load_state(path, run, adapter, optimizer, scaler, log):
-    """Take up a state → its step. UserError if it can't be read, or is of another run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # also where the GPU is gone
-        saved = state["run"]
-    except Exception as error:
-        raise UserError(f"{path}: can't be read ({type(error).__name__}); without --resume a new run begins, and this one "
-                        "is kept under another name") from error
-    for name in run:
-        if run[name] != saved.get(name):
-            raise UserError(f"{path}: is of a run with other settings: {name} {saved.get(name)} there, {run[name]} here")
-    with torch.no_grad():
-        for name, p in adapter.items():
-            p.copy_(state["adapter"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    log.update(state["log"])
-    return state["step"]
+def describe(model, stage, train, val):
+    """What else decides a run's numbers: the models, the weights that it starts from, the data."""
+    start = hashlib.blake2b(digest_size=8)
+    for p in model.adapter(stage).values():
+        start.update(p.detach().cpu().numpy().tobytes())
+    settings = model.settings
+    return {"frozen weights": str(model.llm.dtype), "variant": settings.variant, "N": settings.n_features,
+            "Q": settings.n_slots, "P": settings.n_image_tokens, "dropout": settings.dropout,
+            "models": sum(model.identity["weights"]), "hash of the data": train.fingerprint(),
+            "hash of the val data": val.fingerprint() if val else None,
+            "hash of the weights at the start": start.hexdigest()}
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Note Ctrl-C and SIGTERM instead of dying of them: the loop ends its step, saves, and stops."""
-    stop = threading.Event()
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda *_: stop.set())
+    """Note Ctrl-C, SIGTERM, a closed terminal instead of dying of them: the loop ends its step and saves."""
+    stop, before = threading.Event(), {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            number = getattr(signal, name)
+            before[number] = signal.signal(number, lambda *_: stop.set())
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Output:
+    """Standard output or error for a long run. Where nobody reads it any more (`| head`, a `tee` that Ctrl-C
+    ended, a terminal that was closed) the run goes on in silence."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # from now on, all goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def lock(folder):
@@ -281,122 +375,54 @@ def lock(folder):
     try:
         return filelock.FileLock(folder / "lock").acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f"{folder}: another run works here; wait, or name another folder with --out") from None
+        raise UserError(f"{folder}: another run works here; wait, or name another folder by --out") from None
 
 
-@torch.no_grad()
-def check_clip(model):
-    """UserError if CLIP's text path, given word vectors as LMEye gives them, is not what CLIP computes from a text."""
-    ids = model.clip_tokenizer(["image: one two"]).to(model.device)  # (1, context), padded
-    length = (ids[0] == model.sos_eos[1]).int().argmax() + 1  # up to the first EOS
-    mine = model.encode_words(model.text.token_embedding(ids[:, :length]))
-    if not close(mine, model.clip.encode_text(ids), model.text.transformer.get_cast_dtype()):
-        raise UserError(f"--clip {model.settings.clip}: this kind of CLIP can't be used: its text transformer is not causal, "
-                        "or is not read at the end of a text")
-
-
-@torch.no_grad()
-def check_llm(model):
-    """UserError if what the method does with a language model is not what the model does by itself, or does not work."""
-    try:
-        fault = find_fault(model)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # what a foreign model raises is not ours to foresee
-        fault = f"it can't be run on vectors with a cache ({type(error).__name__}: {lmeye.printable(str(error))[:300]})"
-    if fault:
-        raise UserError(f"--llm {model.settings.llm}: this kind of language model can't be used: {fault}")
-
-
-def find_fault(model):
-    """Compare the method's passes with the language model's own, over ten vectors → what differs, or None.
-
-    Seen so: a head that is not all there is to the logits, padding that leaks into states, a cache that can't be
-    shortened and gone on with, attention that is not causal. Costs four short passes.
-    """
-    llm = model.llm
-    ids = torch.linspace(1, len(llm.get_input_embeddings().weight) - 1, 15, device=model.device).long()
-    words = model.embed(ids)
-    x, other = ((words + words.roll(1, 0)) / 2).split((10, 5))  # between words: no word's own, as a picture's is not
-    rows = torch.stack([x, torch.cat([other[:2], x[:8]]), torch.cat([x[:5], other])])  # (3, 10, D)
-    mask = torch.ones(3, 10, dtype=torch.long, device=model.device)
-    mask[1, :2] = 0  # the second row is the first behind two places of padding; the third has another end
-    whole = llm(inputs_embeds=x[None].to(llm.dtype), output_hidden_states=True)
-    largest = torch.stack([state.abs().max() for state in whole.hidden_states]).max().item()  # NaN if one is
-    if not math.isfinite(largest):
-        advice = ": fp16 ends at 65,504, so use --precision fp32, or bf16 on a GPU that has it"
-        return "its states are not finite" + (advice if llm.dtype == torch.float16 else "")
-    cut = 6  # run one place more, shorten the cache to this many, go on from there: as with <img-d>
-    h, cache = model.run_llm(rows[:, :cut + 1], mask[:, :cut + 1])
-    cache.crop(-1)
-    h = torch.cat([h[:, :cut], model.run_llm(rows[:, cut:], mask, cache)[0]], 1)  # (3, 10, D)
-    size = 30 / whole.logits.float().std()  # as large as trained models' logits are: a soft cap shows there
-    with llm.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0] * size,)):
-        large = llm(inputs_embeds=x[None, :cut].to(llm.dtype)).logits[0]
-    for fault, mine, theirs in (
-        ("later tokens change its earlier states", h[2, :5], h[0, :5]),
-        ("padding changes its states", h[1, mask[1] == 1], h[0, :8]),
-        ("its head alone does not give its logits", model.logits(h[0, :cut] * size), large),
-        ("its cache can't be shortened and gone on with", model.logits(h[0, cut:]), whole.logits[0, cut:]),
-    ):
-        if not close(mine, theirs, llm.dtype):
-            return fault
-    if cache.get_seq_length() != 10:
-        return "it does not use the cache that it is given"
-    if largest > 32_000 and llm.dtype == torch.float16:
-        print(f"note: --llm {model.settings.llm}: its states reach {largest:,.0f}, and fp16 ends at 65,504: if the loss is "
-              "not finite, use --precision fp32, or bf16 on a GPU that has it", file=sys.stderr)
-    return None
-
-
-def close(mine, theirs, dtype):
-    """Whether two tensors are the same but for rounding in this dtype: their distance beside the second's length."""
-    difference = (mine.float() - theirs.float()).norm() / theirs.float().norm()
-    return difference.item() < (1e-3 if dtype == torch.float32 else 0.1)  # NaN is not
-
-
-# ---- The command line ----------------------------------------------------------------------------------------
+# ---- The command line ---------------------------------------------------------------------------
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--stage", type=int, choices=(1, 2), required=True, help="1: captions. 2: instructions")
-    add("--preset", choices=PRESETS, help="which frozen models (default: opt-1.3b with a CUDA GPU, --llm or --clip, else mini)")
-    add("--llm", help="causal language model: a hub name or a local folder")
-    add("--clip", help="CLIP as open_clip names it: NAME:TAG, NAME:FILE, hf-hub:ORG/NAME or local-dir:FOLDER "
-        "(NAME ends in -quickgelu where a FILE needs it, as OpenAI's do)")
-    add("--data", action="append", metavar="PATH", help="a folder of a.jpg beside a.txt, tar shards, or a file as LLaVA, "
-        "COCO, VQA, VCR or LMEye publish it, or of image and caption; given more than once: mixed")
-    add("--images", action="append", metavar="PATH", help="folder or zip archive where picture names in --data start "
-        "(default: the folder of --data); may be given more than once")
-    add("--val", action="append", metavar="PATH", help="records to validate on, as --data (default: those of some of its "
-        "pictures, which are then not trained on)")
-    add("--val-images", action="append", metavar="PATH", help="their pictures (default: --images)")
-    add("--download", action="store_true", help="without --data: agree to download the published data")
-    add("--out", default="out", help="everything is written below this folder (default: out)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="optimiser steps")
-    length.add_argument("--epochs", type=float, help="passes over the data, instead of --steps")
-    add("--batch-size", type=int, help="records that are computed at once, at most")
-    add("--max-batch-tokens", type=int, default=4096, help="text tokens, with padding, that are computed at once, at most: "
-        "this bounds the memory (default: 4096)")
-    add("--accumulate", type=int, default=1, help="batches to an optimiser step (default: 1)")
-    add("--lr", type=float, help="peak learning rate (default: of mini as tuned, of other models by reach_to_rate)")
-    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="of the frozen weights (default: auto: bf16 on a GPU "
-        "that has it, else fp16; fp32 on a CPU)")
-    add("--interaction", choices=INTERACTIONS, help="full: LMEye (default). static: no <img-d>, the picture token must do. "
-        "norequest: as full, but the request is zero")
-    add("--n-features", type=int, help="N, into how many words of CLIP's the picture is decomposed (default: 5)")
-    add("--n-slots", type=int, help="Q, how many <img-d> slots there are (default: 1; 5 with --preset bloomz-7b1)")
-    add("--dropout", type=float, help="dropout on the decomposed features (default: 0.5; 0 for mini)")
-    add("--train-align", action="store_true", help="stage 2: go on training align and img as well")
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: captions; 2: questions")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="PATH", help="JSON, JSON Lines, or a folder of a.jpg beside a.txt: see data.py")
+    add("--images", metavar="PATH", help="folder or zip with the pictures (default: the folder of --data)")
+    add("--val", metavar="PATH", help="records to validate on (default: those of a tenth of the pictures, at "
+        "most 500, which are then not trained on)")
+    add("--val-images", metavar="PATH", help="their pictures (default: --images)")
+    add = parser.add_argument_group("frozen models").add_argument
+    add("--preset", choices=PRESETS, help="a pair of models (default: opt-1.3b with a CUDA GPU, else mini)")
+    add("--llm", help="causal language model: a hub name or a folder")
+    add("--clip", help="CLIP as open_clip names it (NAME:TAG, NAME:FILE, hf-hub:ORG/NAME) or a folder; NAME "
+        "ends in -quickgelu where a FILE needs it, as OpenAI's do")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="of the frozen weights (default: auto, "
+        "that is bf16 on a GPU that has it, else fp16; fp32 on a CPU)")
+    add = parser.add_argument_group("method").add_argument
+    add("--variant", choices=VARIANTS, help="lmeye (default), or a control. norequest: the same layers, but "
+        "the request is zero. static: the picture's token alone, nothing is asked")
+    add("--n-features", type=int, help="vectors into which the picture is decomposed (default: 5)")
+    add("--n-slots", type=int, help="tokens that bring the answer to a request (default: 1; bloomz-7b1: 5)")
+    add("--n-image-tokens", type=int, help="tokens that stand for the picture (default: 1)")
+    add("--dropout", type=float, help="on the decomposed picture (default: 0.5; mini, smollm2: 0)")
+    add("--train-align", action="store_true", help="in stage 2, go on training align and img. The authors' "
+        "default and ours is not to; it scored better in every table of ours (tests/lab/README.md)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="optimiser steps (default: whole epochs, at least 500; mini, smollm2: tuned)")
+    add("--batch-size", type=int, help="records computed at once, at most (default: 128 in stage 1, 64 in "
+        "stage 2; mini: 64; smollm2: 16, 32)")
+    add("--max-batch-tokens", type=int, default=4096, help="text tokens computed at once, at most, padding "
+        "included: this bounds the memory (default: 4096)")
+    add("--accumulate", type=int, default=1, help="batches to a step (default: 1)")
+    add("--lr", type=float, help="highest learning rate (default: mini, smollm2: as tuned; else as the size "
+        "of the models' numbers suggests)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="out", help="everything is written below this folder (default: out)")
+    add("--init", metavar="FILE", help="the adapter to start from (default: for stage 2 that of stage 1)")
     add("--resume", action="store_true", help="go on with a run that was interrupted, exactly")
-    add("--save-every", type=int, default=200, metavar="STEPS", help="how often the state is saved (default: 200)")
-    add("--checkpoint", metavar="FILE", help="the adapter to start from (default: for stage 2 that of stage1, below --out)")
     args = parser.parse_args()
-    for name in ("steps", "epochs", "batch_size", "max_batch_tokens", "accumulate", "lr", "save_every"):
+    for name in ("steps", "batch_size", "max_batch_tokens", "accumulate", "lr"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} has to be above zero")
     if not 0 <= args.seed <= 10 ** 9:
@@ -404,98 +430,135 @@ def parse_args():
     for name, needed in (("images", "data"), ("val", "data"), ("val_images", "val")):
         if getattr(args, name) and not getattr(args, needed):
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}, which is missing")
+    if args.stage == 1 and args.train_align:
+        parser.error("--train-align is for --stage 2: stage 1 trains align anyway")
+    if not args.out:
+        parser.error("--out has to name a folder")
+    args.out = os.path.expanduser(args.out)  # a shell leaves the ~ of --out=~/runs as it is
     return args
 
 
 def main():
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     args = parse_args()
     settings = sample.settings_from({name: getattr(args, name) for name in vars(Settings())}, args.out)
-    defaults = DEFAULTS.get((settings.preset, args.stage)) or DEFAULTS["others", args.stage]
     device, dtype = lmeye.device_and_dtype(settings.precision)
-    chosen = "" if args.preset or device.type == "cuda" or args.llm or args.clip else " (no CUDA GPU was found)"
-    print(f"preset {settings.preset}{chosen}, on {device.type}, frozen weights in {str(dtype).partition('.')[2]}", flush=True)
+    models = f"{settings.llm} and {settings.clip}"
+    if settings.preset in PRESETS:
+        models = f"preset {settings.preset}"
+    chosen = args.preset or args.llm or args.clip or device.type == "cuda"
+    print(f"{models}{'' if chosen else ' (no CUDA GPU was found)'}, on {device.type}, frozen weights in "
+          f"{str(dtype).partition('.')[2]}", flush=True)
+
     home = Path(args.out, settings.preset)
-    variant = f"-{settings.interaction}" if args.stage == 2 and settings.interaction != "full" else ""
-    folder = home / f"stage{args.stage}{variant}"
+    folder = home / run_name(args.stage, settings.variant, args.train_align)
     if args.resume and not (folder / STATE).exists():
         if (folder / CHECKPOINT).is_file():
             print(f"nothing to resume: {folder} is complete")
             return
         print(f"note: there is nothing to resume in {folder}: a new run begins")
-    before = args.checkpoint or (home / "stage1" / CHECKPOINT if args.stage == 2 else None)  # the adapter to start from
-    if before and not Path(before).is_file():
-        raise UserError(f"{before} is missing" + ("" if args.checkpoint else ": run --stage 1 first, for the same models"))
-    if args.stage == 2 and not args.checkpoint and Path(home, "stage1", STATE).exists():
-        raise UserError(f"{home / 'stage1'} is not complete: go on with it (--stage 1 --resume), or name its adapter as it is "
-                        "now with --checkpoint")
+    init = args.init or (home / "stage1" / CHECKPOINT if args.stage == 2 else None)
+    if init and not Path(init).is_file():
+        advice = "" if args.init else ": run --stage 1 first, for the same models"
+        raise UserError(f"{init} is missing{advice}")
+    if args.stage == 2 and not args.init and (home / "stage1" / STATE).exists():
+        raise UserError(f"{home / 'stage1'} is not complete: go on with it (--stage 1 --resume), or name its "
+                        "adapter as it is now with --init")
     with lock(home):
-        if "made_by" in defaults and not Path(settings.llm).is_dir():
-            print(f"first use: {defaults['made_by']} makes the models and the data in {home}", flush=True)
-            script = Path(__file__).resolve().parent / defaults["made_by"]
-            with subprocess.Popen([sys.executable, script, "--out", args.out, "--seed", str(args.seed)]) as process:
-                handler = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # Ctrl-C reaches it by itself
-                status = process.wait()
-                signal.signal(signal.SIGTERM, handler)
-            if status:
-                sys.exit(status)
-        run_stage(args, settings, home, folder, before, defaults)
+        if (settings.preset, args.stage) in DEFAULTS:
+            make_miniature(args, settings)
+        train_stage(args, settings, home, folder, init)
 
 
-def run_stage(args, settings, home, folder, before, defaults):
-    """Train one stage in `folder`, from the adapter `before` or None, then evaluate it."""
-    paths, images, val_paths, val_images = args.data, args.images, args.val, args.val_images or args.images
-    if not paths and "data" in defaults:
-        paths, val_paths = [sample.below(args.out, defaults["data"])], [sample.below(args.out, defaults["val"])]
-        images = val_images = [sample.below(args.out, defaults["images"])]
-    elif not paths:
-        paths, images = data.published(args.stage, args.out, args.download)
-    records, skips = data.read_records(paths, images, args.stage)  # most mistakes are told before models are loaded
-    val_records, val_skips = data.read_records(val_paths, val_images, args.stage) if val_paths else ([], [])
+def run_name(stage, variant, train_align):
+    """The folder of a run: two runs that differ in what they train don't share one."""
+    name = f"stage{stage}"
+    if stage == 2 and variant != "lmeye":
+        name += f"-{variant}"
+    return name + ("-align" if train_align else "")
+
+
+def make_miniature(args, settings):
+    """Make the miniature's models and data where they are missing. UserError if SmolLM2 is missing."""
+    if settings.preset == "smollm2" and not Path(settings.llm).is_dir():
+        raise UserError(f"{settings.llm} is missing: run  python tests/lab/smollm2.py --out {args.out}")
+    if Path(args.out, "mini", "llm").is_dir():  # it is made last
+        return
+    script = Path(__file__).resolve().parent / "tests" / "lab" / "miniature.py"
+    print(f"first use: tests/lab/miniature.py makes models and data in {Path(args.out, 'mini')}", flush=True)
+    with subprocess.Popen([sys.executable, script, "--out", args.out, "--seed", str(args.seed)]) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # Ctrl-C reaches it by itself
+        status = process.wait()
+        signal.signal(signal.SIGTERM, before)
+    if status:
+        sys.exit(status)
+
+
+def data_of(args, preset):
+    """(data, images, val, val images): what the flags name, or the miniature's, or the authors' data."""
+    if args.data:
+        return args.data, args.images, args.val, args.val_images or args.images
+    if (preset, args.stage) in DEFAULTS:
+        mini, kind = Path(args.out, "mini"), ("captions", "questions")[args.stage - 1]
+        zipped = mini / "pictures.zip"
+        return mini / f"{kind}.json", zipped, mini / f"val_{kind}.json", zipped
+    return *data.published_data(args.stage, args.out), None, None
+
+
+def train_stage(args, settings, home, folder, init):
+    """Train one stage in `folder`, from the adapter `init` or None, and evaluate it."""
+    path, images, val_path, val_images = data_of(args, settings.preset)
+    pictures, noted = data.open_pictures(path, images), Counter()
+    records, skipped = data.read_records(path, pictures, args.stage)  # most mistakes are told here
+    if val_path:
+        val_pictures = data.open_pictures(val_path, val_images)
+        val_records, val_skipped = data.read_records(val_path, val_pictures, args.stage)
 
     torch.manual_seed(args.seed)
     model = LMEye.from_settings(settings)
-    check_clip(model)
-    check_llm(model)
-    if before:
-        model.load(before)
-    train = data.encode(model, records, skips, home / "features")
-    if val_paths:
-        val = data.encode(model, val_records, val_skips, home / "features")
+    if init:
+        model.load(init)
+    train, val, note = data.encode(model, records, skipped, pictures, home / "features", noted), None, ""
+    if val_path:
+        val = data.encode(model, val_records, val_skipped, val_pictures, home / "features", noted)
+        skipped += val_skipped
+        shared = data.count_shared(train, val)
+        if shared:
+            note = f"; {shared:,} of their pictures are trained on as well"
     else:
         train, val = data.hold_out(train)
-    frozen = sum(p.numel() for p in (*model.llm.parameters(), *model.clip.parameters()))
-    model.clip.visual = None  # its work is done: this frees its memory
-    n_train, n_val = len(train.records), (len(val.records) if val else 0)
-    note = "" if val else " (too few pictures)"
-    if val_paths:
-        trained_on = {os.path.abspath(str(record.image)) for record in train.records}
-        shared = trained_on & {os.path.abspath(str(record.image)) for record in val.records}
-        note = f"; {len(shared):,} of their pictures are trained on as well" if shared else ""
+        if not val:
+            note = " (there are too few pictures)"
+    n_train, n_val = len(train.records), len(val.records) if val else 0
     print(f"data: {n_train:,} records to train on, {n_val:,} to validate on{note}")
-    data.report_skips(skips + val_skips)
+    data.report(skipped, noted)
+
+    frozen = sum(p.numel() for p in (*model.llm.parameters(), *model.clip.parameters()))
+    model.clip.visual = None  # every picture has its feature: this frees memory
+    defaults = DEFAULTS.get((settings.preset, args.stage)) or DEFAULTS["others", args.stage]
     batch_size = args.batch_size or defaults["batch_size"]
-    lr = args.lr or defaults.get("lr") or reach_to_rate(defaults["reach"], model, train)
-    steps = args.steps if args.steps or args.epochs else defaults.get("steps")
-    epochs = args.epochs or defaults.get("epochs")
-    if not steps:
-        batches = len(data.plan_epoch(train, batch_size, args.max_batch_tokens, args.seed, 0))
-        steps = math.ceil(epochs * batches / args.accumulate)
+    lr = args.lr or defaults.get("lr") or suggested_lr(defaults["reach"], model, train)
+    batches = len(data.plan_epoch(train, batch_size, args.max_batch_tokens, args.seed, 0))
+    steps = args.steps or defaults.get("steps") or default_steps(batches, args.accumulate)
+    epochs = round(steps * args.accumulate / batches, 2)
     trained = sum(p.numel() for p in model.set_trained(args.stage, args.train_align).values())
-    print(f"trained: {trained / 1e6:.2f} M parameters, beside {frozen / 1e6:,.1f} M frozen ones, in {steps:,} steps at a "
-          f"learning rate of {lr:g}", flush=True)
-    about = {"command": shlex.join(["python", *sys.argv]), "settings": vars(settings), "started from": str(before),
-             "data": [str(path) for path in paths], "images": [str(path) for path in images or []],
-             "val": [str(path) for path in val_paths or []], "records": n_train, "val records": n_val,
-             "left out or shortened": len(skips) + len(val_skips), "device": str(model.device),
-             "date": time.strftime("%Y-%m-%d %H:%M"),
+    print(f"trained: {trained / 1e6:.2f} M parameters, beside {frozen / 1e6:,.1f} M frozen ones, in "
+          f"{steps:,} steps ({epochs:g} epochs) at a learning rate of {lr:g}", flush=True)
+
+    about = {"command": shlex.join(["python", *sys.argv]), "settings": vars(settings),
+             "started from": str(init), "data": str(path), "images": str(images), "val": str(val_path),
+             "records": n_train, "val records": n_val, "skipped": dict(skipped), "noted": dict(noted),
+             "epochs": epochs, "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
              "versions": {module.__name__: module.__version__ for module in (torch, transformers, open_clip)}}
-    train_adapter(model, args.stage, train, val, folder, steps, batch_size, lr, max_batch_tokens=args.max_batch_tokens,
-                  accumulate=args.accumulate, seed=args.seed, train_align=args.train_align, resume=args.resume,
-                  save_every=args.save_every, about=about)
+    train_adapter(model, args.stage, train, val, folder, steps, batch_size, lr, args.max_batch_tokens,
+                  args.accumulate, args.seed, args.train_align, args.resume, about)
     if val:
-        sample.evaluate(model, val, folder / "evaluation", val_skips, args.max_batch_tokens)
+        scores = sample.evaluate(model, val, folder / "evaluation", args.max_batch_tokens)
+        run = json.loads((folder / "run.json").read_text("utf-8"))
+        lmeye.write_atomically(folder / "run.json", json.dumps(run | {"scores": scores}, indent=1).encode())
     (folder / STATE).unlink()
 
 
 if __name__ == "__main__":
-    lmeye.run(main)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    lmeye.run_main(main)

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import open_clip
 import pytest
 import safetensors.torch
 import torch
@@ -14,8 +15,8 @@ import sample
 from lmeye import LMEye, UserError
 
 
-@pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "norequest"), (2, "static")])
-def test_what_is_saved_is_loaded(tmp_path, stage, interaction):
+@pytest.mark.parametrize("stage, variant", [(1, "lmeye"), (2, "lmeye"), (2, "norequest"), (2, "static")])
+def test_what_is_saved_is_loaded(tmp_path, stage, variant):
     model, other = tiny_model(variant=variant), tiny_model(variant=variant)
     for p in model.adapter(2).values():
         torch.nn.init.normal_(p)
@@ -59,7 +60,7 @@ def test_a_file_is_refused_where_either_frozen_model_is_another_of_the_same_shap
 
 
 def header(**changes):
-    whole = {"stage": 2, "settings": {}, "fingerprint": [0.0] * 16} | changes
+    whole = {"stage": 2, "settings": {}, "identity": {"weights": [0.0] * 16}} | changes
     return {"lmeye": json.dumps(whole)}
 
 
@@ -69,7 +70,7 @@ def header(**changes):
     safetensors.torch.save({"a": torch.zeros(1)}, header(stage=3)),
     safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"n_features": "5"})),
     safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"folder": "/"})),
-    safetensors.torch.save({"a": torch.zeros(1)}, header(fingerprint=["x"])),
+    safetensors.torch.save({"a": torch.zeros(1)}, header(identity={"weights": ["x"]})),
 ])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
@@ -83,6 +84,58 @@ def test_a_file_whose_header_is_right_may_still_be_of_other_models(tmp_path):
         tiny_model().load(tmp_path / "a")
 
 
+def same_but(model, **parts):
+    """LMEye between the same frozen models, but for some parts."""
+    known = dict(tokenizer=model.tokenizer, clip=model.clip, preprocess=model.preprocess,
+                 clip_tokenizer=model.clip_tokenizer)
+    return LMEye(model.settings, model.llm, **(known | parts))
+
+
+def test_a_file_is_refused_behind_another_tokenizer_or_another_preprocessing(tmp_path):
+    """The same weights with other ids of words, or with pictures in other colors, would answer otherwise."""
+    model = tiny_model()
+    model.save(tmp_path / "a.safetensors", 2)
+    assert same_but(model).load(tmp_path / "a.safetensors") == 2
+
+    class Shifted:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def __len__(self):
+            return len(self.tokenizer)
+
+        def __call__(self, texts, **options):
+            found = self.tokenizer(texts, **options)
+            if not isinstance(texts, str):
+                found["input_ids"] = [[(i + 1) % len(self) for i in ids] for ids in found["input_ids"]]
+            return found
+
+    with pytest.raises(UserError, match="the token ids of .* are others"):
+        same_but(model, tokenizer=Shifted(model.tokenizer)).load(tmp_path / "a.safetensors")
+    darker = open_clip.image_transform(32, is_train=False, mean=(0.1, 0.1, 0.1))
+    with pytest.raises(UserError, match="the pixels of .* are others"):
+        same_but(model, preprocess=darker).load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_numbers_that_are_not_finite_are_refused(tmp_path, bad):
+    model = tiny_model()
+    model.transmit.weight.data[3, 4] = bad
+    model.save(tmp_path / "a.safetensors", 2)
+    with pytest.raises(UserError, match="not a checkpoint .*numbers are not finite"):
+        tiny_model().load(tmp_path / "a.safetensors")
+
+
+def test_a_file_of_an_earlier_version_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "a").write_bytes(safetensors.torch.save(
+        {"a": torch.zeros(1)}, header(settings={"interaction": "full"}, fingerprint=[0.0])))
+    with pytest.raises(UserError, match="an earlier version wrote it, with other names: train it again"):
+        lmeye.read_adapter(tmp_path / "a")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a"
     lmeye.write_atomically(path, b"old")
@@ -91,7 +144,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(lmeye.os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=f"{path}: can't be written .No space left"):
         lmeye.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
@@ -112,6 +165,6 @@ def test_a_checkpoint_cannot_name_what_is_loaded(tmp_path, monkeypatch):
 
 
 def test_a_setting_that_is_no_choice_is_named(tmp_path):
-    (tmp_path / "a").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"interaction": "half"})))
-    with pytest.raises(UserError, match="interaction"):
+    (tmp_path / "a").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"variant": "half"})))
+    with pytest.raises(UserError, match="variant"):
         lmeye.read_adapter(tmp_path / "a")

@@ -10,7 +10,7 @@ from conftest import CLIP_CONFIG, tiny_model
 
 import lmeye
 import shapes
-import train
+import lmeye
 
 
 def test_text_path_fed_with_token_embeddings_equals_encode_text():
@@ -75,7 +75,7 @@ def test_a_clip_whose_text_transformer_is_not_causal_or_read_elsewhere_than_at_e
     words = len(shapes.build_tokenizer(ends=True))
     config = {**CLIP_CONFIG, "text_cfg": {**CLIP_CONFIG["text_cfg"], "vocab_size": words, **other}}
     with pytest.raises(lmeye.UserError, match="causal"):
-        odd = lmeye.LMEye(model.settings, model.llm, model.tokenizer, open_clip.CLIP(**config).eval(), None,
+        odd = lmeye.LMEye(model.settings, model.llm, model.tokenizer, open_clip.CLIP(**config).eval(), model.preprocess,
                           model.clip_tokenizer)
         lmeye.check_clip(odd)
     lmeye.check_clip(model)

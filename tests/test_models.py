@@ -1,6 +1,6 @@
 """Which language models and CLIPs the method works with: each family, tiny and at random, beside two whole passes.
 
-`find_fault` and `check_clip` of train.py look at a model once, when it is loaded. A family that they let through must
+`find_fault` and `check_clip` of lmeye.py look at a model once, when it is loaded. A family that they let through must
 give the numbers of the reference in test_two_passes.py, which knows no cache, no mask and no padding; a family whose
 numbers would be others has to be refused, in one line.
 """
@@ -20,7 +20,7 @@ from conftest import CLIP_CONFIG, save_clip, save_llm, tiny_model
 from test_two_passes import ANSWERS, QUESTIONS, features, gradients, plain_answers, plain_loss
 
 import shapes
-import train
+import lmeye
 from lmeye import LMEye, Settings, UserError
 
 ALL = pytest.mark.skipif("LMEYE_ALL" not in os.environ, reason="all kinds and large sizes, 5 minutes: set LMEYE_ALL=1")
@@ -88,7 +88,7 @@ RIGHT = {
     "granite": SIZE,  # as long as nothing scales its logits
 }
 
-HEAD, PADDING, CAUSAL = "its head alone", "padding changes", "later tokens change"  # what is said of them
+HEAD, NUMBERS = "its head alone", "padding, its cache or later words change"  # what is said of them
 FAILS = "can't be run on vectors with a cache"
 WRONG = {
     "gemma2": (SIZE, HEAD),
@@ -102,17 +102,17 @@ WRONG = {
     "bert": ({**BERT, "is_decoder": True}, HEAD),
     "roberta": ({**BERT, "is_decoder": True}, HEAD),
     "modernbert-decoder": (BERT, HEAD),
-    "bert, plain": (BERT, CAUSAL),
-    "rwkv": (dict(hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, context_length=128), PADDING),
-    "ctrl": (dict(n_embd=64, n_layer=2, n_head=4, dff=96, n_positions=128), PADDING),
-    "doge": ({**SIZE, "keep_window_size": 4}, PADDING),
+    "bert, plain": (BERT, HEAD),
+    "rwkv": (dict(hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, context_length=128), NUMBERS),
+    "ctrl": (dict(n_embd=64, n_layer=2, n_head=4, dff=96, n_positions=128), HEAD),
+    "doge": ({**SIZE, "keep_window_size": 4}, NUMBERS),
     "gemma4_text": (dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=57,
                          num_kv_shared_layers=0, **LOCAL), FAILS),  # looks its words up in the embeddings
-    "bart": (BART, PADDING),
+    "bart": (BART, NUMBERS),
     "openai-gpt": (GPT, FAILS),
     "llama4_text": ({**SIZE, "intermediate_size_mlp": 96, "num_local_experts": 4}, FAILS),
-    "recurrent_gemma": ({**SIZE, "lru_width": 64, "block_types": ("recurrent", "attention")}, FAILS),
+    "recurrent_gemma": ({**SIZE, "lru_width": 64, "block_types": ("recurrent", "attention")}, HEAD),
     "mamba": (dict(hidden_size=64, num_hidden_layers=2, state_size=8), FAILS),
     "falcon_h1": ({**SIZE, **MAMBA, "mamba_d_ssm": 128}, FAILS),
     "bamba": ({**SIZE, **MAMBA, "attn_layer_indices": [1]}, FAILS),
@@ -249,13 +249,22 @@ def test_a_model_that_turns_its_states_anew_beyond_a_length_is_used_up_to_it():
         plain = plain_loss(model, f, [question], [answer])
         return abs(model.loss(f, [question], [answer]) - plain).item()
 
-    room = model.max_text_tokens - len(model.token_ids([question], [""])[0][0])
+    room = model.max_text_tokens - len(model.question_ids([question])[0])
     fits, too_long = " ".join(["red"] * (room - 1)), " ".join(["red"] * (room + 20))  # with the end of the text
     assert difference(fits) < 1e-5
     with pytest.raises(UserError, match="context has room for"):
         difference(too_long)
     model.max_text_tokens = 100
     assert difference(too_long) > 1e-2  # why it is refused
+
+
+@pytest.mark.parametrize("family", ("llama", "mistral", "qwen3"))
+def test_rotations_that_change_beyond_a_length_are_found_wherever_the_file_names_it(family):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 40}
+    model = model_with(random_llm(family, {**SIZE, "head_dim": 16, "rope_parameters": rope}))
+    assert model.context == 40
+    lmeye.check_llm(model)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")  # of an argument's old name, which a user would see above that line
@@ -336,7 +345,7 @@ NOT_CAUSAL = ("MobileCLIP-S1", "MobileCLIP2-S0")
 
 def model_with_clip(clip, tokenizer):
     base = tiny_model()
-    return LMEye(Settings(clip="some:clip"), base.llm, base.tokenizer, clip, None, tokenizer)
+    return LMEye(Settings(clip="some:clip"), base.llm, base.tokenizer, clip, base.preprocess, tokenizer)
 
 
 def assert_clip_works(name):
@@ -474,13 +483,63 @@ def test_weights_compressed_in_an_unknown_way_are_refused(tmp_path, change, quan
         load(llm, clip)
 
 
-def test_tensors_that_belong_to_no_weight_of_the_model_are_passed_over(tmp_path):
+def with_biases(weights):
+    """Biases of a model whose config.json does not name them."""
+    biases = {name.replace(".weight", ".bias"): tensor[:, 0].clone() for name, tensor in weights.items() if "proj" in name}
+    return weights | biases
+
+
+def with_lora(weights):
+    """LoRA's matrices beside the weights that they change, not merged into them."""
+    name = "model.layers.0.self_attn.q_proj"
+    return weights | {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(64, 2)}
+
+
+@pytest.mark.parametrize("change, said", [(with_biases, "14 weights are .*proj.bias"), (with_lora, "2 weights are .*lora_A")])
+def test_weights_that_a_layer_of_the_model_would_ignore_are_refused(tmp_path, change, said):
+    """transformers warns and leaves them out, and all numbers are others."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    change_weights(llm, change)
+    with pytest.raises(UserError, match=said):
+        load(llm, clip)
+
+
+def test_tensors_that_belong_to_no_layer_of_the_model_are_passed_over_and_told(tmp_path, capsys):
     """Old files hold what is computed today, others a tower for pictures or a head that predicts further tokens."""
     clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "vision_tower.fc1.weight": torch.ones(2, 2),
             "model.layers.0.self_attn.masked_bias": torch.ones(1), "model.layers.2.input_layernorm.weight": torch.ones(3)}
     change_weights(llm, lambda weights: weights | more)
     lmeye.check_llm(load(llm, clip))
+    notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    assert len(notes) == 1 and f"note: --llm {llm}: 3 weights of the file are not used: " in notes[0]
+
+
+@pytest.mark.parametrize("rope, said", [
+    ({"factor": 4.0}, "rope"), ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "attn_factor": 2.0}, "attn_factor")])
+def test_what_a_library_warns_of_while_it_loads_is_passed_on_in_a_line(tmp_path, capsys, rope, said):
+    """It ignores a scaling of positions that it can't read, and the numbers are others."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    config = json.loads((llm / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (llm / "config.json").write_text(json.dumps(config | {"rope_scaling": rope}))
+    capsys.readouterr()
+    lmeye.run_main(lambda: load(llm, clip))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("note: ") and said in lines[0]
+
+
+def test_a_clip_whose_positions_are_resized_is_told(tmp_path, capsys):
+    """Weights under the name of another size load, and see another picture."""
+    llm, clip = save_llm(tmp_path / "llm"), save_clip(tmp_path / "clip")
+    capsys.readouterr()
+    lmeye.run_main(lambda: load(llm, clip))
+    assert capsys.readouterr().err == ""
+    config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["image_size"] = 64
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(config))
+    lmeye.run_main(lambda: load(llm, clip))
+    assert "note: Resizing position embedding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ("opt", "gpt2"))
@@ -520,6 +579,18 @@ def test_an_end_of_text_that_somebody_typed_is_text(tmp_path):
     assert tokens.answer[0].tolist().index(1) == tokens.answer.shape[1] - 1  # only the one that ends the text
     assert model.decode(tokens.answer[0].tolist()) == "red </s> circle"
     assert 1 not in model.tokenize(None, ["a </s>"]).answer[0, :-1]
+
+
+def test_a_tokenizer_without_a_token_for_a_part_of_the_prompt_is_refused(tmp_path):
+    """One of whole words may drop what it does not know, and the answer would have no beginning."""
+    llm = llama_folder(tmp_path / "llm")
+    words = {token: i for i, token in enumerate(["<pad>", "</s>", *"Image:Quston "])}
+    few = tokenizers.Tokenizer(tokenizers.models.BPE(words, []))
+    few.normalizer = tokenizers.normalizers.Replace("Answer:", "")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=few, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(llm)
+    with pytest.raises(UserError, match="no token for"):
+        load(llm, save_clip(tmp_path / "clip"))
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2631640000\n"

@@ -43,14 +43,14 @@ def log_of(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("stage, interaction, train_align, parts", [
-    (1, "full", False, {"align", "img"}),
-    (2, "full", False, {"request", "decompose", "transmit", "img_d"}),
-    (2, "full", True, {"align", "img", "request", "decompose", "transmit", "img_d"}),
+@pytest.mark.parametrize("stage, variant, train_align, parts", [
+    (1, "lmeye", False, {"align", "img"}),
+    (2, "lmeye", False, {"request", "decompose", "transmit", "img_d"}),
+    (2, "lmeye", True, {"align", "img", "request", "decompose", "transmit", "img_d"}),
     (2, "norequest", False, {"decompose", "transmit", "img_d"}),
     (2, "static", False, {"align", "img"}),
 ])
-def test_exactly_the_tensors_of_the_phase_change(tmp_path, stage, interaction, train_align, parts):
+def test_exactly_the_tensors_of_the_phase_change(tmp_path, stage, variant, train_align, parts):
     model = tiny_model(variant=variant, dropout=0.5)
     before = hashes(model)
     train_briefly(model, stage, tmp_path / "run", train_align=train_align)
@@ -67,9 +67,9 @@ def test_the_frozen_parts_stay_in_eval():
     assert not any(m.training for part in (model.llm, model.clip) for m in part.modules())
 
 
-@pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "norequest"), (2, "static")])
-def test_four_examples_are_learned_by_heart(tmp_path, stage, interaction):
-    seed = 2 if interaction == "static" else 1  # a random language model is steered by one token from some starts only
+@pytest.mark.parametrize("stage, variant", [(1, "lmeye"), (2, "lmeye"), (2, "norequest"), (2, "static")])
+def test_four_examples_are_learned_by_heart(tmp_path, stage, variant):
+    seed = 2 if variant == "static" else 1  # a random language model is steered by one token from some starts only
     model = tiny_model(variant=variant, n_slots=4, seed=seed)
     train_briefly(model, stage, tmp_path / "run", steps=1200, lr=3e-2)
     some = dataset(model, stage)
