@@ -1,20 +1,18 @@
 """Records from a data file, their pictures as CLIP features, and batches.
 
-One shape of record is read, from a JSON list or from JSON Lines (one record a line). It is LLaVA's:
+One shape of record is read, LLaVA's, from a JSON list or from JSON Lines (one record a line):
 
-    {"image": "a.jpg", "caption": "A red cup on a table."}                                # for stage 1
-    {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},     # for stage 2
+    {"image": "a.jpg", "caption": "A red cup."}                                            stage 1
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},      stage 2
                                          {"from": "gpt", "value": "a cup"}, …]}
-    {"image": "a.jpg", "question": "What color is it?", "answer": "red"}                  # the same, shorter
+    {"image": "a.jpg", "question": "What is this?", "answer": "a cup"}                     the same, shorter
 
-More fields are optional: "category" (accuracy is told for each), "id", and "choices", a list of texts for each answer.
-Several pairs of a conversation are a dialogue: each answer becomes a record, with the turns before it in its prompt.
-A folder of pictures, a.jpg beside its caption a.txt, is read as well. For other formats tests/lab/published.py writes
-such a file first. `--images` names the folder of the pictures, or a zip archive, which is read in place.
+Optional are "category" (accuracy is told for each), "id", and "choices" (a list of texts for each answer).
+Several pairs are a dialogue: each answer becomes a record, with the earlier turns in its prompt. A folder of
+a.jpg beside a.txt is read as well; tests/lab/published.py turns other formats into such a file.
 
-Two ideas are worth reading first. CLIP is frozen, so each picture goes through it once and its feature is kept in a
-file (`encode_images`). Records differ in length, so batches are planned (`plan_epoch`). What can't be used is left out
-and counted with its reason, never passed over; where a file's meaning can't be known, it is not guessed.
+Each picture goes through CLIP once (`encode_images`), and batches are planned by length (`plan_epoch`). What
+can't be used is counted with its reason. Where it can't be known what a file means, it is not guessed.
 """
 
 import hashlib
@@ -29,7 +27,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -38,27 +36,26 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from lmeye import ANSWER, QUESTION, Tokens, UserError, collate, printable
+from lmeye import ANSWER, QUESTION, UserError, collate, printable, write_atomically
 
 MAX_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and the question itself
 MAX_BYTES = 100_000_000  # of a picture in a zip, unpacked
-MAX_PIXELS = 100_000_000  # of a picture. This takes the place of Pillow's two limits, which warn and raise
+MAX_PIXELS = 100_000_000  # of a picture, in the place of Pillow's own limits
 FEATURE_BATCH = 128  # pictures that go through CLIP together
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2",
-           ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures in a folder of pairs
-MALFORMED = "a record that is no object, lacks a field, has one twice, or has one of another type"
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
+ROLES = {"user": "human", "assistant": "gpt"}  # other names of LLaVA's speakers
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
 
 
 class Record(NamedTuple):
     """One picture, one prompt, one answer. A caption is a record without a prompt."""
-    image: str  # name of the picture, as the data file gives it
+    image: str  # the name that the data file gives the picture
     turns: tuple  # (question, answer, …, question); () for a caption
     answer: str  # "" where it is not known
     category: str = "all"
     id: str | int | None = None
-    choices: tuple = ()  # texts, one of which is the answer
+    choices: tuple = ()  # texts; the answer is one of them
 
     @property
     def question(self):
@@ -66,7 +63,7 @@ class Record(NamedTuple):
 
 
 def dialogue(turns):
-    """Turns (question, answer, …, question) → one text for the place of the question in the template."""
+    """(question, answer, …, question) → one text, which takes the place of the question in the template."""
     text = turns[0] if turns else ""
     for i in range(1, len(turns)):
         text += (QUESTION if i % 2 == 0 else ANSWER + " ") + turns[i]
@@ -76,22 +73,21 @@ def dialogue(turns):
 class Dataset(NamedTuple):
     """R records, with the CLIP features of their P pictures and with their token ids."""
     records: list
-    tokens: list  # (ids of the question, ids of the answer) of each record; a caption's question has none
+    tokens: list  # (ids of the question, ids of the answer with eos) of each record
     features: np.ndarray  # (P, C) float16, mapped from a file
-    picture: np.ndarray  # (R,) the row of `features` of each record
+    picture: np.ndarray  # (R,): which row of `features` belongs to a record
 
     def f(self, rows):
-        """Rows of records → their pictures' features (B, C), on the CPU."""
+        """Rows of B records → the features of their pictures (B, C), on the CPU."""
         return torch.from_numpy(self.features[self.picture[rows]]).float()
 
     def batch(self, rows):
-        """Rows of records → (f (B, C), Tokens), on the CPU."""
-        questions = [self.tokens[i][0] for i in rows]
-        answers = [self.tokens[i][1] for i in rows]
-        return self.f(rows), collate(questions if self.records[rows[0]].turns else None, answers)
+        """Rows of B records → (f (B, C), Tokens), on the CPU."""
+        questions = [self.tokens[i][0] for i in rows] if self.records[rows[0]].turns else None
+        return self.f(rows), collate(questions, [self.tokens[i][1] for i in rows])
 
     def take(self, rows):
-        """The records of these rows, in this order, with the same features."""
+        """The records of these rows, with the same features."""
         records, tokens = [self.records[i] for i in rows], [self.tokens[i] for i in rows]
         return Dataset(records, tokens, self.features, self.picture[rows])
 
@@ -105,98 +101,80 @@ class Dataset(NamedTuple):
         return digest.hexdigest()
 
 
-# ---- Features: each picture goes through CLIP once -------------------------------------------------------------
+# ---- Features: each picture goes through CLIP once ---------------------------------------------------------
 
 
 def encode_images(model, pictures, names, folder=None):
-    """CLIP features of the named pictures → (features (P, C) float16, {row: reason} of those that can't be read).
+    """CLIP features of P pictures → (features (P, C) float16, {row: why it can't be read}).
 
-    They are kept in a file in `folder`, or in a temporary one. A new file holds NaN everywhere, and NaN in a row
-    means "not done yet". So one rule serves three cases: whoever opens the file encodes the rows that hold NaN. A pass
-    that was killed goes on after its last batch, a picture that could not be read is tried again, and a whole file is
-    used as it is.
+    They are kept in a file in `folder`, or in a temporary one. At first each row is NaN. This means "not done
+    yet": rows of NaN are encoded whenever the file is used. So a pass that was killed goes on after its last
+    batch, a picture that was away is tried again, and a finished file costs nothing.
     """
     if folder is None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             return encode_images(model, pictures, names, folder)
     path = Path(folder, features_key(model, pictures, names) + ".f16")
-    path.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(names), model.align.in_features)
+    path.parent.mkdir(parents=True, exist_ok=True)
     unreadable, examples = {}, {}
 
     def read(row):
-        return load_pixels(model, pictures, names[row])
+        try:
+            with pictures.open(names[row]) as file:
+                return model.preprocess(load_image(file)), ""
+        except UserError as reason:
+            return None, str(reason)
 
     with FileLock(f"{path}.lock"):  # two programs may want the same features
-        if not path.is_file() or path.stat().st_size != 2 * shape[0] * shape[1]:
-            create_features(path, shape)
+        if not path.is_file():
+            write_atomically(path, np.full(shape, np.nan, np.float16))
         features = np.memmap(path, np.float16, "r+", shape=shape)
-        todo = np.flatnonzero(np.isnan(features.sum(1, dtype=np.float32)))  # a sum with NaN is NaN
-        # Batches are cut at the same rows whatever is done already: then each is computed as in an unbroken pass.
+        todo = np.flatnonzero(np.isnan(features.sum(1, dtype=np.float32)))
+        # Batches end at fixed rows, whatever is done already: then each is computed as in an unbroken pass.
         parts = np.split(todo, np.flatnonzero(np.diff(todo // FEATURE_BATCH)) + 1)
         with tqdm(total=len(todo), desc="CLIP features", disable=None if len(todo) else True) as bar:
-            for rows, loaded in read_ahead(read, parts):
-                pixels = {row: x for row, (x, _) in zip(rows, loaded) if x is not None}
-                if pixels:
-                    features[list(pixels)] = encode_pixels(model, list(pixels.values()))
+            for rows, loaded in zip(parts, read_ahead(read, parts)):
+                good = [i for i, (pixels, _) in enumerate(loaded) if pixels is not None]
+                if good:
+                    features[rows[good]] = encode_pixels(model, [loaded[i][0] for i in good])
                 for row, (_, reason) in zip(rows, loaded):
                     if not reason and np.isnan(features[row, 0]):
                         reason = "CLIP features that are not finite, or beyond 65,504: try --precision fp32"
-                    if reason:
+                    if reason:  # counted together, with the first one's name
                         unreadable[row] = examples.setdefault(reason, f"{reason}, as {names[row]}")
                 bar.update(len(rows))
     features.flags.writeable = False  # what is written there stands in the file
     return features, unreadable
 
 
-def create_features(path, shape):
-    """A file of NaN for features (P, C), which appears all at once. (Written, not mapped: a full disk then is an error.)
-    """
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        for start in range(0, shape[0], 4096):
-            file.write(np.full((min(4096, shape[0] - start), shape[1]), np.nan, np.float16).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def encode_pixels(model, pixels):
-    """A list of B tensors (3, side, side) → features (B, C) float16; a row that is not finite becomes NaN."""
-    f = model.encode_image(torch.stack(pixels)).half()
+    """B tensors (3, side, side) → features (B, C) float16. A row that is not finite becomes NaN."""
+    # Libraries compute few pictures by other routines, which round differently. With 16 at least, copies of a
+    # picture have equal features wherever they stand.
+    filled = pixels + pixels[:1] * (-len(pixels) % 16)
+    f = model.encode_image(torch.stack(filled))[:len(pixels)].half().cpu()
     f[~f.isfinite().all(1)] = torch.nan
-    return f.cpu().numpy()
-
-
-def load_pixels(model, pictures, name):
-    """A picture → (pixels (3, side, side), ""), or (None, the reason why it can't be read)."""
-    try:
-        with pictures.open(name) as file:
-            return model.preprocess(load_image(file)), ""
-    except UserError as reason:
-        return None, str(reason)
+    return f.numpy()
 
 
 def read_ahead(read, parts, ahead=3):
-    """Yield (part, [read(item) for each of its items]) for each part, in order. Threads read `ahead` parts before they
-    are wanted, so that a GPU need not wait. (Pillow decodes and resizes without Python's lock.)"""
-    queue = deque()
+    """Yield [read(item) for each item] of each part. Threads work some parts ahead, so that a GPU need not
+    wait: Pillow decodes and resizes without Python's lock."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part in parts:
-            queue.append((part, [pool.submit(read, item) for item in part]))
+        queue = deque()
+        for part in [*parts, *[[]] * ahead]:
+            queue.append([pool.submit(read, item) for item in part])
             if len(queue) > ahead:
-                first, futures = queue.popleft()
-                yield first, [future.result() for future in futures]
-        for part, futures in queue:
-            yield part, [future.result() for future in futures]
+                yield [future.result() for future in queue.popleft()]
 
 
 def features_key(model, pictures, names):
-    """A hash of what decides the features: CLIP's layers and some values of each weight, the preprocessing, and the
-    state of each picture (`Pictures.state`). A picture in a folder that is replaced by another one of the same size and
-    time of change is not noticed."""
+    """A hash of what decides the features: CLIP's layers, some values of each weight, the preprocessing, and
+    each picture's name and state. (A picture in a folder that is replaced by one of the same size and time of
+    change is not noticed.)"""
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr((model.preprocess, model.clip.visual)))  # addresses change
-    key = hashlib.sha256((model.settings.clip + layers).encode())
+    key = hashlib.sha256(f"{model.settings.clip} {layers} {pictures.path.resolve()}".encode())
     for name, weight in model.clip.visual.state_dict().items():
         key.update(f"{name} {weight.dtype} {weight.flatten()[:4].tolist()}".encode())
     for name in names:
@@ -204,44 +182,43 @@ def features_key(model, pictures, names):
     return key.hexdigest()[:16]
 
 
-# ---- Datasets: records with features and tokens ----------------------------------------------------------------
+# ---- Datasets: records with their features and tokens ------------------------------------------------------
 
 
 def encode(model, records, skipped, pictures, folder=None, noted=None):
-    """Records → Dataset: features (kept in `folder`, see `encode_images`) and tokens.
+    """Records → Dataset. The features are kept in a file in `folder`.
 
-    Left out are records whose picture can't be read, whose texts the language model can't take (`find_unfit`), or that
-    exceed its context: they are added to the Counter `skipped`. Counted in `noted`, if one is given, is what is kept
-    but not as it was: dialogues that lost their oldest turns, and answers that the tokenizer changes. UserError if
-    no record remains.
+    Records that can't be used are added to the Counter `skipped`, by reason. Those that are used, but not as
+    they stand, are added to the Counter `noted`, if one is given. UserError if no record remains.
     """
     noted = Counter() if noted is None else noted
-    names = list(dict.fromkeys(record.image for record in records))  # each once, in order
+    names = list(dict.fromkeys(record.image for record in records))  # each once
     row = {name: i for i, name in enumerate(names)}
     features, unreadable = encode_images(model, pictures, names, folder)
-
     kept, tokens, picture = [], [], []
-    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None if len(records) > 20_000 else True):
-        whole = records[start:start + 1000]
-        part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in whole]
-        questions = model.question_ids([record.question for record in part]) if part[0].turns else [[]] * len(part)
+    quiet = None if len(records) > 20_000 else True  # None: a bar on terminals only
+    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=quiet):
+        part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in records[start:start + 1000]]
         answers = model.answer_ids([record.answer for record in part])
-        for before, record, question, answer in zip(whole, part, questions, answers):
+        questions = [[]] * len(part)
+        if part[0].turns:
+            questions = model.question_ids([record.question for record in part])
+        for i, (record, question, answer) in enumerate(zip(part, questions, answers), start):
+            # What is too long loses its oldest turns first. Choices are only compared with the whole prompt.
             choices = model.answer_ids(record.choices) if record.choices else []
             room = model.max_text_tokens - max(map(len, [answer, *choices]))
-            while len(question) > room and len(record.turns) > 1 and not record.choices:
+            while len(question) > room and len(record.turns) > 1 and not choices:
                 record = record._replace(turns=record.turns[2:])
                 question = model.question_ids([record.question])[0]
 
-            reason = unreadable.get(row[record.image]) or find_unfit(model, record, question, [answer, *choices])
-            if not reason and len(question) > room:
-                reason = "longer than the language model's context"
+            reason = unreadable.get(row[record.image])
+            reason = reason or unfit(model, record, question, [answer, *choices], room)
             if reason:
                 skipped[reason] += 1
                 continue
-            if len(record.turns) < len(before.turns):
+            if len(record.turns) < len(records[i].turns):
                 noted["prompts without the oldest turns of a long dialogue"] += 1
-            if model.tokenizer.unk_token_id in answer[:-1]:
+            if model.tokenizer.unk_token_id in answer[:-1]:  # the last is eos, which may be the same token
                 noted["words in an answer that the language model has no token for"] += 1
             elif letters(model.decode(answer)) != letters(record.answer):
                 noted["answers of which the tokenizer loses or changes letters"] += 1
@@ -249,79 +226,73 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
             tokens.append((np.array(question, np.int32), np.array(answer, np.int32)))
             picture.append(row[record.image])
     if not kept:
-        raise UserError(f"not one of {len(records):,} records can be used: {list_reasons(skipped)}")
+        raise UserError(f"not one of {len(records):,} records can be used: {most_frequent(skipped)}")
     return Dataset(kept, tokens, features, np.array(picture))
 
 
-def find_unfit(model, record, question, answers):
-    """Why the language model can't take the texts of a record, or "". Takes their token ids: those of the question,
-    and a list of those of the answer and the choices, each with eos."""
+def unfit(model, record, question, answers, room):
+    """Why the language model can't take a record, or "". `answers`: ids of the answer and of each choice."""
     eos = model.tokenizer.eos_token_id
-    if eos in question or any(eos in ids[:-1] for ids in answers):  # some tokenizers read "</s>" as eos
-        return "a text in which the tokenizer finds the end of the text"
-    if record.answer and len(answers[0]) == 1:  # eos alone
-        return "an answer that the language model has no token for"
-    if any(len(ids) == 1 for ids in answers[1:]):
-        return "a choice that the language model has no token for"
-    return ""
+    if eos in question or any(eos in ids[:-1] for ids in answers):  # some tokenizers read "</s>" so
+        return "a text in which the tokenizer reads the end of a text"
+    if any(len(ids) == 1 for ids in answers[0 if record.answer else 1:]):  # eos alone
+        return "an answer or choice that the language model has no token for"
+    return "longer than the language model's context" if len(question) > room else ""
 
 
 def letters(text):
-    """A text without what a tokenizer may change: case, whitespace, and how accents are written."""
+    """A text without what a tokenizer may change: case, spaces, and how accents are composed."""
     return "".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def hold_out(dataset, most=500):
-    """Set a tenth of the pictures aside, with their records → (training, validation Dataset). Always the same ones.
+    """Set a tenth of the pictures aside with their records, always the same → (training, validation Dataset).
 
-    Copies of a picture stay on one side. At least two pictures are taken, for one alone could not be shuffled; of
+    Copies of a picture stay together. Two pictures are set aside at least, for one could not be shuffled. Of
     fewer than ten none is, and the second Dataset is None.
     """
-    hashes = picture_hashes(dataset)
-    distinct = list(dict.fromkeys(hashes.values()))
+    copies = picture_hashes(dataset)
+    distinct = np.unique(copies)
     if len(distinct) < 10:
         return dataset, None
     n = min(most, max(2, len(distinct) // 10))
-    chosen = set(np.random.default_rng(0).permutation(distinct)[:n].tolist())
-    aside = np.array([hashes[i] in chosen for i in dataset.picture.tolist()])
+    aside = np.isin(copies, np.random.default_rng(0).permutation(distinct)[:n])
     return dataset.take(np.flatnonzero(~aside)), dataset.take(np.flatnonzero(aside))
 
 
 def shuffled(dataset):
-    """The same records, each with another picture: a model that does not look loses nothing by it. A copy is not
-    another picture. (If all are copies of one, they stay as they are.)"""
-    hashes = picture_hashes(dataset)
-    first = {}  # of each hash, the first picture
-    for i, digest in hashes.items():
-        first.setdefault(digest, i)
-    order = np.random.default_rng(0).permutation(list(first.values()))
-    other = dict(zip(order.tolist(), np.roll(order, 1).tolist()))
-    return dataset._replace(picture=np.array([other[first[hashes[i]]] for i in dataset.picture.tolist()]))
+    """The same records, each with another picture, no copy of its own if there is one. A model that does not
+    look loses nothing by it."""
+    distinct, first, kind = np.unique(picture_hashes(dataset), return_index=True, return_inverse=True)
+    order = np.random.default_rng(0).permutation(len(distinct))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)  # each kind of picture takes the place of the next one
+    return dataset._replace(picture=dataset.picture[first[other[kind]]])
 
 
 def count_shared(train, val):
-    """How many of val's pictures are trained on: those with the same features."""
-    trained = set(picture_hashes(train).values())
-    return sum(digest in trained for digest in picture_hashes(val).values())
+    """How many pictures of `val` are trained on, under whatever name."""
+    return len(np.intersect1d(picture_hashes(train), picture_hashes(val)))
 
 
 def picture_hashes(dataset):
-    """{row of features: their hash} of all pictures that have a record. Copies of a picture have the same hash."""
-    rows = np.unique(dataset.picture).tolist()
-    return {i: hashlib.blake2b(dataset.features[i].tobytes(), digest_size=16).hexdigest() for i in rows}
+    """A hash of the features of each record's picture (R,): copies of a picture have equal features."""
+    rows, index = np.unique(dataset.picture, return_inverse=True)
+    digests = [hashlib.blake2b(dataset.features[i].tobytes(), digest_size=8).digest() for i in rows]
+    return np.array([int.from_bytes(digest, "big") for digest in digests], np.uint64)[index]
 
 
-# ---- Batches: planned by length --------------------------------------------------------------------------------
+# ---- Batches: planned by length ----------------------------------------------------------------------------
 
 
 def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
-    """The rows of all batches of one epoch: a list of arrays, which depends on the arguments alone.
+    """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
 
-    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has more).
-    Padding is wasted work, so records of like length should share a batch. To sort them by their total length is not
-    enough: a long question with a short answer would meet a short one with a long answer. So each stretch of `window`
-    batches of shuffled records is halved, by the side whose lengths differ most, until the parts are batches. On
-    lengths like LLaVA's, 1.03 × the real tokens are computed; sorted by total length, it would be 1.66 ×.
+    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has
+    more). Padding is wasted work, so records of like length come together. Sorting by total length would not
+    do: a long question with a short answer would meet a short one with a long answer. So each stretch of
+    `window` batches of shuffled records is halved, by the side whose lengths differ most, until the parts are
+    batches. With lengths like LLaVA's this computes 1.03 × the real tokens; sorting by total length, 1.66 ×.
     """
     lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
     rng = np.random.default_rng((seed, epoch))
@@ -351,224 +322,155 @@ def batches(dataset, size, max_batch_tokens, seed):
         epoch += 1
 
 
-# ---- Reading records -------------------------------------------------------------------------------------------
+# ---- Records: reading a data file --------------------------------------------------------------------------
 
 
 def read_records(path, pictures, stage, answered=True):
-    """A data file, or a folder of a.jpg beside a.txt → (list of Record, Counter of what is left out, by reason).
+    """A data file, or a folder of a.jpg beside a.txt → (list of Record, Counter of why items are left out).
 
-    Stage 1 takes captions, and of a conversation with a single answer that answer. Stage 2 takes questions. With
-    answered=False, for an evaluation, a question without an answer becomes a record with the answer "". UserError if
-    the file can't be read, or if no record remains.
+    Stage 1 takes captions, and of a conversation with one answer this answer. Stage 2 takes questions. Those
+    without an answer are taken with answered=False only, for an evaluation. UserError if no record remains.
     """
     path, records, skipped, examples = Path(path), [], Counter(), {}
     items = read_folder(path, skipped) if path.is_dir() else read_json(path, skipped)
     for item in tqdm(items, desc="records", disable=None if len(items) > 100_000 else True):
         try:
-            found = read_captions(item) if stage == 1 else read_turns(item, answered, skipped)
-        except UserError as reason:
-            skipped[str(reason)] += 1
-            continue
-        except (AttributeError, KeyError, TypeError):  # from a value of another type, anywhere in the record
-            skipped[MALFORMED] += 1
-            continue
-        name = item["image"]
-        try:
-            pictures.find(name)
+            found = read_item(item, stage, answered, skipped)
+            pictures.find(item.get("image"))
             records += found
-        except UserError as reason:
-            skipped[examples.setdefault(str(reason), f"{reason}, as {name}")] += 1
+        except UserError as reason:  # what has one reason is counted together, with the first one's name
+            skipped[examples.setdefault(str(reason), f"{reason} (as with {item.get('image')})")] += 1
+        except (AttributeError, KeyError, TypeError):
+            skipped["a record that is no object, lacks a field, has one twice, or one of another type"] += 1
     if not records:
-        why = list_reasons(skipped) or "it holds none"
+        why = most_frequent(skipped) or "it holds none"
         raise UserError(f"{path}: not one of {len(items):,} records can be used for stage {stage}: {why}")
     return records, skipped
 
 
 def read_json(path, skipped):
-    """The records of a JSON list or of JSON Lines, as dictionaries."""
+    """The items of a JSON list or of JSON Lines. UserError if a list is broken."""
     text = read_text(path)
-    try:
-        content = json.loads(text, object_pairs_hook=read_object)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):  # a list, of which single lines may look whole
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text, object_pairs_hook=read_object)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: is broken JSON, or cut off ({error})") from error
-        content = []
-        for line in text.split("\n"):  # at nothing else: U+2028 may stand in a text
-            try:
-                if line.strip():
-                    content.append(json.loads(line, object_pairs_hook=read_object))
-            except (ValueError, RecursionError):
-                skipped["a line is not JSON"] += 1
-        if not any(isinstance(item, dict) for item in content):
-            raise UserError(f"{path}: is neither JSON nor JSON Lines ({error}): the README shows its shape") from error
-    return content if isinstance(content, list) else [content]
+    items = []
+    for line in text.split("\n"):  # at nothing else: U+2028 may stand in a text
+        try:
+            items += [json.loads(line, object_pairs_hook=read_object)] if line.strip() else []
+        except (ValueError, RecursionError):
+            skipped["a line that is not JSON"] += 1
+    return items
 
 
 def read_object(pairs):
-    """A JSON object → dictionary; None if a key is there twice, for it can't be known which is meant."""
+    """A JSON object → dictionary, or None if a key is there twice: which one is meant can't be known."""
     item = dict(pairs)
     return item if len(item) == len(pairs) else None
 
 
 def read_text(path):
-    """The text of a UTF-8 file. UserError if it is not there or in another encoding."""
+    """The text of a UTF-8 file. UserError if it is no file or has another encoding."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise UserError(f"{path}: no such file")
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and zips of "
-                        "them, belong to --images)") from error
+        raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and "
+                        "zips of them, belong to --images)") from error
 
 
 def read_folder(folder, skipped):
-    """The pictures of a folder, at any depth, with a .txt beside each → records of captions, as read_json gives them.
-    Linked folders are followed; none is read twice."""
-    def fail(error):
-        raise error
-
-    seen, files = set(), []
-    for place, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        subfolders.sort()
-        if os.path.realpath(place) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        files += [Path(place, name) for name in names]
-
-    texts, items, paired = {}, [], set()
+    """A folder of pictures, at any depth, with a .txt beside each → items as of `read_json`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    texts = [path for path in files if path.suffix.lower() == ".txt"]
+    counts = Counter(path.with_suffix("") for path in texts)
+    beside = {path.with_suffix(""): path for path in texts}
+    items, used = [], set()
     for path in files:
-        if path.suffix.lower() == ".txt":
-            texts.setdefault(path.with_suffix(""), []).append(path)
-    for path in sorted(files):
-        stem = path.with_suffix("")
-        if path.suffix.lower() not in (".txt", *ENDINGS):
-            skipped["another file in a folder, where pictures and .txt are read (name a .json itself)"] += 1
-        elif path.suffix.lower() != ".txt" and stem not in texts:
-            skipped["a picture without a caption in a .txt beside it"] += 1
-        elif path.suffix.lower() != ".txt":
-            paired.add(stem)
-            try:
-                if len(texts[stem]) > 1:
-                    raise UserError("a picture with two texts beside it, as a.txt and a.TXT")
-                items.append({"image": path.relative_to(folder).as_posix(), "caption": read_text(texts[stem][0])})
-            except UserError as reason:
-                skipped[str(reason)] += 1
-    if len(paired) < len(texts):
-        skipped["a .txt without its picture beside it"] += len(texts) - len(paired)
+        stem, ending = path.with_suffix(""), path.suffix.lower()
+        if ending in ENDINGS and counts[stem] == 1:
+            items.append({"image": path.relative_to(folder).as_posix(), "caption": read_text(beside[stem])})
+            used.add(stem)
+        elif ending in ENDINGS:
+            skipped["a picture without a .txt beside it, or with two, as a.txt and a.TXT"] += 1
+        elif ending != ".txt":
+            skipped["a file or link in a folder that is neither picture nor .txt (name a .json itself)"] += 1
+    for stem in counts.keys() - used:
+        skipped["a .txt without a picture beside it"] += counts[stem]
     return items
 
 
-def read_captions(item):
-    """One record of a data file → a list of one Record, for stage 1."""
-    check_kind(item)
+def read_item(item, stage, answered, skipped):
+    """An item of a data file → the list of its Records. UserError if it can't be used."""
     conversation = item.get("conversations") or []
-    if item.get("caption"):
-        caption = " ".join(item["caption"].split())
-    elif [speaker(turn) for turn in conversation] == ["human", "gpt"]:  # "describe the picture" and a description
-        caption = conversation[1]["value"].strip()
-    elif "caption" in item:
-        caption = ""
-    else:
-        raise UserError("questions, for --stage 2")
-    if not is_text(caption):
-        raise UserError("an empty or unreadable text")
-    return [Record(item["image"], (), caption, category_of(item), item.get("id"))]
+    if "question" in item:
+        answer = "" if item.get("answer") is None else item["answer"]
+        conversation = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": answer}]
+    if not conversation and "caption" not in item:
+        raise UserError('a record of no known kind: it needs "image" with "caption", "conversations" or '
+                        f'"question", and has {", ".join(item)[:100]} (tests/lab/published.py reads others)')
+    speakers = [ROLES.get(turn["from"], turn["from"]) for turn in conversation]
+    texts = [turn["value"].strip() for turn in conversation]
+    if texts:  # LLaVA marks the picture's place before or after the first question
+        texts[0] = texts[0].removeprefix("<image>").removesuffix("<image>").strip()
+    category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
+    record = Record(item.get("image"), (), "", category, item.get("id"))
 
+    described = speakers == ["human", "gpt"]  # "describe the picture", and the description
+    if stage == 1:
+        caption = " ".join((item.get("caption") or "").split()) or (texts[1] if described else "")
+        if not caption and "caption" not in item and not described:
+            raise UserError("questions, for --stage 2")
+        if not is_text(caption):
+            raise UserError("an empty or unreadable text")
+        return [record._replace(answer=caption)]
 
-def read_turns(item, answered, skipped):
-    """One record of a data file → a list with a Record for each answer, for stage 2."""
-    check_kind(item)
-    conversation = item.get("conversations")
-    if conversation is None and "question" not in item:
+    if not texts or (described and not texts[0]):
         raise UserError("captions, for --stage 1")
-    if conversation is None:
-        conversation = [{"from": "human", "value": item["question"]}]
-        if item.get("answer") is not None:
-            conversation.append({"from": "gpt", "value": item["answer"]})
-    if not answered and len(conversation) % 2 == 0 and conversation and not conversation[-1]["value"].strip():
-        conversation = conversation[:-1]  # an empty answer is one that is not known
+    if len(texts) % 2 == 0 and not texts[-1]:  # an empty answer is one that is not known
+        texts.pop()
+    if len(texts) % 2 == 1 and answered:
+        texts.pop()
+        skipped["a question without an answer"] += 1
+    if not all(map(is_text, texts)) or set(speakers[::2]) - {"human"} or set(speakers[1::2]) - {"gpt"}:
+        raise UserError("turns that are empty, or do not alternate between human and gpt")
 
-    turns = []  # up to the first one that is empty or not the speaker's
-    for turn in conversation:
-        text = turn["value"].strip()
-        if not turns:  # LLaVA marks the picture's place, before or after the first question
-            text = text.removeprefix("<image>").removesuffix("<image>").strip()
-        if speaker(turn) != ("human", "gpt")[len(turns) % 2] or not is_text(text):
-            break
-        turns.append(text)
-    if len(turns) % 2 and (answered or len(turns) < len(conversation)):
-        turns.pop()  # a question without an answer
-    if not turns:
-        raise UserError(why_no_turns(conversation))
-    if len(turns) < len(conversation):
-        skipped["the rest of a chat, from a turn that is empty, unanswered or not the speaker's"] += 1
-
-    all_choices = item.get("choices") or [[]] * len(conversation)
-    if item.get("choices") and len(all_choices) != (len(conversation) + 1) // 2:
-        raise UserError('"choices" that are not one list for each answer')
+    choices = item.get("choices") or [[]] * len(texts)
+    if not isinstance(choices, list) or len(choices) < (len(texts) + 1) // 2:
+        raise UserError('"choices" that are not one list of texts for each answer')
     records = []
-    for n in range(0, len(turns), 2):
-        answer = turns[n + 1] if n + 1 < len(turns) else ""
-        choices = read_choices(all_choices[n // 2], answer)
-        records.append(Record(item["image"], tuple(turns[:n + 1]), answer, category_of(item), item.get("id"), choices))
+    for i in range(0, len(texts), 2):
+        answer = "".join(texts[i + 1:i + 2])  # "" after the last question, if that is not answered
+        check_choices(choices[i // 2], answer)
+        turns = tuple(texts[:i + 1])
+        records.append(record._replace(turns=turns, answer=answer, choices=tuple(choices[i // 2])))
     return records
 
 
-def why_no_turns(conversation):
-    """Why a conversation has no turn for stage 2."""
-    speakers = [speaker(turn) for turn in conversation]
-    if speakers == ["human", "gpt"] and conversation[0]["value"].strip() == "<image>":
-        return "captions, for --stage 1"
-    if speakers == ["human"] or (speakers == ["human", "gpt"] and not conversation[1]["value"].strip()):
-        return "a question without an answer"
-    return "turns that do not alternate between human and gpt, or are empty"
-
-
-def read_choices(choices, answer):
-    """A list of texts → tuple. UserError if it can't be known which one is the answer."""
-    if not isinstance(choices, list) or not all(is_text(text) for text in choices):
+def check_choices(choices, answer):
+    """UserError unless the choices are texts, each once, with the answer among them. [] stands for none."""
+    if not isinstance(choices, list) or not all(map(is_text, choices)):
         raise UserError('"choices" that are not one list of texts for each answer')
-    choices = tuple(text.strip() for text in choices)
-    if choices and (len(set(choices)) < len(choices) or (answer and answer not in choices)):
+    if len(set(choices)) < len(choices) or (choices and answer and answer not in choices):
         raise UserError("an answer that is not one of its choices, or a choice that is there twice")
-    return choices
-
-
-def check_kind(item):
-    """UserError if a record has not the fields of one of the three kinds, TypeError if it is no object."""
-    if not isinstance(item, dict):
-        raise TypeError
-    if not any(name in item for name in ("caption", "conversations", "question")):
-        raise UserError('a record of no known kind: it needs "image" with "caption", "conversations" or "question", '
-                        f"and has {', '.join(item)[:100]} (tests/lab/published.py reads other formats)")
-    item.setdefault("image", None)
-
-
-def speaker(turn):
-    return {"user": "human", "assistant": "gpt"}.get(turn["from"], turn["from"])
-
-
-def category_of(item):
-    category = item.get("category")
-    if isinstance(category, (dict, list)):
-        raise TypeError
-    return "all" if category is None or category == "" else printable(str(category))
 
 
 def is_text(value):
-    """Whether a value is text that says something and can be written down (JSON can hold halves of characters)."""
-    return isinstance(value, str) and bool(value.strip()) and "\0" not in value \
-        and value == value.encode("utf-8", "ignore").decode()
+    """Whether a value is text that says something and can be written (JSON can hold halves of characters)."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return bool(value.strip()) and value == value.encode("utf-8", "ignore").decode()
 
 
-def list_reasons(skipped):
-    """The five most frequent reasons, in one line."""
-    return "; ".join(f"{reason} ({n:,})" for reason, n in skipped.most_common(5))
+def most_frequent(reasons):
+    return "; ".join(f"{reason} ({n:,})" for reason, n in reasons.most_common(5))
 
 
 def report(skipped, noted=Counter()):
-    """Print how often which reason occurred, the ten most frequent ones first."""
+    """Print how often which reason occurred, for the ten most frequent of each Counter."""
     for word, reasons in (("skipped", skipped.most_common()), ("noted", noted.most_common())):
         for reason, n in reasons[:10]:
             print(f"  {word} {n:,}: {printable(reason)}")
@@ -576,13 +478,18 @@ def report(skipped, noted=Counter()):
             print(f"  {word} {sum(n for _, n in reasons[10:]):,}: other reasons")
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------------------
+
+
+def open_pictures(data, images=None):
+    """The Pictures of a data file or folder: `images`, or else the folder itself."""
+    return Pictures(images or (data if os.path.isdir(data) else Path(data).parent))
 
 
 class Pictures:
     """The pictures that records name: a folder, or a zip archive, read in place. UserError if it is neither.
 
-    If everything in an archive lies in one folder, as in COCO's train2017.zip, that folder's name may be left out.
+    If all of an archive lies in one folder, as in COCO's train2017.zip, its name may be left out.
     """
 
     def __init__(self, path):
@@ -595,9 +502,9 @@ class Pictures:
             self.zip = zipfile.ZipFile(self.path)
         except Exception as error:  # zipfile raises half a dozen kinds at broken archives
             raise UserError(f"{path}: is neither a folder nor a whole zip archive ({error})") from error
-        self.names, self.twice = {}, set()  # {a name as `find` makes it plain: the name in the archive}
+        self.names, self.twice = {}, set()  # {name as `tidy` gives it: name in the archive}
         for name in self.zip.namelist():
-            plain = "/".join(split_name(name))
+            plain = tidy(name)
             if plain in self.names:
                 self.twice.add(plain)
             if not name.endswith("/"):
@@ -606,137 +513,114 @@ class Pictures:
         self.top = tops.pop() + "/" if len(tops) == 1 else ""
 
     def find(self, name):
-        """The name of a picture in a record → the one under which it is there. UserError, with the reason, if it is no
-        name, leads out of the folder, is there twice or not at all."""
-        if name is None or name == "":
-            raise UserError("no picture")
+        """A picture's name in a record → the name under which it is there. UserError if it is not."""
         if not is_text(name):
-            raise UserError("a picture's name that is no text")
-        if name.startswith(("/", "\\")) or os.path.splitdrive(name)[0] or ".." in split_name(name):
-            raise UserError("a picture's name that leads out of --images")
-        plain = "/".join(split_name(name))
-        if self.zip is None:
-            if os.path.isfile(self.path / plain):
-                return plain
-        else:
-            for candidate in (plain, self.top + plain):
-                if candidate in self.twice:
-                    raise UserError(f"a picture's name that is twice in {self.path}")
-                if candidate in self.names:
-                    return self.names[candidate]
-        raise UserError(f"no such picture in {self.path} (--images names their folder or zip)")
+            raise UserError("no picture, or a name that is no text")
+        name = tidy(name)
+        if os.path.isabs(name) or os.path.splitdrive(name)[0] or ".." in name.split("/"):
+            raise UserError("a picture that is not inside --images")
+        if self.zip is None and os.path.isfile(self.path / name):
+            return name
+        for candidate in (name, self.top + name) if self.zip else ():
+            if candidate in self.twice:
+                raise UserError(f"a picture whose name is twice in {self.path}")
+            if candidate in self.names:
+                return self.names[candidate]
+        raise UserError(f"no such picture in {self.path}, the folder or zip of --images")
 
     def open(self, name):
-        """The name of a picture → a binary file. UserError as from `find`, and if the archive is broken there."""
-        found = self.find(name)
-        if self.zip is None:
-            return open(self.path / found, "rb")
-        info = self.zip.getinfo(found)
-        if info.file_size > MAX_BYTES:
-            raise UserError(f"a picture in a zip that unpacks to more than {MAX_BYTES:,} bytes")
+        """A picture's name → a binary file. UserError if it is not there, or can't be opened or unpacked."""
+        name = self.find(name)
         try:
-            return io.BytesIO(self.zip.read(info))
-        except Exception as error:  # broken, encrypted or packed in another way
-            raise UserError(f"a picture that can't be unpacked ({error})") from error
+            if self.zip is None:
+                return open(self.path / name, "rb")
+            if self.zip.getinfo(name).file_size > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES:,} bytes")
+            return io.BytesIO(self.zip.read(name))
+        except Exception as error:  # without rights, or broken, encrypted or too large in an archive
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"a picture that can't be opened ({why})") from error
 
     def state(self, name):
-        """What tells whether a picture has changed: its checksum in an archive, else its path, size and time."""
+        """What changes when a picture does: its checksum in an archive, in a folder its size and time."""
         try:
-            found = self.find(name)
+            name = self.find(name)
         except UserError:
             return None
         if self.zip is None:
-            stat = os.stat(self.path / found)
-            return str(self.path.resolve()), stat.st_size, stat.st_mtime_ns
-        info = self.zip.getinfo(found)
-        return info.CRC, info.file_size
+            stat = os.stat(self.path / name)
+            return stat.st_size, stat.st_mtime_ns
+        return self.zip.getinfo(name).CRC, self.zip.getinfo(name).file_size
 
 
-def open_pictures(data, images=None):
-    """The Pictures of a data file: `images`, or else its own folder. A folder of pairs holds its pictures itself."""
-    if images and os.path.isdir(data):
-        raise UserError(f"{data}: is a folder of pictures with a .txt beside each, so --images would not be used")
-    return Pictures(images or (data if os.path.isdir(data) else Path(data).parent))
-
-
-def split_name(name):
-    """The parts of a file's name: a/b, ./a//b and a\\b have the same."""
-    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+def tidy(name):
+    """A path in one spelling: a/b for ./a//b and a\\b."""
+    return str(PurePosixPath(name.replace("\\", "/")))
 
 
 def load_image(source):
-    """The path of a picture, or a binary file → RGB picture, as a person sees it: turned as its EXIF says, on white where
-    it is transparent. UserError, which names the path, if it can't be read."""
-    if isinstance(source, (str, Path)):
-        if not os.path.isfile(source):  # a pipe would be waited for
-            raise UserError(f"{source}: no such picture")
-        try:
-            with open(source, "rb") as file:
-                return load_image(file)
-        except UserError as reason:
-            raise UserError(f"{source}: {reason}") from reason
+    """A path or a binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is
+    transparent. UserError, which begins with the path, if it can't be read."""
+    where = f"{source}: " if isinstance(source, (str, Path)) else ""
+    if where and not os.path.isfile(source):  # a pipe would be waited for
+        raise UserError(f"{where}no such picture")
     try:
         with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
                 raise UserError("a picture with too many pixels, or too narrow")
             image.load()
             return to_rgb(image)
-    except UserError:
-        raise
+    except UserError as reason:
+        raise UserError(f"{where}{reason}") from reason
     except UnidentifiedImageError as error:
-        source.seek(0)
-        if source.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"):
-            raise UserError("a HEIC picture, which has to be converted to JPEG or PNG") from error
-        raise UserError("a file that is no picture") from error
+        raise UserError(f"{where}no picture that can be read (HEIC, for one, has to be converted)") from error
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
-        raise UserError(f"a picture that can't be read ({type(error).__name__}: {error})") from error
+        raise UserError(f"{where}a picture that can't be read ({type(error).__name__}: {error})") from error
 
 
 def to_rgb(image):
     """A picture of any mode, as Pillow opened it → RGB."""
     many_bits = image.mode.startswith(("I", "F"))
     if many_bits and image.format != "PNG":
-        raise UserError("gray of more than 8 bits, whose range the file does not tell: save it as PNG, or in 8 bits")
+        raise UserError("gray of more than 8 bits, of a range that Pillow does not tell: save it as PNG")
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # at EXIF that it can't read, or can't write when the picture is turned (Pillow 8965)
         pass
-    if many_bits:  # in PNG 65,535 is white. Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image, np.uint32) // 256).astype(np.uint8))
+    if many_bits:  # in PNG 65,535 is white; Pillow alone would cut off at 255
+        image = Image.fromarray((np.asarray(image, np.int64) // 256).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[1] > 0:  # else nothing would be seen: some programs write such files
+        if image.getchannel("A").getextrema()[1] > 0:  # else nothing would be seen: some programs save so
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-# ---- Published data --------------------------------------------------------------------------------------------
+# ---- Published data, for training without --data -----------------------------------------------------------
 
-PUBLISHED = {  # what a stage takes without --data: a folder, a data set on the Hugging Face hub, its files, pictures
-    1: ("llava-cc3m-595k", "liuhaotian/LLaVA-CC3M-Pretrain-595K", ("chat.json", "images.zip"), "images.zip"),
-    2: ("llava-instruct-150k", "liuhaotian/LLaVA-Instruct-150K", ("llava_instruct_150k.json",), "train2017.zip"),
+PUBLISHED = {  # (folder below OUT/data, data file, pictures, the commands that fetch them)
+    1: ("llava-cc3m-595k", "chat.json", "images.zip",
+        "hf download liuhaotian/LLaVA-CC3M-Pretrain-595K chat.json images.zip "
+        "--repo-type dataset --local-dir {0}"),
+    2: ("llava-instruct-150k", "llava_instruct_150k.json", "train2017.zip",
+        "hf download liuhaotian/LLaVA-Instruct-150K llava_instruct_150k.json "
+        "--repo-type dataset --local-dir {0}  and COCO's pictures, 19 GB:  "
+        "curl -L -C - -o {0}/train2017.zip http://images.cocodataset.org/zips/train2017.zip"),
 }
-COCO_PICTURES = "http://images.cocodataset.org/zips/train2017.zip"  # those of stage 2; they are not on the hub
 
 
 def published_data(stage, out):
-    """(data file, zip of pictures) of a stage, as the authors of LLaVA published them, below `out`. UserError, with the
-    commands that fetch them, if they are not there."""
-    name, _, files, pictures = PUBLISHED[stage]
-    folder = Path(out, "data", name)
-    if not all((folder / file).is_file() for file in (*files, pictures)):
+    """(data file, zip of pictures) below `out`. UserError, with how to fetch them, if one is missing."""
+    name, data, images, _ = PUBLISHED[stage]
+    data, images = Path(out, "data", name, data), Path(out, "data", name, images)
+    if not (data.is_file() and images.is_file()):
         raise UserError(how_to_fetch(stage, out))
-    return folder / files[0], folder / pictures
+    return data, images
 
 
 def how_to_fetch(stage, out):
-    """The commands that fetch the published data of a stage, in one line."""
-    name, repository, files, pictures = PUBLISHED[stage]
+    """What to do where there is no data for a stage, in one line."""
+    name, data, images, commands = PUBLISHED[stage]
     folder = Path(out, "data", name)
-    where = shlex.quote(str(folder))
-    commands = [f"hf download {repository} {' '.join(files)} --repo-type dataset --local-dir {where}"]
-    if pictures not in files:
-        place = shlex.quote(str(folder / pictures))
-        commands.append(f"curl -L -C - --create-dirs -o {place} {COCO_PICTURES}  (COCO's pictures, 19 GB)")
-    return (f"name data of your own with --data, or fetch what is looked for in {folder}, {' and '.join(files)}"
-            f"{'' if pictures in files else ' and ' + pictures}:  " + "  and  ".join(commands))
+    return (f"name data of your own with --data, or fetch {data} and {images} into {folder}:  "
+            + commands.format(shlex.quote(str(folder))))

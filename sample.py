@@ -23,7 +23,7 @@ import contextlib
 import json
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,22 +124,22 @@ def note(text):
     print(f"note: {lmeye.printable(text)}", file=sys.stderr)
 
 
-# ---- Evaluation: what does the model answer, and what of it does it owe to the picture? ------------------------
+# ---- Evaluation: what does the model answer, and what of it does it owe to the picture? --------------------
 
 
 def evaluate_file(args, checkpoint):
     """`--data`: evaluate a checkpoint on a data file. The results are left beside the checkpoint."""
     stage = lmeye.read_adapter(checkpoint)[0]
-    path = Path(args.data)
-    pictures = data.open_pictures(args.images or (path if path.is_dir() else path.parent))
-    records, skipped = data.read_records(path, pictures, stage, answered=False)
+    pictures = data.open_pictures(args.data, args.images)
+    records, skipped = data.read_records(args.data, pictures, stage, answered=False)
+    noted = Counter()  # records that are shortened
     model, _ = load_trained(checkpoint, args.llm, args.clip, args.precision)
-    features = checkpoint.resolve().parent.parent / "features"  # those of training, if the pictures are the same
-    dataset = data.encode(model, records, skipped, pictures, features)
+    features = checkpoint.resolve().parent.parent / "features"  # where train.py keeps them, too
+    dataset = data.encode(model, records, skipped, pictures, features, noted)
     with contextlib.redirect_stdout(sys.stderr):  # the table's reader may stop after a line: files come first
         print(f"data: {len(dataset.records):,} records to evaluate")
-        data.report(skipped)
-    evaluate(model, dataset, checkpoint.parent / "evaluation", args.max_batch_tokens)
+        data.report(skipped, noted)
+    evaluate(model, dataset, checkpoint.parent / f"evaluation-{Path(args.data).stem}", args.max_batch_tokens)
 
 
 def evaluate(model, dataset, folder, max_batch_tokens=4096):
@@ -173,15 +173,15 @@ def answer_line(model, record):
             "turns": list(record.turns), "answer": None, "blind": None, "truth": record.answer or None,
             "category": record.category, "right": None, "blind_right": None}
     if record.choices:
-        tokens = [len(ids) - 1 for ids in model.answer_ids(record.choices)]  # without eos
-        line["choices"] = [{"text": text, "logp": None, "tokens": n} for text, n in zip(record.choices, tokens)]
+        choice_ids = zip(record.choices, model.answer_ids(record.choices))
+        line["choices"] = [{"text": text, "tokens": len(ids) - 1} for text, ids in choice_ids]  # without eos
     return line
 
 
 def predict(model, dataset, lines, blind, max_batch_tokens):
     """Let a model speak about all records; if `blind`, about other pictures than theirs.
 
-    Fills in their lines: the answer (with choices, the likeliest one), whether it is right, log p of each choice.
+    Fills in their lines: the answer (with choices, the likeliest), whether it is right, log p of each choice.
     Returns the CLIPScores of captions, {row of the Dataset: score}.
     """
     clip, shown = {}, data.shuffled(dataset) if blind else dataset
@@ -210,8 +210,8 @@ def predict(model, dataset, lines, blind, max_batch_tokens):
 def batches_by_length(model, dataset, max_batch_tokens):
     """The rows of all records in batches of one kind: captions, questions, or questions with K choices.
 
-    A batch has, with padding and answers, at most max_batch_tokens, unless one record has more. The longest of a
-    kind come first: memory that does not suffice is found out early.
+    A batch has at most max_batch_tokens, padding and answers included, unless one record has more. The longest
+    of a kind come first: memory that does not suffice is found out early.
     """
     kinds, sizes = [], []
     for record, (question, _) in zip(dataset.records, dataset.tokens):
@@ -233,13 +233,13 @@ def batches_by_length(model, dataset, max_batch_tokens):
 def is_right(model, record, text):
     """Whether a text is a record's answer, but for case and space; None for captions and unknown answers.
 
-    A tokenizer may not give back just what it was given, so the truth as it gives it back is right as well, unless
-    words for which there is no token are lost.
+    Some tokenizers don't give back what they were given. So the truth as it comes back is right, too, unless
+    words of it were lost.
     """
     if not record.turns or not record.answer:
         return None
     truths, ids = [record.answer], model.answer_ids([record.answer])[0]
-    if model.tokenizer.unk_token_id not in ids[:-1]:  # the last is eos, which some take for unknown words, too
+    if model.tokenizer.unk_token_id not in ids[:-1]:  # eos, the last, is the unknown word of some
         truths.append(model.decode(ids))
     return plain(text) in [plain(truth) for truth in truths]
 
@@ -262,8 +262,8 @@ OWN_ROWS = ("all, per token", "CLIPScore")
 
 
 def summarize(dataset, lines, clip, blind_clip):
-    """{row: scores} of the table: how many answers are right, in percent, of each category and of all; the same
-    where a token's mean log p ranks the choices; CLIPScores, with "score" in the place of "percent"."""
+    """{row: scores} of the table, the percentage of right answers: of each category, of all, and of all where a
+    choice's mean log p a token decides. For captions the CLIPScore, with "score" in the place of "percent"."""
     scores = defaultdict(list)  # of each row: (picture, score, score when blind) of each record that counts
     for i, (line, picture) in enumerate(zip(lines, dataset.picture)):
         name = line["category"]  # "all" where the data file has none
@@ -296,9 +296,9 @@ def summarize(dataset, lines, clip, blind_clip):
 def interval(scores, picture, is_share):
     """95% interval of a mean: scores (R,), the picture of each (R,) → (low, high), or None under 10 pictures.
 
-    Records of one picture may be right or wrong together, so n is the number of pictures, or less where some have
-    more records than others (Kish, 1965: the effective number). Shares get Wilson's score interval (1927), which
-    has a width at 0% and 100%, too; other scores the normal one, with Student's factor for 10.
+    Records of one picture may be right or wrong together. So n is the number of pictures, or less where some
+    have more records than others: Kish's effective number (1965). Shares get Wilson's score interval (1927),
+    which has a width at 0% and 100%, too; other scores the normal one, with Student's factor for 10.
     """
     records = np.unique(picture, return_counts=True)[1]
     n, mean, z = records.sum() ** 2 / (records ** 2).sum(), scores.mean(), 1.96
@@ -324,7 +324,7 @@ def print_table(scores, variant):
 
 
 def set_aside(path):
-    """Rename what stands at `path`, if anything, to the first free of path.1, path.2, … → its new path, or None."""
+    """Rename what stands at `path`, if anything, to the first free of path.1, path.2, … → its new path."""
     path, n = Path(path), 1
     if not path.exists():
         return None
@@ -334,14 +334,14 @@ def set_aside(path):
     return path.rename(path.with_name(f"{path.name}.{n}"))
 
 
-# ---- Models: which checkpoint answers, and which frozen models belong to it ------------------------------------
+# ---- Models: which checkpoint answers, and which frozen models belong to it --------------------------------
 
 
 def settings_from(given, out):
     """Settings from {field: value or None}: those of a preset, and in their place what was given.
 
-    What a preset has below "out/" is looked for below `out`. Models other than the preset's are a preset of their
-    own, named after them, as is the folder of their runs: LLM+CLIP.
+    What a preset has below "out/" is looked for below `out`. Other models than the preset's are named after
+    themselves, LLM+CLIP, as is the folder of their runs.
     """
     given = {name: value for name, value in given.items() if value is not None}
     large = "llm" in given or "clip" in given or torch.cuda.is_available()
@@ -360,11 +360,14 @@ def below(out, name):
 
 
 def newest(out):
-    """The checkpoint below `out` that was written last, but a model's of stage 1 only where it has none of stage 2.
-    Runs that were put aside, as stage2.1, don't count. UserError if there is none."""
-    found = [path for path in Path(out).glob(f"*/*/{CHECKPOINT}") if not re.search(r"\.\d+$", path.parent.name)]
+    """The checkpoint below `out` that was written last. UserError if there is none.
+
+    A model's stage 1 is taken only where it has no stage 2, and a run that was put aside, as stage2.1, never.
+    """
+    found = Path(out).glob(f"*/*/{CHECKPOINT}")
+    found = [path for path in found if not re.search(r"\.\d+$", path.parent.name)]
     if not found:
-        raise UserError(f"no checkpoint below {out}/: make one: python train.py --stage 1, and then --stage 2")
+        raise UserError(f"no checkpoint below {out}/: make one: python train.py --stage 1, then --stage 2")
     complete = {path.parent.parent for path in found if path.parent.name.startswith("stage2")}
     found = [path for path in found if path.parent.name != "stage1" or path.parent.parent not in complete]
     return max(found, key=lambda path: path.stat().st_mtime)
@@ -373,8 +376,8 @@ def newest(out):
 def load_trained(checkpoint, llm=None, clip=None, precision=None):
     """A checkpoint, with the frozen models that it names or with others → (LMEye, stage).
 
-    It is OUT/MODEL/RUN/adapter.safetensors. A preset's folders are looked for below OUT; others that are not found
-    from here are looked for beside OUT, where training may have been started.
+    It is OUT/MODEL/RUN/adapter.safetensors. A preset's folders are looked for below OUT; others, where they are
+    not found from here, beside OUT, for training may have been started there.
     """
     print(f"answers: {checkpoint}", file=sys.stderr)
     stage, settings, _, _ = lmeye.read_adapter(checkpoint)
@@ -394,7 +397,7 @@ def load_trained(checkpoint, llm=None, clip=None, precision=None):
     return model, model.load(checkpoint)
 
 
-# ---- The command line ------------------------------------------------------------------------------------------
+# ---- The command line --------------------------------------------------------------------------------------
 
 
 def parse_args():
@@ -413,7 +416,7 @@ def parse_args():
     flag("--top-k", type=int, default=0, help="with a temperature: draw from the K likeliest tokens only")
     flag("--seed", type=int, default=0, help="with a temperature: of the drawing (default: 0)")
     flag("--data", metavar="PATH", help="records to evaluate, as for train.py; their answers may be missing")
-    flag("--images", metavar="PATH", help="with --data: a folder or zip of pictures (default: beside the file)")
+    flag("--images", metavar="PATH", help="with --data: a folder or zip (default: beside the file)")
     flag("--max-batch-tokens", type=int, default=4096, help="with --data: bounds the memory (default: 4096)")
     args = parser.parse_args()
 
@@ -432,10 +435,10 @@ def parse_args():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} would do nothing here: --help says what it is for")
     if len(args.inputs) > 2:
-        raise UserError('one picture, one question: quote the question, as in  sample.py cat.jpg "what is it?"')
+        raise UserError('too many words: quote the question, as in  python sample.py cat.jpg "what is it?"')
     args.picture, args.question = (args.inputs + [None, None])[:2]
-    if args.question is not None and not args.question.strip():
-        raise UserError("the question is empty")
+    if args.question is not None and not data.is_text(args.question.strip()):
+        raise UserError("the question is empty or unreadable")
     return args
 
 

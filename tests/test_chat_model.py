@@ -1,8 +1,8 @@
 """A published chat model, in small: a folder as SmolLM2-135M-Instruct's trains both phases like any other.
 
-What sets it apart from OPT: its tokenizer writes no bos, its end of text is its padding as well, its vocabulary has the
-tokens of a chat, its head is its table of embeddings, several heads of its attention share keys and values, and it
-keeps its weights in bf16.
+What sets it apart from OPT: its tokenizer writes no bos, its end of text is its padding as well, its vocabulary has
+the tokens of a chat, its head is its table of embeddings, several heads of its attention share keys and values, and
+it keeps its weights in bf16.
 """
 
 import json
@@ -15,11 +15,8 @@ import transformers
 from conftest import run, save_clip, tiny_model
 from test_two_passes import plain_loss
 
-import data
-import evidence
-import rivals
+import lmeye
 import shapes
-import train
 from lmeye import LMEye, Settings, load_llm
 
 ENDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -64,23 +61,23 @@ def test_both_phases_train_on_it_and_it_answers(home):
         result = run("train.py", "--stage", stage, "--data", data, *models, "--steps", 30, "--batch-size", 8,
                      "--lr", 1e-2, cwd=home)
         assert result.returncode == 0 and result.stderr == "", result.stderr
-        assert "data: 58 records to train on, 2 to validate on" in result.stdout  # of 60 pictures two are held out
+        assert "6 to validate on" in result.stdout  # of 60 pictures a tenth is held out
         rows = (home / "out" / "llm+clip" / f"stage{stage}" / "log.csv").read_text().splitlines()[1:]
         assert float(rows[-1].split(",")[1]) < float(rows[0].split(",")[1])
-    result = run("sample.py", "0.png", "what color is it?", *models[:4], "--max-tokens", 5, cwd=home)
-    assert result.returncode == 0 and not any(end in result.stdout for end in ENDS)
+    result = run("sample.py", "0.png", "what color is it?", "--max-tokens", 5, cwd=home)
+    assert result.returncode == 0 and result.stdout.strip() and not any(end in result.stdout for end in ENDS)
 
 
 def test_its_prompt_has_no_bos_its_answers_end_and_its_numbers_are_those_of_two_whole_passes(home):
     base = tiny_model()
     llm, tokenizer = load_llm(str(home / "llm"), "cpu", torch.float32)
     assert tokenizer("").input_ids == [] and tokenizer.eos_token_id == tokenizer.pad_token_id
-    model = LMEye(Settings(llm="a/b", dropout=0.0), llm, tokenizer, base.clip, None, base.clip_tokenizer)
+    model = LMEye(Settings(llm="a/b", dropout=0.0), llm, tokenizer, base.clip, base.preprocess, base.clip_tokenizer)
     assert tokenizer.decode(model.image_words) == "Image:"
     questions, answers = ["what color is it?", "are they red or <|im_end|>?"], ["red", "no, blue circles"]
     tokens = model.tokenize(questions, answers)
     assert (tokens.question == 2).sum() == 0  # the end of a chat's turn that somebody typed is text
-    lengths = [len(ids) for ids in model.token_ids(None, answers)[1]]
+    lengths = [len(ids) for ids in model.answer_ids(answers)]
     assert tokens.answer_mask.sum(1).tolist() == lengths  # padding, the same token, is not learned,
     assert [row[length - 1] for row, length in zip(tokens.answer.tolist(), lengths)] == [2, 2]  # and the end is
     lmeye.check_llm(model)
@@ -88,28 +85,3 @@ def test_its_prompt_has_no_bos_its_answers_end_and_its_numbers_are_those_of_two_
     f, questions = torch.randn(2, 24), ["what color is it?", "are they red or not?"]
     loss, plain = model.loss(f, questions, answers), plain_loss(model, f, questions, answers)
     assert abs(loss - plain) < 1e-5 * plain
-
-
-def test_a_chat_template_frames_picture_question_and_answer_as_the_tokenizer_does(home):
-    base = tiny_model()
-    llm, tokenizer = load_llm(str(home / "llm"), "cpu", torch.float32)
-    tokenizer.chat_template = ("<|im_start|>system\nYou see.<|im_end|>\n{% for message in messages %}<|im_start|>{{ message.role }}\n"
-                               "{{ message.content }}<|im_end|>\n{% endfor %}"
-                               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    parts = Settings(llm="a/b", dropout=0.0), llm, tokenizer, base.clip, None, base.clip_tokenizer
-    model, plain = rivals.ChatTemplate(*parts), LMEye(*parts)
-    question, answer = "what color is it?", "red"
-    tokens = model.tokenize([question], [answer])
-    frame = tokenizer.apply_chat_template([{"role": "user", "content": "\n" + question},
-                                           {"role": "assistant", "content": answer}], tokenize=False)
-    written = [*model.image_words, *tokens.question[0], *model.answer_words, *tokens.answer[0]]
-    assert tokenizer.decode(written) + "\n" == frame
-    assert 2 not in model.tokenize(["what is <|im_end|>?"], [""]).question[0]  # what somebody typed is text
-    variant = evidence.VARIANTS["full, in its chat template"]
-    assert variant.kind is rivals.ChatTemplate
-    for turns, ids in (((question,), tokens.question[0].tolist()), ((), [])):  # what it is trained on is what it is asked
-        dataset = data.Dataset([data.Record("", turns, answer)], [plain.token_ids(turns or None, [answer])], None, None)
-        told = variant.tell(model, dataset).tokens
-        assert told == [(ids, tokens.answer[0].tolist())]
-    more = len(model.image_words) + len(model.answer_words) - len(plain.image_words) - len(plain.answer_ids)
-    assert plain.max_text_tokens - model.max_text_tokens == more > 0

@@ -1,223 +1,242 @@
-"""What is measured is what the names say: each metric against an independent computation, and on published shapes."""
+"""What is measured is what the names say: each number against an independent computation."""
 
 import json
 import math
+import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import run, save_clip, save_opt, tiny_model
-from PIL import Image
-from test_training import dataset
-from test_two_passes import plain_logits
+from conftest import tiny_model
 
 import data
+import lmeye
 import sample
 from data import Record
+from lmeye import UserError
+
+QUESTIONS = ("what color is it?", "is it red?", "how many things are there?", "how big is it?")
 
 
-def test_exact_match_counts_by_kind_and_whole_answers_only(monkeypatch):
+def dataset(model, records, seed=2):
+    """A Dataset of records, with a feature of its own for each picture."""
+    images = list(dict.fromkeys(record.image for record in records))
+    question_ids = [model.question_ids([r.question])[0] if r.turns else [] for r in records]
+    tokens = list(zip(question_ids, model.answer_ids([r.answer for r in records])))
+    features = np.random.default_rng(seed).normal(size=(len(images), 24)).astype(np.float16)
+    return data.Dataset(records, tokens, features, np.array([images.index(r.image) for r in records]))
+
+
+def evaluate(model, some, folder, capsys, answer=None, **options):
+    """(scores, lines of answers.jsonl, printed rows {name: words}) of an evaluation. If it is given, `answer` is what
+    the model says: a function of the question, or None, and of the feature of the picture that is shown."""
+    if answer:
+        model.generate = lambda f, questions, **_: [
+            answer(question, row) for question, row in zip(questions or [None] * len(f), f.tolist())]
+    scores = sample.evaluate(model, some, folder, **options)
+    assert json.loads((folder / "scores.json").read_text()) == scores
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+    return scores, lines, {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines()}
+
+
+def test_exact_match_counts_by_category_whole_answers_but_for_case_and_space(tmp_path, capsys):
+    model, truths, kinds = tiny_model(), ["red", " Two ", "yes", "left"], ["color", "0", "color", "0"]
+    said = dict(zip(QUESTIONS, ["RED", "two", "yes it is", "at the left"]))
+    some = dataset(model, [Record(f"{q}.jpg", (q,), a, category=k) for q, a, k in zip(QUESTIONS, truths, kinds)])
+    scores, lines, rows = evaluate(model, some, tmp_path / "e", capsys, lambda question, _: said[question])
+    assert [line["right"] for line in lines] == [True, True, False, False]
+    assert {name: (row["n"], row["percent"]) for name, row in scores.items()} == {
+        "0": (2, 50.0), "color": (2, 50.0), "all": (4, 50.0)}
+    assert list(rows)[-2] == "all" and rows["0"][:2] == ["50.0%", "(–)"]  # of four pictures there is no interval
+
+
+def test_letters_that_unicode_writes_in_two_ways_are_the_same_and_the_tokenizer_may_change_the_truth(monkeypatch):
     model = tiny_model()
-    some = dataset(model, 2)
-    some = some._replace(records=[r._replace(category=k) for r, k in zip(some.records, "aabb")])
-    monkeypatch.setattr(model, "generate", lambda f, questions, **_: ["red", "two", "YES", "at the left side"])
-    scores, said = sample.predict_and_score(model, some)
-    assert scores["all"].tolist() == [1, 0, 1, 0] and said[1] == "two"
-    np.testing.assert_array_equal(scores["b"], [np.nan, np.nan, 1, 0])
+    model.tokenizer.unk_token = model.tokenizer.eos_token  # as in OPT: each answer ends with the unknown word
+    assert sample.is_right(model, Record("a.jpg", ("q",), "cafe\u0301"), "caf\u00e9")
+    assert sample.is_right(model, Record("a.jpg", ("q",), "STRASSE"), "straße")
+    monkeypatch.setattr(model, "decode", lambda ids: "no , it is n't" if len(ids) > 3 else "other")
+    assert sample.is_right(model, Record("a.jpg", ("q",), "no it is not"), "No , it is n't")
+    assert not sample.is_right(model, Record("a.jpg", ("q",), "no it is not"), "other")
 
 
-def test_space_around_the_truth_does_not_make_an_answer_wrong():
-    assert sample.score_text(Record("a.jpg", ("how many?",), "2 ", "number"), "2") == {"number": True, "all": True}
-
-
-@pytest.mark.parametrize("said, answers, expected", [
-    ("cat", ["cat"] * 10, 1.0),
-    ("cat", ["dog"] * 10, 0.0),
-    ("cat", ["cat"] + ["dog"] * 9, 0.3),  # the one who said it has no match among the others; nine have one: 9 · 1/3
-    ("cat", ["cat"] * 2 + ["dog"] * 8, 0.6),  # 2 · 1/3 + 8 · 2/3
-    ("cat", ["cat"] * 3 + ["dog"] * 7, 0.9),  # 3 · 2/3 + 7 · 1
-    ("cat", ["cat"] * 4 + ["dog"] * 6, 1.0),
-    ("The Cat.", ["cat"] * 4 + ["dog"] * 6, 1.0),
-    ("The Cat.", ["cat"] * 10, 0.0),  # the official scorer normalises only where the annotators differ
-])
-def test_vqa_accuracy_compares_with_the_nine_others(said, answers, expected):
-    assert sample.vqa_accuracy(said, answers) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("The Cat.", "cat"), ("two", "2"), ("none", "0"), ("an apple a day", "apple day"), ("dont", "don't"),
-    ("Its red", "its red"), ("theyre well", "they're well"), ("yes!", "yes"), ("red-blue", "red blue"),
-    ("red - blue", "red blue"), ("x-y)-z", "x y z"), ("1,000", "1000"), ("3.5 m.", "3.5 m"), ("wont, cant", "won't can't"), ("shell", "shell"), ("four oclock", "4 o'clock"),
-])
-def test_texts_are_normalised_as_the_official_scorer_does(text, expected):
-    assert sample.normalize_vqa(text) == expected
-
-
-def test_bootstrap_equals_the_normal_interval_of_many_coins_and_knows_that_records_of_a_picture_go_together():
-    n, coins = 2000, (np.random.default_rng(1).random(2000) < 0.3).astype(float)
-    half = 1.96 * math.sqrt(coins.mean() * (1 - coins.mean()) / n)
-    low, high = sample.bootstrap_interval(coins, np.arange(n))
-    assert (coins.mean() - low, high - coins.mean()) == pytest.approx((half, half), rel=0.1)
-    assert sample.bootstrap_interval(np.repeat(coins, 5), np.repeat(np.arange(n), 5)) == pytest.approx((low, high))
-
-
-def test_choices_are_ranked_by_the_likelihood_that_single_passes_give():
+def test_a_truth_of_unknown_words_is_not_what_remains_without_them():
     model = tiny_model()
-    choices = (("three", "two small", "yes it is on a red background", "three three"), ("left", "a ring at the top", "blue", "three"))
+    assert model.decode(model.answer_ids(["red pizza"])[0]) == "red"  # the word is lost
+    assert sample.is_right(model, Record("a.jpg", ("q",), "red pizza"), "red") is False
+    assert sample.is_right(model, Record("a.jpg", ("q",), "pizza"), "") is False
+
+
+def test_of_captions_and_of_questions_without_an_answer_nothing_is_right_or_wrong(tmp_path, capsys):
+    model = tiny_model()
+    records = [Record("a.jpg", ("what?",), ""), Record("b.jpg", ("what?",), "red")]
+    some = dataset(model, records + [Record(f"{i}.jpg", (), "red") for i in range(12)])
+    said = lambda question, row: "red" if question or row[0] > 0 else ""
+    scores, lines, rows = evaluate(model, some, tmp_path / "e", capsys, said)
+    assert [(line["question"], line["truth"], line["right"], line["blind_right"]) for line in lines[:3]] == [
+        ("what?", None, None, None), ("what?", "red", True, True), (None, "red", None, None)]
+    assert scores.keys() == {"all", "CLIPScore"} and (scores["all"]["n"], scores["CLIPScore"]["n"]) == (1, 12)
+    assert float(rows["CLIPScore"][0]) == pytest.approx(scores["CLIPScore"]["score"], abs=5e-4)
+    assert "%" in rows["all"][0] and not any("%" in word for word in rows["CLIPScore"])
+
+
+def test_a_line_of_answers_has_exactly_the_fields_that_others_read(tmp_path, capsys):
+    model = tiny_model()
+    some = dataset(model, [Record("a.jpg", ("what?", "red", "why?"), "blue", category="k", id="7"),
+                           Record("b.jpg", ("what?",), "red", choices=("red", "two small"))])
+    _, (one, two), _ = evaluate(model, some, tmp_path / "e", capsys, lambda question, _: "語 \ud800")
+    assert one == {"id": "7", "image": "a.jpg", "question": "why?", "turns": ["what?", "red", "why?"],
+                   "answer": "語 \ud800", "blind": "語 \ud800", "truth": "blue", "category": "k", "right": False,
+                   "blind_right": False}
+    assert two.keys() == one.keys() | {"choices"}
+    assert [choice.keys() for choice in two["choices"]] == [{"text", "logp", "tokens", "blind_logp"}] * 2
+    assert "語" in (tmp_path / "e/answers.jsonl").read_text("utf-8")
+
+
+def test_choices_are_ranked_by_the_likelihood_that_single_passes_give(tmp_path, capsys):
+    model = tiny_model()
+    sets = (("three", "two small", "yes it is on a red background", "three three"),
+            ("left", "a ring at the top", "blue", "three"))
     turns = (("what color is it?",), ("what color is it?", "red", "how big is it?"))
-    records = [Record(f"{i}.jpg", t, c[i], key=str(i), choices=c) for i in range(4) for t, c in zip(turns, choices)]
-    some = dataset(model, 2)
-    tokens = list(zip(*model.token_ids([r.question for r in records], [r.answer for r in records])))
-    some = some._replace(records=records, tokens=tokens, picture=np.repeat(np.arange(4), 2))
-    right, likeliest, per_token = {}, [], []
-    for i, record in enumerate(records):
-        sums, means = [], []
-        for choice in record.choices:
-            ids = model.ids(" " + choice)
-            logp = plain_logits(model, some.f([i]), record.question, ids).log_softmax(-1)
-            sums.append(sum(logp[t, token].item() for t, token in enumerate(ids)))
-            means.append(sums[-1] / len(ids))
-        likeliest.append(record.choices[np.argmax(sums)])
-        per_token.append(record.choices[np.argmax(means)])
-        for how, values in (("", sums), (", per token", means)):
-            right[i, how] = record.choices[np.argmax(values)] == record.answer
-    scores, said = sample.predict_and_score(model, some)
-    for how in ("", ", per token"):
-        answers, whys = ([right[i, how] for i in range(start, 8, 2)] for start in (0, 1))
-        assert scores["Q→A" + how][::2].tolist() == answers and scores["QA→R" + how][1::2].tolist() == whys
-        assert scores["Q→AR" + how][1::2].tolist() == [a and b for a, b in zip(answers, whys)]
-        assert np.isnan(scores["Q→AR" + how][::2]).all()
-    assert len({right[i, ""] for i in range(8)}) == 2 and said == likeliest != per_token
+    records = [Record(f"{i}.jpg", turns[i % 2], sets[i % 2][i // 2], choices=sets[i % 2]) for i in range(8)]
+    some = dataset(model, records)
+    scores, lines, _ = evaluate(model, some, tmp_path / "e", capsys, max_batch_tokens=100)
+    right, right_per_token = [], []
+    for i, (record, line) in enumerate(zip(records, lines)):
+        for shown, key in ((some, "logp"), (data.shuffled(some), "blind_logp")):
+            sums, means = [], []
+            for choice, found in zip(record.choices, line["choices"]):
+                ids = model.ids_of([" " + choice])[0]
+                log_p = lmeye.plain_loss(model, shown.f([i]), record.question, choice)[1].log_softmax(-1)
+                sums.append(sum(log_p[t, token].item() for t, token in enumerate(ids)))
+                means.append(sums[-1] / len(ids))
+                assert found[key] == pytest.approx(sums[-1], abs=1e-4) and found["tokens"] == len(ids)
+            best = record.choices[np.argmax(sums)]
+            assert line["answer" if key == "logp" else "blind"] == best
+            if key == "logp":
+                right.append(best == record.answer)
+                right_per_token.append(record.choices[np.argmax(means)] == record.answer)
+    assert [line["right"] for line in lines] == right and 0 < sum(right) < 8
+    assert scores["all"]["percent"] == 100 * sum(right) / 8
+    assert scores["all, per token"]["percent"] == 100 * sum(right_per_token) / 8 and right != right_per_token
 
 
-def test_a_rationale_whose_question_was_left_out_counts_as_wrong():
-    records = [Record("a.jpg", ("why?", "so", "explain"), "x", key="1"), Record("b.jpg", ("what?",), "y", key="2")]
-    both = sample.both_right(records, np.array([np.nan, 1.0]), np.array([1.0, np.nan]))
-    assert both[0] == 0 and np.isnan(both[1])
+def test_likelihoods_that_are_not_finite_are_no_ranking(monkeypatch, tmp_path):
+    model = tiny_model()
+    monkeypatch.setattr(model, "score", lambda f, questions, choices: torch.full((1, 2), math.nan))
+    some = dataset(model, [Record("a.jpg", ("what?",), "red", choices=("red", "blue"))])
+    with pytest.raises(UserError, match="not finite"):
+        sample.evaluate(model, some, tmp_path)
 
 
-def test_clipscore_is_its_formula():
+def test_clipscore_is_its_formula_and_that_of_no_caption_is_zero():
     model, captions = tiny_model(), ["a red ring", "two small things at the left"]
-    f = torch.randn(2, model.clip.visual.output_dim)
+    f = torch.randn(2, 24)
     for i, caption in enumerate(captions):
         v = model.clip.encode_text(model.clip_tokenizer([caption]))[0].detach().numpy()
         cosine = (f[i].numpy() * v).sum() / math.sqrt((f[i].numpy() ** 2).sum() * (v ** 2).sum())
-        assert sample.clip_score(model, f, captions)[i].item() == pytest.approx(2.5 * max(cosine, 0), abs=1e-5)
+        assert sample.clip_scores(model, f, captions)[i] == pytest.approx(2.5 * max(cosine, 0), abs=1e-5)
         itself = torch.tensor(v)[None]
-        assert sample.clip_score(model, itself, [caption]).item() == pytest.approx(2.5)
-        assert sample.clip_score(model, -itself, [caption]).item() == 0
+        assert sample.clip_scores(model, itself, [caption]) == [pytest.approx(2.5)]
+        assert sample.clip_scores(model, -itself, [caption]) == [0]
+    empty = model.clip.encode_text(model.clip_tokenizer([" "])).detach()
+    assert sample.clip_scores(model, empty, [" "]) == [0]
 
 
-def test_blind_is_told_about_another_picture_and_judged_on_its_own(monkeypatch):
-    model, shown = tiny_model(), []
-    some = dataset(model, 1)
+def test_blind_is_shown_another_picture_and_judged_on_its_own(monkeypatch, tmp_path):
+    model, shown, judged = tiny_model(), [], []
+    some = dataset(model, [Record(f"{i}.jpg", (), "x") for i in range(6)])
     monkeypatch.setattr(model, "generate", lambda f, *_, **__: shown.append(f) or ["red"] * len(f))
-    judged = []
-    monkeypatch.setattr(sample, "clip_score", lambda model, f, texts: judged.append(f) or torch.zeros(len(f)))
-    sample.predict_and_score(model, some, blind=True)
-    assert torch.equal(judged[0], some.f(range(4))) and not (shown[0] == judged[0]).all(1).any()
-    assert sorted(map(tuple, shown[0].tolist())) == sorted(map(tuple, judged[0].tolist()))
-
-
-def vcr(i):
-    return {"objects": ["person", "person"], "img_fn": f"{i}.jpg", "question": ["What", "is", [0, 1], "doing", "?"],
-            "answer_choices": [["He", "runs", "."], [[0], "sits", "."], ["No", "."], ["Yes", "."]], "answer_label": 1,
-            "rationale_choices": [["A", "."], ["B", "."], ["C", "."], ["D", "."]], "rationale_label": i % 4,
-            "annot_id": f"val-{i}"}
-
-
-def test_vcr_vqa_and_coco_are_evaluated_from_the_command_line_on_all_records_of_the_files(tmp_path):
-    for i in range(60):
-        Image.new("RGB", (40, 30), (4 * i, 0, 0)).save(tmp_path / f"{i}.jpg")
-        Image.new("RGB", (40, 30), (0, 4 * i, 0)).save(tmp_path / f"COCO_val2014_{i:012d}.jpg")
-    (tmp_path / "vcr.jsonl").write_text("\n".join(json.dumps(vcr(i)) for i in range(60)))
-    (tmp_path / "q.json").write_text(json.dumps({"questions": [
-        {"question_id": 10 * i, "image_id": i, "question": "What color?"} for i in range(60)]}))
-    (tmp_path / "a.json").write_text(json.dumps({"annotations": [
-        {"question_id": 10 * i, "image_id": i, "multiple_choice_answer": "green", "answer_type": ("other", "number")[i % 2],
-         "answers": [{"answer": "green", "answer_id": k} for k in range(10)]} for i in range(60)]}))
-    (tmp_path / "coco.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"COCO_val2014_{i:012d}.jpg"} for i in range(60)],
-        "annotations": [{"id": 5 * i + k, "image_id": i, "caption": f"A green {k}"} for i in range(60) for k in range(5)]}))
-    flags = ["--llm", save_opt(tmp_path / "opt"), "--clip", save_clip(tmp_path / "clip"), "--images", tmp_path]
-
-    def program(*command):
-        result = run(*command, *flags, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    program("train.py", "--stage", 1, "--data", tmp_path / "coco.json", "--steps", 2)
-    out = program("sample.py", "--data", tmp_path / "coco.json")
-    assert "300 records to evaluate" in out and "CLIPScore" in out
-    captions = json.loads((tmp_path / "out/opt+clip/stage1/evaluation/captions.json").read_text())
-    assert sorted(c["image_id"] for c in captions) == list(range(60)) and all(isinstance(c["caption"], str) for c in captions)
-
-    data_files = [f for name in ("vcr.jsonl", "q.json", "a.json") for f in ("--data", tmp_path / name)]
-    program("train.py", "--stage", 2, *data_files, "--steps", 2)
-    out = program("sample.py", *data_files)
-    for column in ("VQA", "VQA, number", "VQA, other", "Q→A", "QA→R", "Q→AR", "Q→AR, per token"):
-        assert any(line.startswith(f"{column} ") for line in out.splitlines()), column
-    folder = tmp_path / "out/opt+clip/stage2/evaluation"
-    answers = json.loads((folder / "vqa.json").read_text())
-    assert sorted(a["question_id"] for a in answers) == [10 * i for i in range(60)]
-    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert len(lines) == 180 and {line["truth"] for line in lines} >= {"green", "person 1 sits."}
-    assert folder.with_name("evaluation.1").is_dir()  # that of the end of training is kept
-
-    # A test split: questions without annotations, one of them about a picture that is not there.
-    (tmp_path / "test.json").write_text(json.dumps({"questions": [
-        {"question_id": 10 * i, "image_id": i, "question": "What color?"} for i in (0, 1, 99)]}))
-    out = program("sample.py", "--data", tmp_path / "test.json")
-    answers = {a["question_id"]: a["answer"] for a in json.loads((folder / "vqa.json").read_text())}
-    assert set(answers) == {0, 10, 990} and answers[990] == "" and "VQA" not in out
-
-
-def test_the_table_has_the_model_before_blind_and_the_files_hold_what_was_said_with_the_picture(monkeypatch, tmp_path, capsys):
-    model = tiny_model()
-    some = dataset(model, 2)
-    some = some._replace(records=[r._replace(key=i, answers=(r.answer,) * 10) for i, r in enumerate(some.records)])
-    truth = {tuple(some.f([i])[0].tolist()): r.answer for i, r in enumerate(some.records)}
-    monkeypatch.setattr(model, "generate", lambda f, questions, **_: [truth[tuple(row)] for row in f.tolist()])
+    monkeypatch.setattr(sample, "clip_scores", lambda model, f, texts: judged.append(f) or [0.5] * len(f))
     sample.evaluate(model, some, tmp_path / "e")
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert rows["all"] == ["100.0", "(100.0–100.0)", "0.0", "(0.0–0.0)"]
-    said = [json.loads(line)["answer"] for line in (tmp_path / "e/answers.jsonl").read_text("utf-8").splitlines()]
-    assert said == [r.answer for r in some.records]
-    assert json.loads((tmp_path / "e/vqa.json").read_text()) == [{"question_id": i, "answer": a} for i, a in enumerate(said)]
+    assert torch.equal(shown[0], judged[0]) and torch.equal(judged[0], judged[1])
+    assert not (shown[1] == judged[1]).all(1).any()
+    assert sorted(map(tuple, shown[1].tolist())) == sorted(map(tuple, shown[0].tolist()))
 
 
-def test_vqa_questions_that_could_not_be_asked_count_as_wrong(monkeypatch, tmp_path, capsys):
+def test_each_answer_stands_at_its_own_record_whatever_the_batches(tmp_path, capsys):
+    """Questions of many lengths: an evaluation takes them in another order than the file has."""
     model = tiny_model()
-    some = dataset(model, 2)
-    some = some._replace(records=[r._replace(key=i, answers=(r.answer,) * 10) for i, r in enumerate(some.records)])
-    monkeypatch.setattr(model, "generate", lambda f, questions, **_: ["red"] * len(questions))
-    sample.evaluate(model, some, tmp_path / "evaluation", [data.Skip("no picture", 77)])
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("VQA  "))
-    assert float(row.split()[1]) == 20.0  # one of four that were asked, of five in all
-    answers = json.loads((tmp_path / "evaluation/vqa.json").read_text())
-    assert {"question_id": 77, "answer": ""} in answers and len(answers) == 5
+    records = [Record(f"{i // 2}.jpg", ("two " * (3 * i % 8 + 1),), "red", id=i) for i in range(8)]
+    some, said = dataset(model, records), lambda question, row: f"{question}{row[0]:.3f}"
+    for most in (100, 4096):
+        _, lines, _ = evaluate(model, some, tmp_path / "e", capsys, said, max_batch_tokens=most)
+        for key, shown in (("answer", some), ("blind", data.shuffled(some))):
+            assert [line[key] for line in lines] == [said(r.question, shown.f([i])[0]) for i, r in enumerate(records)]
+        assert [line["id"] for line in lines] == list(range(8))
+    assert (tmp_path / "e.1").is_dir()  # the results of the first
 
 
-def test_no_batch_of_an_evaluation_holds_more_tokens_than_told_and_each_record_comes_once():
+def test_a_category_named_like_a_row_of_the_program_has_a_row_of_its_own(tmp_path, capsys):
+    model, names = tiny_model(), ["CLIPScore", "all, per token", '"CLIPScore"', "all"]
+    records = [Record(f"{name}.jpg", ("what?",), "red", category=name) for name in names]
+    records += [Record("c.jpg", (), "a caption"), Record("d.jpg", ("what?",), "red", choices=("red", "blue"))]
+    scores, _, _ = evaluate(model, dataset(model, records), tmp_path / "e", capsys, lambda question, _: "red")
+    assert {name: row["n"] for name, row in scores.items()} == {
+        '"CLIPScore"': 1, '"all, per token"': 1, '""CLIPScore""': 1, "all": 5, "all, per token": 1, "CLIPScore": 1}
+
+
+@pytest.mark.parametrize("right, n, ends", [  # R's prop.test(right, n, correct = FALSE), rounded to four places
+    (10, 10, (0.7225, 1.0)), (0, 10, (0.0, 0.2775)), (50, 100, (0.4038, 0.5962)), (97, 100, (0.9155, 0.9897))])
+def test_intervals_of_shares_are_wilsons_and_never_of_no_width(right, n, ends):
+    found = sample.interval(np.arange(n) < right, np.arange(n), True)
+    assert found == pytest.approx(ends, abs=1e-4)
+
+
+def test_an_interval_counts_pictures_and_few_have_none():
+    coins = np.random.default_rng(1).random(200) < 0.3
+    alone = sample.interval(coins, np.arange(200), True)
+    assert sample.interval(np.repeat(coins, 5), np.repeat(np.arange(200), 5), True) == pytest.approx(alone)
+    assert sample.interval(coins[:9], np.arange(9), True) is None
+    assert sample.interval(coins, np.arange(200) % 9, True) is None
+    uneven = np.array([0] * 100 + list(range(1, 101)))  # one picture has half of the records: (Σ r)² / Σ r² = 3.96
+    assert sample.interval(coins, uneven, True) is None
+
+
+def test_intervals_of_ten_pictures_hold_in_nineteen_of_twenty_draws():
+    """The worst case: all records of a picture agree. (1.96 standard errors hold in 92% for other scores.)"""
+    rng, picture, shares, means = np.random.default_rng(0), np.repeat(np.arange(10), 3), 0, 0
+    for p in rng.random(4000):
+        low, high = sample.interval(np.repeat(rng.random(10) < p, 3), picture, True)
+        shares += low <= p <= high
+        low, high = sample.interval(rng.normal(p, 0.1, 10), np.arange(10), False)
+        means += low <= p <= high
+    assert 0.94 < shares / 4000 < 0.97 and 0.94 < means / 4000 < 0.96
+
+
+def test_no_batch_holds_more_tokens_than_told_each_record_comes_once_and_the_longest_first():
     model = tiny_model()
-    records = [Record(f"{i}.jpg", ("two " * (i % 20),), "red", choices=("red", "two small", "no", "yes") if i % 3 == 0 else ())
-               for i in range(100)] + [Record("c.jpg", (), "a caption")] * 5
-    tokens = list(zip(*model.token_ids([r.question for r in records], [r.answer for r in records])))
-    tokens[-5:] = [([], answer) for _, answer in tokens[-5:]]
-    some = dataset(model, 2)._replace(records=records, tokens=tokens)
+    four = ("red", "two small", "no", "yes")
+    records = [Record("a.jpg", ("two " * (i % 20),), "red", choices=four if i % 3 == 0 else ()) for i in range(100)]
+    records += [Record("c.jpg", (), "a caption")] * 5
+    some = dataset(model, records)
     for most in (1, 500, 4096):
         batches = sample.batches_by_length(model, some, most)
         assert sorted(i for batch in batches for i in batch) == list(range(105))
+        firsts = {}
         for batch in batches:
-            assert len({(len(records[i].choices), bool(records[i].turns)) for i in batch}) == 1
-            longest = max(len(tokens[i][0]) for i in batch)
-            answer = 3 if records[batch[0]].choices else sample.MAX_TOKENS
-            assert len(batch) == 1 or len(batch) * max(1, len(records[batch[0]].choices)) * (longest + answer) <= most
+            kind, = {(len(records[i].choices), bool(records[i].turns)) for i in batch}
+            longest = max(len(some.tokens[i][0]) for i in batch)
+            answer = 3 if kind[0] else sample.MAX_TOKENS  # "two small" with its eos
+            assert len(batch) == 1 or len(batch) * max(1, kind[0]) * (longest + answer) <= most
+            firsts.setdefault(kind, []).append(longest)
+        assert all(lengths == sorted(lengths, reverse=True) for lengths in firsts.values()) and len(firsts) == 3
+    assert len(batches) < 12  # they are filled
 
 
-def test_ids_of_captions_and_of_choices_are_not_taken_for_questions_of_vqa():
-    """What is left out of VQA counts as wrong there; a caption that was skipped beside it does not."""
-    turns, choices = ("what?", "a cat"), (("a", "b", "c", "d"),)
-    assert data.vqa_key(data.Sample("a.jpg", turns=turns, key=7)) == 7
-    assert data.vqa_key(data.Sample("a.jpg", caption="a cat", key=7)) == ""
-    assert data.vqa_key(data.Sample("a.jpg", turns=turns, choices=choices, key="val-7")) == ""
+def test_files_are_there_when_the_table_can_no_longer_be_printed(monkeypatch, tmp_path):
+    model = tiny_model()
+    some = dataset(model, [Record(f"{i}.jpg", ("what?",), "red") for i in range(3)])
+    with pytest.raises(BrokenPipeError), monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", SimpleNamespace(write=Mock(side_effect=BrokenPipeError), flush=lambda: None))
+        sample.evaluate(model, some, tmp_path / "e")
+    assert len((tmp_path / "e/answers.jsonl").read_text().splitlines()) == 3
+    assert "all" in json.loads((tmp_path / "e/scores.json").read_text())
+
+
+def test_of_one_picture_blind_is_no_control_and_that_is_told(tmp_path, capsys):
+    model = tiny_model()
+    sample.evaluate(model, dataset(model, [Record("a.jpg", ("what?",), "red")]), tmp_path / "e")
+    assert "no other can be shown" in capsys.readouterr().err
