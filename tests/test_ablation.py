@@ -46,8 +46,10 @@ def commands(tmp_path, monkeypatch):
             Path(run, lmeye.CHECKPOINT).write_text(f"adapter of {run}")
         else:
             run = Path(flags[flags.index("--checkpoint") + 1]).parent
-        Path(run, "evaluation").mkdir()
-        Path(run, "evaluation", "scores.json").write_text("{}")
+            assert Path(run, lmeye.CHECKPOINT).is_file()
+        evaluation = run / ("evaluation" if program == "train.py" else "evaluation-absent")
+        evaluation.mkdir()
+        Path(evaluation, "scores.json").write_text("{}")
 
     monkeypatch.setattr(ablation, "call", call)
     return asked
@@ -67,12 +69,11 @@ def test_a_set_is_a_miniature_with_its_phase_1_and_a_row_starts_from_it(commands
         assert made == f"tests/lab/miniature.py --out {out} --seed {i} --hint-share 0"
         assert phase_1 == f"train.py --preset mini --seed {i} --out {out} --resume --stage 1"
         trained, absent = rows[2 * i:2 * i + 2]
-        assert trained == (f"train.py --preset mini --seed 0 --out {out}/align/seed0 --resume --stage 2 --init "
-                           f"{out}/mini/stage1/adapter.safetensors --train-align --lr 0.005")
+        assert trained == (f"train.py --preset mini --seed 0 --out {out}/align/seed0 --resume --stage 2 "
+                           f"--init {out}/mini/stage1/adapter.safetensors --train-align --lr 0.005")
         mini = f"{out}/align/seed0/mini"
-        assert absent == (f"sample.py --checkpoint {mini}/absent/adapter.safetensors --data {mini}/absent.json "
-                          f"--images {mini}/pictures.zip")
-        assert Path(mini, "absent", lmeye.CHECKPOINT).read_text() == f"adapter of {mini}/stage2-align"
+        assert absent == (f"sample.py --checkpoint {mini}/stage2-align/adapter.safetensors "
+                          f"--data {out}/mini/absent.json --images {out}/mini/pictures.zip")
         assert Path(mini, "pictures.zip").samefile(f"{out}/mini/pictures.zip")
         assert not Path(mini, "stage1").exists()
 
@@ -80,16 +81,17 @@ def test_a_set_is_a_miniature_with_its_phase_1_and_a_row_starts_from_it(commands
 def test_each_seed_has_a_run_of_its_own_and_the_tables_find_all(commands):
     ablate("--seeds", 2, "lmeye=", "no=--variant norequest")
     assert [shlex.split(command)[4] for command in commands[2:-2] if "--stage 2" in command] == ["0", "1"] * 2
-    for patterns, folders in ((commands[-2], ("stage2", "stage2-norequest")), (commands[-1], ("absent", "absent"))):
-        for pattern, row, name in zip(patterns, ("lmeye", "no"), folders):
-            assert pattern == f"{row}=abl/s*/{row}/seed*/mini/{name}"
+    for patterns, evaluation in zip(commands[-2:], ("evaluation", "evaluation-absent")):
+        for pattern, row, name in zip(patterns, ("lmeye", "no"), ("stage2", "stage2-norequest")):
+            assert pattern == f"{row}=abl/s*/{row}/seed*/mini/{name}/{evaluation}"
             assert len(list(Path.cwd().glob(pattern.partition("=")[2]))) == 2
 
 
 def test_several_picture_tokens_take_a_phase_1_of_their_own(commands):
     ablate("two=--variant static --n-image-tokens 2 --lr 0.02")
     phase_1, phase_2 = commands[2:4]
-    assert phase_1 == "train.py --preset mini --seed 0 --out abl/s0/two/seed0 --resume --stage 1 --n-image-tokens 2"
+    assert phase_1 == ("train.py --preset mini --seed 0 --out abl/s0/two/seed0 --resume "
+                       "--stage 1 --n-image-tokens 2")
     assert "--init abl/s0/two/seed0/mini/stage1/adapter.safetensors --variant static" in phase_2
 
 
@@ -99,9 +101,10 @@ def test_what_is_complete_is_not_made_again_and_what_is_not_goes_on(commands):
     Path("abl/s0/lmeye/seed0/mini/stage2/evaluation").rmdir()
     before = len(commands)
     ablate("lmeye=", "static=--variant=static")
-    programs = [command.split("--out ")[-1].split()[0] for command in commands[before:-2] if "train.py" in command]
-    assert programs == ["abl/s0/lmeye/seed0", "abl/s0/static/seed0"]
-    assert not any("miniature.py" in command for command in commands[before:-2])
+    again = [shlex.split(command) for command in commands[before:-2]]
+    trained = [command[6] for command in again if command[0] == "train.py"]
+    assert trained == ["abl/s0/lmeye/seed0", "abl/s0/static/seed0"]
+    assert len(again) == 3  # the third asks the new row about what is absent
 
 
 def test_a_row_of_other_flags_is_refused_and_the_old_one_kept(commands):
@@ -195,7 +198,8 @@ def test_the_rival_that_is_named_is_trained_and_asked(tmp_path, monkeypatch):
     tiny = LMEye.from_settings(lmeye.Settings("tiny", models[1], models[3]))
     tiny.save(tmp_path / "phase-1", 1)
     curved = ("rivals.py", "--rival", "CurvedDecomposition")
-    result = run(*curved, "--stage", 2, "--data", "q.json", "--steps", 1, "--init", "phase-1", *models, cwd=tmp_path)
+    flags = ("--stage", 2, "--data", "q.json", "--steps", 1, "--init", "phase-1")
+    result = run(*curved, *flags, *models, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     checkpoint, = tmp_path.glob(f"out/*/stage2/{lmeye.CHECKPOINT}")
     assert "decompose.2.weight" in lmeye.read_adapter(checkpoint)[3]

@@ -1,6 +1,7 @@
 """Ready for a GPU without having one: everything keeps to the device, and a step does not wait.
 
-The programs run on a pretended GPU (pretend.py), which refuses what a real one refuses and counts what it waits for.
+The programs run on a pretended GPU (pretend.py), which refuses what a real one refuses and counts what it
+waits for.
 """
 
 import functools
@@ -23,12 +24,14 @@ import sample
 import train
 from lmeye import CHECKPOINT, LMEye, Settings
 
-# ---- The pretended GPU ------------------------------------------------------------------------------------------
+# ---- The pretended GPU ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [
-    lambda x: x + torch.ones(3, 4), lambda x: torch.cat([x, torch.ones(3, 4)]), lambda x: x @ torch.ones(4, 2),
-    lambda x: torch.zeros(()).add_(x.sum()), lambda x: x.numpy(), lambda x: np.asarray(x), lambda x: x.cpu() / x.max(),
+    lambda x: x + torch.ones(3, 4), lambda x: torch.cat([x, torch.ones(3, 4)]),
+    lambda x: x @ torch.ones(4, 2),
+    lambda x: torch.zeros(()).add_(x.sum()), lambda x: x.numpy(), lambda x: np.asarray(x),
+    lambda x: x.cpu() / x.max(),
     lambda x: F.embedding(torch.tensor([1]), x), lambda x: torch.stack([x.sum(), torch.zeros(())]),
     lambda x: x.pin_memory(),
     lambda x: torch.multinomial(x + 1, 1, generator=torch.Generator().manual_seed(0)),
@@ -44,8 +47,8 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses(bad):
     (lambda x: x.cpu(), 1), (lambda x: x[x > 0], 1), (lambda x: x.nonzero(), 1),
     (lambda x: torch.ones(3).to(x.device), 1), (lambda x: torch.ones(3).to(x.device, non_blocking=True), 1),
     (lambda x: torch.ones(3).pin_memory().to(x.device), 1),
-    (lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True), 0), (lambda x: x[torch.tensor([0])], 0),
-    (lambda x: (x * 2).softmax(1).half(), 0),
+    (lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True), 0),
+    (lambda x: x[torch.tensor([0])], 0), (lambda x: (x * 2).softmax(1).half(), 0),
 ])
 def test_the_pretended_gpu_counts_what_waits(waiting, n):
     with pretend.gpu() as waits:
@@ -56,12 +59,13 @@ def test_the_pretended_gpu_counts_what_waits(waiting, n):
     assert all("test_device.py" in place for place in waits)
 
 
-# ---- The programs keep to the device ----------------------------------------------------------------------------
+# ---- The programs keep to the device -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with tiny models, pictures, captions, questions, choices → (folder, the flags that name the models)."""
+    """A folder with tiny models, pictures, captions, questions, choices → (folder, the flags that name the
+    models)."""
     home, rng = tmp_path_factory.mktemp("home"), random.Random(0)
     captions, chats, choices = [], [], []
     for i, scene in enumerate(rng.sample(shapes.SCENES, 20)):  # of fewer than ten none is held out
@@ -80,7 +84,8 @@ def home(tmp_path_factory):
 
 
 def stage(n, *flags):
-    return ["train.py", "--stage", n, "--data", ("captions.jsonl", "chats.jsonl")[n - 1], "--batch-size", 16, *flags]
+    file = ("captions.jsonl", "chats.jsonl")[n - 1]
+    return ["train.py", "--stage", n, "--data", file, "--batch-size", 16, *flags]
 
 
 def done(home, *command):
@@ -116,7 +121,8 @@ def test_the_programs_keep_to_the_gpu(home, bf16, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ("fp32", "fp16"))
 def test_a_run_on_the_gpu_ends_as_on_the_cpu_also_when_it_is_resumed(home, monkeypatch, precision):
-    """In fp16 the loss is scaled, by a factor that here doubles at each step, and that a resumed run goes on with."""
+    """In fp16 the loss is scaled, by a factor that here doubles at each step, and that a resumed run goes
+    on with."""
     same, cpu, gpu = ["--steps", 5, "--precision", precision], f"cpu-{precision}", f"gpu-{precision}"
     step, update, scales, calls = torch.optim.AdamW.step, torch.amp.GradScaler.update, [], []
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, growth_interval=1))
@@ -175,7 +181,8 @@ def test_the_exercises_keep_to_the_gpu(model_on_gpu, name):
 def test_a_language_model_that_is_infinite_in_fp16_is_refused_where_fp16_is_taken(home, tmp_path, largest):
     """Llama-like models have single states of tens of thousands."""
     save_llm(tmp_path / "llm")
-    llm = tiny_llm("opt", len(shapes.build_tokenizer(ends=False)), pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    vocabulary = len(shapes.build_tokenizer(ends=False))
+    llm = tiny_llm("opt", vocabulary, pad_token_id=0, bos_token_id=2, eos_token_id=3)
     if largest:
         llm.model.decoder.layers[0].fc2.bias.data[5] = largest
     llm.save_pretrained(tmp_path / "llm")
@@ -188,7 +195,7 @@ def test_a_language_model_that_is_infinite_in_fp16_is_refused_where_fp16_is_take
     assert result.returncode == 0, result.stderr
 
 
-# ---- A step does not wait -----------------------------------------------------------------------------------------
+# ---- A step does not wait ------------------------------------------------------------------------------
 
 OUR_WAITS, THEIR_WAITS = 1, 2  # a step: loss and norm read together; transformers' look at each pass's mask
 
@@ -196,8 +203,8 @@ OUR_WAITS, THEIR_WAITS = 1, 2  # a step: loss and norm read together; transforme
 @pytest.mark.parametrize("variant, stage_", [("lmeye", 1), ("lmeye", 2), ("norequest", 2), ("static", 2)])
 @pytest.mark.parametrize("precision", ("bf16", "fp16"))
 def test_how_often_a_step_waits_for_the_gpu(model_on_gpu, stage_, variant, precision, tmp_path, monkeypatch):
-    """Each wait is a place where the processor stops until the GPU has caught up. What is written at validations
-    is not counted, only what every step does."""
+    """Each wait is a place where the processor stops until the GPU has caught up. What is written at
+    validations is not counted, only what every step does."""
     monkeypatch.setattr(LMEye, "save", lambda self, path, stage: None)
     monkeypatch.setattr(train.Run, "save_state", lambda self, step: None)
     counted = []
@@ -208,7 +215,7 @@ def test_how_often_a_step_waits_for_the_gpu(model_on_gpu, stage_, variant, preci
             folder = tmp_path / str(steps)
             folder.mkdir()
             waits.clear()
-            dataset = on_gpu.random_dataset(model, stage_, 8, 6, 5)
+            dataset = on_gpu.random_dataset(model, stage_, 8, 2, 5)  # questions of one token
             train.train_adapter(model, stage_, dataset, None, folder, steps, batch_size=4, lr=1e-3)
             counted.append(dict(waits))
     a_step = {place: (n - counted[0].get(place, 0)) / 2 for place, n in counted[1].items()}

@@ -17,7 +17,7 @@ import lmeye
 import train
 from lmeye import chunked_cross_entropy
 
-# ---- The loss in chunks -----------------------------------------------------------------------------------
+# ---- The loss in chunks --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ("opt", "opt-350m", "bloom", "llama"))
@@ -43,12 +43,13 @@ def test_the_loss_in_chunks_is_the_loss(family, n, monkeypatch):
     assert torch.equal(frozen, mine.detach()) and not frozen.requires_grad
 
 
-# ---- The account --------------------------------------------------------------------------------------------
+# ---- The account ---------------------------------------------------------------------------------------
 
 
 def allocated(function):
     """The most bytes that PyTorch's own allocator had handed out at once for what a function made."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         function()
     live = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -101,7 +102,8 @@ def test_operations_are_counted_as_pytorch_counts_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, most", [("opt-1.3b", {1: 7.6e9, 2: 6.5e9}), ("bloomz-7b1", {1: 27e9, 2: 27e9})])
+@pytest.mark.parametrize("size, most", [
+    ("opt-1.3b", {1: 7.6e9, 2: 6.5e9}), ("bloomz-7b1", {1: 27e9, 2: 27e9})])
 def test_what_a_step_of_4096_tokens_needs_at_full_size(size, most):
     """And no evaluation needs more than a training step."""
     evaluate = size == "opt-1.3b"  # the other one takes long
@@ -121,4 +123,5 @@ def test_memory_is_bounded_by_tokens_in_validations(batch_tokens):
 def test_flags_for_a_card():
     peaks = {2048: 5.0e9, 8192: 11.0e9}  # about 1 GB a thousand tokens, and 3 GB whatever there is
     assert account.flags_for(8, peaks) == "--max-batch-tokens 3584 --accumulate 2"
-    assert account.flags_for(80, peaks) == "--max-batch-tokens 8192" and account.flags_for(4, peaks) == "does not fit"
+    assert account.flags_for(80, peaks) == "--max-batch-tokens 8192"
+    assert account.flags_for(4, peaks) == "does not fit"

@@ -3,9 +3,10 @@
     python tests/lab/benchmark.py account
 
 A meta tensor has a shape and no values, so OPT-1.3b or Bloomz-7b1 "runs" here in seconds. Each operation of
-PyTorch passes through `Account`, which adds up the tensors that are alive. Attention is taken as CUDA takes it: flash
-attention where there is no mask, the memory-efficient kernel where there is one; BLOOM's is written out in
-transformers. Not in the sums: CUDA's own context (about half a GB), what its allocator leaves unused, workspace.
+PyTorch passes through `Account`, which adds up the tensors that are alive. Attention is taken as CUDA takes
+it: flash attention where there is no mask, the memory-efficient kernel where there is one; BLOOM's is
+written out in transformers. Not in the sums: CUDA's own context (about half a GB), what its allocator
+leaves unused, workspace.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ import sample
 aten = torch.ops.aten
 META = torch.device("meta")
 BLOCK = 512  # bytes: CUDA's allocator hands out multiples
-NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "detach",
-             "lift_fresh", "is_same_size", "_local_scalar_dense")  # views aside: what computes nothing
+NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
+             "detach", "lift_fresh", "is_same_size", "_local_scalar_dense")  # what computes nothing, beside views
 
 
 class Account(TorchDispatchMode):
@@ -108,7 +109,8 @@ class Need(NamedTuple):
 
 
 def train_step(account, model, weights, stage, B, question, answer):
-    """A training step with gradients and the optimiser's state. Its update, in place, is some kernels more."""
+    """A training step with gradients and the optimiser's state. Its update, in place, is some kernels
+    more."""
     model.train()
     trained = model.set_trained(stage)
     state = [torch.zeros_like(p) for p in trained.values() for _ in range(2)]
@@ -145,12 +147,14 @@ def evaluation(account, model, weights, stage, max_batch_tokens, question, answe
 
     tasks = [(min(64, pairs), question, model), (prompts, question + sample.MAX_TOKENS, first_token)]
     if stage == 2:
-        choices = [[""] * 4]
-        tasks.append((max(1, pairs // 4), question, lambda f, _: model.score(f, [""] * len(f), choices * len(f))))
+        def four_choices(f, _):
+            return model.score(f, [""] * len(f), [[""] * 4] * len(f))
+
+        tasks.append((max(1, pairs // 4), question, four_choices))
     peaks = []
     for B, length, task in tasks:
         f, tokens = measure.random_batch(model, B, length, answer)
-        every_choice = measure.random_batch(model, 4 * B, length, answer)[1]  # what `score` makes of its texts
+        _, every_choice = measure.random_batch(model, 4 * B, length, answer)  # what `score` makes of texts
         with torch.no_grad(), mock.patch.object(model, "tokenize", lambda *_: every_choice):
             peaks.append(run(account, weights, lambda: task(f, tokens)).peak)
     return max(peaks)
@@ -186,7 +190,7 @@ def rows(models=MODELS, budgets=BUDGETS):
     """Yield the lines of two tables: does it fit my card, and the flags for a card."""
     yield "computed, not measured; frozen weights in bf16; GB, without CUDA's context"
     yield f"records of {STAGES[0][2]} tokens in phase 1, of {STAGES[1][1]} + {STAGES[1][2]} in phase 2"
-    yield f"{'':22}{'tokens a step':>14}{'weights':>9}{'a step':>9}{'evaluation':>12}{'TFLOP':>9}{'kernels':>9}"
+    yield f"{'':22} tokens a step  weights   a step  evaluation    TFLOP  kernels"
     peaks = {}
     for size in models:
         for stage, budget, need, peak in steps_of(size, budgets, evaluate=True):

@@ -1,6 +1,7 @@
 """What the measurements share: random models of published sizes, batches for them, one step, seconds.
 
-Random weights serve: they take the same time and memory as trained ones. Nothing here knows a row of benchmark.py.
+Random weights serve: they take the same time and memory as trained ones. Nothing here knows a row of
+benchmark.py.
 """
 
 import functools
@@ -14,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import open_clip
 import torch
-import torch.nn.functional as F
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (flop_registry, register_flop_formula, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 
 import lmeye
 import shapes
@@ -38,7 +39,7 @@ class Size(NamedTuple):
 SIZES = {
     "opt-125m": Size(768, 12, 12, 3072), "opt-1.3b": Size(2048, 24, 32, 8192),
     "opt-6.7b": Size(4096, 32, 32, 16384), "bloomz-7b1": Size(4096, 30, 32, vocabulary=250880, kind="bloom"),
-    "tiny": Size(64, 2, 4, 128, vocabulary=1000, activation="gelu"),  # ReLU has a kink where rounding would decide
+    "tiny": Size(64, 2, 4, 128, vocabulary=1000, activation="gelu"),  # ReLU has a kink: rounding would decide
     "tiny-bloom": Size(64, 2, 4, vocabulary=1000, kind="bloom"),
 }
 SLOTS = {"bloomz-7b1": 5, "tiny-bloom": 5}  # Q; 1 for the others
@@ -91,7 +92,8 @@ def random_clip(size, dtype, device):
 
 
 def random_model(size, dtype, device=None, llm=None, **settings):
-    """LMEye between random models of published sizes. The miniature's tokenizer stands in for the real one."""
+    """LMEye between random models of published sizes. The miniature's tokenizer stands in for the real
+    one."""
     device = device or here()
     clip, preprocess = random_clip(size, dtype, device)
     settings = Settings(**{"n_slots": SLOTS.get(size, 1), "precision": PRECISIONS[dtype], **settings})
@@ -100,7 +102,8 @@ def random_model(size, dtype, device=None, llm=None, **settings):
 
 
 def random_batch(model, B, question, answer):
-    """(f, Tokens) of B records on the CPU, all questions and all answers of one length; question 0: captions."""
+    """(f, Tokens) of B records on the CPU, all questions and all answers of one length; question 0:
+    captions."""
     def ids(n):
         return torch.randint(10, 50, (B, n)), torch.ones(B, n, dtype=torch.long)
 
@@ -123,26 +126,6 @@ def step(model, batch, optimizer):
     optimizer.zero_grad()
 
 
-def authors_step(model, batch, optimizer):
-    """The schedule of the authors' release: one record at a time, two whole passes, logits at every place."""
-    f, tokens = batch
-    f, question, answer = model.to_device(f, tokens.question, tokens.answer)
-    for i in range(len(f)):
-        one, words = f[i:i + 1], model.embed(answer[i:i + 1])
-        prefix = [model.embed(model.image_words)[None], model.see(one), model.embed(question[i:i + 1])]
-        slots = model.img_d.expand(1, model.settings.n_slots, -1)
-        first = torch.cat([*prefix, slots], 1).to(model.llm.dtype)
-        h = model.llm(inputs_embeds=first, output_hidden_states=True).hidden_states[-1][:, -1]
-        v = model.interact(one, model.ask(h))
-        second = torch.cat([*prefix, model.tell(v), model.embed(model.answer_words)[None], words], 1)
-        logits = model.llm(inputs_embeds=second.to(model.llm.dtype)).logits[0].float()
-        labels = torch.full(second.shape[1:2], -100, device=model.device)
-        labels[-answer.shape[1]:] = answer[i]
-        (F.cross_entropy(logits[:-1], labels[1:]) / len(f)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 aten = torch.ops.aten
 
 
@@ -157,8 +140,9 @@ def count_cpu_attention_backward(gradient, q, k, v, *args, **kwargs):
 
 
 class Operations(TorchDispatchMode):
-    """Counts floating-point operations by PyTorch's own formulas: of matrix products, convolutions, attention.
-    (Its FlopCounterMode also follows modules, which fails where a gradient is taken inside a forward pass.)"""
+    """Counts floating-point operations by PyTorch's own formulas: of matrix products, convolutions,
+    attention. (Its FlopCounterMode also follows modules, which fails where a gradient is taken inside a
+    forward pass.)"""
 
     def __init__(self):
         super().__init__()
@@ -191,7 +175,8 @@ def wait():
 def seconds(*functions, repeat=5):
     """Median time of each function; they take turns, so that a machine that slows down slows all of them.
 
-    Each is run once before; on a GPU all of them until half a second has passed, which its clock takes to rise.
+    Each is run once before; on a GPU all of them until half a second has passed, which its clock takes to
+    rise.
     """
     start = time.perf_counter()
     warm = False

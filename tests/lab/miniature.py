@@ -60,7 +60,8 @@ class Muon(torch.optim.Muon):
 
 
 def minimise(loss, model, steps, muon_lr, adam_lr, name, line):
-    """Train a model: `loss()` gives the loss of the next batch. Its progress bar, `name`, stands in this line."""
+    """Train a model: `loss()` gives the loss of the next batch. Its progress bar, `name`, stands in this
+    line."""
     matrices, others = [], []
     for key, p in model.named_parameters():
         if p.ndim > 1 and "embed" not in key:
@@ -153,8 +154,9 @@ def write_example(scene, turns, hint_share, rng):
     """A text to learn reading from → [(piece of it, weight of the piece's tokens in the loss)].
 
     A caption, which names a random part of the attributes, so that its reader learns to look for content,
-    not for places in it; then questions about that part. Before some answers stands a hint, a phrase that names
-    one or two attributes more. Yes/no takes comparing, the rest only looking up: it gets half of the questions.
+    not for places in it; then questions about that part. Before some answers stands a hint, a phrase that
+    names one or two attributes more. Yes/no takes comparing, the rest only looking up: it gets half of the
+    questions.
     """
     names = Scene._fields
     named = rng.sample(names, rng.randint(1, len(names)))

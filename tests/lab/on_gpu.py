@@ -3,10 +3,10 @@
     python tests/lab/benchmark.py gpu            on a CUDA GPU
     python tests/lab/benchmark.py gpu --dry      on tiny models, on whatever there is
 
-First what must hold, each with its bound: CUDA gives what the CPU gives; a run that was interrupted ends as one that
-was not, to the bit; a full-size model trains and answers in bf16 and fp16; memory is what account.py computes. Then
-what is measured: a step's share of the machine's rate, and rows of benchmark.py. Each line is printed when it is
-known, with the seconds since the start; the last line counts what held.
+First what must hold, each with its bound: CUDA gives what the CPU gives; a run that was interrupted ends as
+one that was not, to the bit; a full-size model trains and answers in bf16 and fp16; memory is what
+account.py computes. Then what is measured: a step's share of the machine's rate, and rows of benchmark.py.
+Each line is printed when it is known, with the seconds since the start; the last line counts what held.
 """
 
 import contextlib
@@ -46,7 +46,8 @@ class Report:
         self.held = self.checks = 0
 
     def line(self, text):
-        print(f"{'dry ' if self.dry else ''}gpu {time.perf_counter() - self.start:>5.0f} s  {text}", flush=True)
+        seconds = time.perf_counter() - self.start
+        print(f"{'dry ' if self.dry else ''}gpu {seconds:>5.0f} s  {text}", flush=True)
 
     def check(self, holds, text):
         self.checks += 1
@@ -84,15 +85,17 @@ def free_memory():
 
 
 def equals_cpu(report, scale, dry):
-    """Loss and gradients of tiny models, against fp32 on the CPU with the same weights, as the dtype rounds them."""
+    """Loss and gradients of tiny models, against fp32 on the CPU with the same weights, as the dtype rounds
+    them."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for dtype, (loss_bound, gradient_bound) in BOUNDS.items():
         for size in ("tiny", "tiny-bloom"):
             for stage, variant in KINDS:
                 loss, gradient = distance(size, dtype, stage, variant)
+                name = f"{size} in {measure.PRECISIONS[dtype]}, phase {stage}, {variant}"
                 report.check(loss <= loss_bound and gradient <= gradient_bound,
-                             f"{size} in {measure.PRECISIONS[dtype]}, phase {stage}, {variant}: loss to {loss:.1e} "
-                             f"(bound {loss_bound:g}), gradients to {gradient:.1e} (bound {gradient_bound:g})")
+                             f"{name}: loss to {loss:.1e} (bound {loss_bound:g}), "
+                             f"gradients to {gradient:.1e} (bound {gradient_bound:g})")
 
 
 def distance(size, dtype, stage, variant):
@@ -131,7 +134,8 @@ def random_dataset(model, stage, records, question, answer):
     rows = [data.Record(f"{i}.jpg", turns, "a thing") for i in range(records)]
     tokens = []
     for _ in rows:
-        lengths = rng.integers(question // 2, question) if stage == 2 else 0, rng.integers(answer // 2, answer)
+        asked = rng.integers(question // 2, question) if stage == 2 else 0
+        lengths = (asked, rng.integers(answer // 2, answer))
         tokens.append([rng.integers(10, 50, length).tolist() for length in lengths])
     features = rng.normal(size=(records, model.align.in_features)).astype(np.float16)
     return data.Dataset(rows, tokens, features, np.arange(records))
@@ -149,14 +153,15 @@ def resumes(report, scale, dry):
             with tempfile.TemporaryDirectory() as folder:
                 whole, resumed = run_twice(Path(folder), dtype)
             same = all(torch.equal(whole[name], resumed[name]) for name in whole)
-            report.check(same, f"a run in {measure.PRECISIONS[dtype]} that was interrupted and resumed ends "
-                               f"{'as one that was not, to the bit' if same else 'otherwise than one that was not'}")
+            ends = "as one that was not, to the bit" if same else "otherwise than one that was not"
+            report.check(same, f"a run in {measure.PRECISIONS[dtype]} that was interrupted and resumed ends {ends}")
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def run_twice(folder, dtype):
-    """Adapters of two runs on tiny models, of which the second is interrupted in its fourth step and resumed."""
+    """Adapters of two runs on tiny models, of which the second is interrupted in its fourth step and
+    resumed."""
     real_step, calls = torch.optim.AdamW.step, []
 
     def interrupted(*args, **options):
@@ -178,7 +183,7 @@ def short_run(folder, dtype, resume=False):
     torch.manual_seed(0)
     model = measure.random_model("tiny", dtype)
     dataset = random_dataset(model, 2, 12, 8, 6)
-    quietly_train(model, 2, dataset, None, folder, steps=6, batch_size=4, lr=1e-2, accumulate=2, resume=resume)
+    quietly_train(model, 2, dataset, None, folder, 6, batch_size=4, lr=1e-2, accumulate=2, resume=resume)
     return lmeye.read_adapter(folder / lmeye.CHECKPOINT)[3]
 
 
@@ -199,9 +204,10 @@ def full_size(report, scale, dry):
                 with open(run / "log.csv") as file:
                     last = list(csv.DictReader(file))[-1]
             finite = all(p.isfinite().all() for p in model.adapter(2).values()) and float(last["loss"]) < 100
-            few_skipped = int(last["skipped"]) <= 2  # fp16's scaler may begin too high, and leave a step or two out
-            report.check(finite and few_skipped, f"{name}, phase {stage}: 6 steps of 16 records, the last loss "
-                         f"{last['loss']}, steps skipped {last['skipped']}, {last['tokens_per_second']} tokens/s")
+            few_skipped = int(last["skipped"]) <= 2  # fp16's scaler may begin too high
+            report.check(finite and few_skipped,
+                         f"{name}, phase {stage}: 6 steps of 16 records, the last loss {last['loss']}, "
+                         f"steps skipped {last['skipped']}, {last['tokens_per_second']} tokens/s")
         model.eval()
         question = ["what color is it?"]
         f = model.encode_image(model.preprocess(Image.new("RGB", (640, 480), "red"))[None])
@@ -238,7 +244,8 @@ def memory(report, scale, dry):
                     report.line(f"{name}, not measured")
                     continue
                 peak = torch.cuda.max_memory_allocated()
-                report.check(abs(peak / need - 1) <= 0.1, f"{name}, measured {peak / 1e9:.2f}: {peak / need:.3f} ×")
+                report.check(abs(peak / need - 1) <= 0.1,
+                             f"{name}, measured {peak / 1e9:.2f}: {peak / need:.3f} ×")
             model.zero_grad()
         model = optimizer = None
 

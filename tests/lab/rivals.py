@@ -2,9 +2,9 @@
 
     python tests/lab/rivals.py --rival TwoRounds --stage 2 --preset mini
 
-trains one of them: --rival names it, all other flags are those of train.py. Phase 1 is LMEye's own. A run of LMEye
-that is in the way is renamed. Only this script, with the flags of sample.py, asks a rival: sample.py would take its
-checkpoint for LMEye's.
+trains one of them: --rival names it, all other flags are those of train.py. Phase 1 is LMEye's own. A run
+of LMEye that is in the way is renamed. Only this script, with the flags of sample.py, asks a rival:
+sample.py would take its checkpoint for LMEye's.
 """
 
 import argparse
@@ -89,8 +89,8 @@ RIVALS = {kind.__name__: kind for kind in Rival.__subclasses__()}
 
 def main():
     """Run train.py, or without --stage sample.py, with a rival in LMEye's place."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--rival", required=True, choices=RIVALS)
     args, flags = parser.parse_known_args()
     train.LMEye = sample.LMEye = RIVALS[args.rival]
