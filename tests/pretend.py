@@ -1,16 +1,19 @@
-"""A pretended GPU: real values, computed on the CPU, in tensors that say they are on cuda:0 and refuse to mix.
+"""A pretended GPU: real values, computed on the CPU, in tensors that say they are on cuda:0 and refuse to
+mix.
 
     with pretend.gpu() as waits:
         ...  # any code: it runs as on a machine with one GPU
 
-What a real GPU refuses raises here, too: tensors of two devices in one operation, `.numpy()` of a GPU's tensor, a
-generator of the other device. `waits` counts, by place in the code, what makes the processor wait until the GPU has
-caught up: reading a number or a tensor back, an operation whose result has a size that the GPU knows first, and a copy
-to the GPU that is not from pinned memory or not asked for with non_blocking.
+What a real GPU refuses raises here, too: tensors of two devices in one operation, `.numpy()` of a GPU's
+tensor, a generator of the other device. `waits` counts, by place in the code, what makes the processor wait
+until the GPU has caught up: reading a number or a tensor back, an operation whose result has a size that
+the GPU knows first, and a copy to the GPU that is not from pinned memory or not asked for with
+non_blocking.
 
-How: every operation of PyTorch passes through a TorchDispatchMode, `Watch`, which compares where its tensors claim to
-be, computes it on the CPU, and marks what comes out. (FakeTensorMode, which PyTorch has for this, holds no values, and
-its backward pass needs a driver.) It is no model of time, and CUDA's own kernels are not run.
+How: every operation of PyTorch passes through a TorchDispatchMode, `Watch`, which compares where its
+tensors claim to be, computes it on the CPU, and marks what comes out. (FakeTensorMode, which PyTorch has
+for this, holds no values, and its backward pass needs a driver.) It is no model of time, and CUDA's own
+kernels are not run.
 """
 
 import contextlib
@@ -53,7 +56,7 @@ class Gpu(torch.Tensor):
     @data.setter
     def data(self, value):
         if not isinstance(value, Gpu):
-            raise RuntimeError("incompatible tensor type: the data of a tensor on cuda:0 can't be a tensor on the cpu")
+            raise RuntimeError("incompatible tensor type: the data of a tensor on cuda:0 can't be on the cpu")
         torch.Tensor.data.__set__(self, value)
 
     def numpy(self, *args, **kwargs):
@@ -87,7 +90,8 @@ def plain(x):
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation: refuses what a GPU refuses, counts what it waits for, and computes it on the CPU."""
+    """Sees every operation: refuses what a GPU refuses, counts what it waits for, and computes it on the
+    CPU."""
 
     active = None
 
@@ -118,8 +122,9 @@ class Watch(TorchDispatchMode):
             kwargs = kwargs | {"device": torch.device("cpu")}
         with torch._C._DisableTorchDispatch():
             out = function(*args, **kwargs)
-        if args and isinstance(out, torch.Tensor) and function.overloadpacket._qualified_op_name.endswith("_"):
-            return args[0]  # in place
+        in_place = function.overloadpacket._qualified_op_name.endswith("_")
+        if in_place and args and isinstance(out, torch.Tensor):
+            return args[0]
         in_backward = torch._C._current_graph_task_id() != -1  # which makes some tensors from nothing
         if on_gpu or wanted or (in_backward and not tensors):
             return tree_map_only(torch.Tensor, mark, out)
@@ -132,9 +137,9 @@ class Watch(TorchDispatchMode):
         for x in tree_leaves(checked):
             if not isinstance(x, torch.Tensor) or isinstance(x, Gpu):
                 continue
-            if x.ndim or function in JOINED or x is written:  # else a single number, which may come from the CPU
-                raise RuntimeError(f"{function}: Expected all tensors to be on the same device, but found at least two "
-                                   f"devices, cuda:0 and cpu (a tensor of shape {tuple(x.shape)})")
+            if x.ndim or function in JOINED or x is written:  # else a number, which may come from the CPU
+                raise RuntimeError(f"{function}: Expected all tensors to be on the same device, but found at least "
+                                   f"two devices, cuda:0 and cpu (a tensor of shape {tuple(x.shape)})")
 
     def count_waits(self, function, args, kwargs, on_gpu, wanted):
         if on_gpu and function in WAITS:
@@ -154,7 +159,7 @@ class Watch(TorchDispatchMode):
                 self.note("a copy from pageable memory")
 
 
-# ---- What is not an operation, and has to be replaced by its name ---------------------------------------------
+# ---- What is not an operation, and has to be replaced by its name --------------------------------------
 
 
 def moved(self, *args, **kwargs):
@@ -164,8 +169,9 @@ def moved(self, *args, **kwargs):
         return tensor_to(self, CUDA, target.dtype, *args[1:])
     if not isinstance(target, (str, torch.device)):
         return tensor_to(self, *args, **kwargs)
-    if torch.device(target).type == "cuda":  # with its index, which PyTorch would otherwise ask the driver for
-        return tensor_to(self, CUDA, *args[1:], **{name: value for name, value in kwargs.items() if name != "device"})
+    if torch.device(target).type == "cuda":  # with its index, or PyTorch would ask the driver for it
+        kwargs.pop("device", None)
+        return tensor_to(self, CUDA, *args[1:], **kwargs)
     if torch.device(target).type == "cpu" and isinstance(self, Gpu):
         Watch.active.note("a tensor read")
         return tensor_to(plain(self), *args, **kwargs)
@@ -203,7 +209,8 @@ def multinomial(p, *args, generator=None, real=torch.multinomial):
 
 
 def grouped(lists, with_indices=False, real=torch._C._group_tensors_by_device_and_dtype):
-    """What optimisers and clipping sort tensors by. C++ sees CPU tensors, so it is told here where they are."""
+    """What optimisers and clipping sort tensors by. C++ sees CPU tensors, so it is told here where they
+    are."""
     groups = {}
     for (_, dtype), (values, indices) in real(lists, with_indices).items():
         groups[values[0][0].device, dtype] = (values, indices)
@@ -220,9 +227,9 @@ def gpu(bf16=True):
     cuda = {"is_available": lambda: True, "_lazy_init": lambda: None, "device_count": lambda: 1,
             "current_device": lambda: 0, "is_bf16_supported": lambda including_emulation=True: bf16,
             "get_device_name": lambda *_: properties.name, "get_device_properties": lambda *_: properties,
-            "get_device_capability": lambda *_: (9, 0), "synchronize": lambda *_: None, "empty_cache": lambda: None,
-            "is_current_stream_capturing": lambda: False, "reset_peak_memory_stats": lambda *_: None,
-            "max_memory_allocated": lambda *_: 0, "memory_allocated": lambda *_: 0}
+            "get_device_capability": lambda *_: (9, 0), "synchronize": lambda *_: None,
+            "empty_cache": lambda: None, "is_current_stream_capturing": lambda: False,
+            "reset_peak_memory_stats": lambda *_: None, "max_memory_allocated": lambda *_: 0}
     replaced = [(torch.cuda, name, value) for name, value in cuda.items()] + [
         (torch.accelerator, "current_stream", lambda *_: idle),
         (torch.Tensor, "to", moved), (torch.Tensor, "pin_memory", pin_memory),
@@ -231,15 +238,16 @@ def gpu(bf16=True):
         (torch, "tensor", made(torch.tensor)), (torch, "as_tensor", made(torch.as_tensor)),
         (torch, "Generator", Generator), (torch, "multinomial", multinomial),
         (torch._C, "_group_tensors_by_device_and_dtype", grouped)]
-    lift, overwrite = torch._C._only_lift_cpu_tensors(), torch.__future__.get_overwrite_module_params_on_conversion()
-    # PyTorch keeps the list of functions that `with torch.device(…)` changes: torch.tensor is another one in here.
+    lift = torch._C._only_lift_cpu_tensors()
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    # PyTorch keeps a list of functions that `with torch.device(…)` changes: torch.tensor is another in here.
     with contextlib.ExitStack() as stack:
         _device_constructors.cache_clear()
         stack.callback(_device_constructors.cache_clear)
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…) makes a CPU tensor first
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module that moves gets new parameters
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved module gets new parameters
         stack.enter_context(watch)
         Watch.active = watch
         try:

@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
 
@@ -19,20 +20,21 @@ import open_clip
 import pytest
 import torch
 import transformers
+from conftest import run
 from PIL import Image, ImageDraw
 
+import data
 import train
 from lmeye import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "lab" / "miniature.py"
-TINY = dict(clip_steps=2, llm_steps=2, pictures=40)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    miniature.make(out, **TINY)
+    miniature.make(out, clip_steps=2, pictures=40, steps=2, width=32, layers=1)
     return out / "mini"
 
 
@@ -118,7 +120,7 @@ def test_the_tokenizer_knows_every_word_and_frames_as_clips_and_opts_do():
 def test_only_captions_and_answers_are_learned_and_hints_can_be_left_out():
     scene, rng = shapes.HELD_OUT[0], random.Random(0)
     for share in (0.0, 1.0):
-        pieces = miniature.write_example(miniature.WORLD, scene, 3, share, rng)
+        pieces = miniature.write_example(scene, 3, share, rng)
         assert [weight > 0 for _, weight in pieces] == [False, True] * 4
         for text, _ in pieces[2::2]:
             assert text.startswith(miniature.QUESTION) and text.endswith(miniature.ANSWER)
@@ -164,13 +166,77 @@ def test_held_out_scenes_never_occur_in_training(made):
 
 @pytest.mark.parametrize("stage, kind", ((1, "captions"), (2, "questions")))
 def test_train_takes_these_files_and_validates_on_what_was_held_out(made, stage, kind):
-    defaults = train.DEFAULTS["mini", stage]
-    for name, part in (("data", "train"), ("val", "val")):
-        path = made.parent / defaults[name].removeprefix("out/")
-        assert kind in path.name and {Path(r["image"]).parts[0] for r in read(path.parent, path.name)} == {part}
-    assert (made.parent / defaults["images"].removeprefix("out/")).is_file()
-    assert Path(train.__file__).parent / defaults["made_by"] == SCRIPT
+    args = SimpleNamespace(data=None, stage=stage, out=made.parent)
+    path, images, val, val_images = train.data_of(args, "mini")
+    for file, zipped, part in ((path, images, "train"), (val, val_images, "val")):
+        records, skipped = data.read_records(file, data.open_pictures(file, zipped), stage)
+        assert kind in file.name and not skipped
+        assert {Path(record.image).parts[0] for record in records} == {part}
     assert (made.parent / PRESETS["mini"].llm.removeprefix("out/")).is_dir()
+
+
+def test_a_recipe_is_that_of_the_language_model(made):
+    config = transformers.AutoConfig.from_pretrained(made / "llm")
+    assert (config.hidden_size, config.num_hidden_layers) == (32, 1)
+
+
+@pytest.mark.parametrize("flags, recipe", [
+    ((), dict(hint_share=0.4, width=128, layers=2)),
+    (("--hint-share", "0", "--width", "64", "--layers", "3"), dict(hint_share=0.0, width=64, layers=3)),
+])
+def test_flags_reach_the_language_models_recipe(flags, recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(miniature, "make", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(miniature.signal, "signal", lambda *_: None)
+    seen = []
+    assert run("miniature.py", "--out", tmp_path, "--seed", 3, *flags).returncode == 0
+    assert seen == [((str(tmp_path), 3), recipe)]
+
+
+@pytest.mark.parametrize("flags", [("--hint-share", "2"), ("--width", "30"), ("--layers", "0")])
+def test_flags_out_of_range_are_refused(flags, tmp_path):
+    assert run("miniature.py", "--out", tmp_path, *flags).returncode == 2 and not list(tmp_path.iterdir())
+
+
+# ---- What is absent
+
+
+def test_questions_about_what_is_absent_are_records_of_held_out_pictures(made):
+    file = made / "absent.json"
+    records, skipped = data.read_records(file, data.open_pictures(file, made / "pictures.zip"), 2)
+    assert not skipped and {record.image[:4] for record in records} == {"val/"}
+    n = len(shapes.HELD_OUT)
+    assert Counter((r.category, r.answer) for r in records) == {
+        (category, answer): n if category == "trap" else 2 * n
+        for category in ("random", "popular", "adversarial", "trap") for answer in ("yes", "no")}
+
+
+def test_what_is_absent_is_chosen_as_its_category_says():
+    def of(color, shape):
+        return [s for s in shapes.TRAINING if (s.color, s.shape) == (color, shape)]
+
+    training = random.Random(0).choices(shapes.TRAINING, k=300)
+    training += of("green", "ring") * 20 + of("red", "circle") * 30
+    lures = {}  # of what the pictures don't have: category → [(scene, value)]
+    for record in miniature.absent_records(training):
+        scene = shapes.HELD_OUT[int(record["image"][4:10])]
+        value = record["question"].rstrip("?").split()[-1]
+        assert (value in (scene.color, scene.noun)) == (record["answer"] == "yes"), (record, scene)
+        assert record["question"].startswith("is it " if scene.number == "one" else "are they ")
+        if record["answer"] == "no":
+            lures.setdefault(record["category"], []).append((scene, value))
+    colors = {}
+    for category, pairs in lures.items():
+        colors[category] = [(scene, value) for scene, value in pairs if value in shapes.COLORS]
+    assert all(value == scene.background for scene, value in lures["trap"])
+    assert {value for _, value in colors["random"]} == set(shapes.COLORS)
+    assert all(value == "red" for scene, value in colors["popular"] if scene.color != "red")
+    # Red and circles are more frequent, but green comes with rings.
+    assert all(v == "green" for s, v in colors["adversarial"] if s.shape == "ring" and s.color != "green")
+    shapes_told = [pair for pair in lures["adversarial"] if pair not in colors["adversarial"]]
+    assert all(v.startswith("ring") for s, v in shapes_told if s.color == "green" and s.shape != "ring")
+
+
+# ---- What is left
 
 
 def test_the_models_are_ordinary_folders(made):

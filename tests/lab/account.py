@@ -2,10 +2,11 @@
 
     python tests/lab/benchmark.py account
 
-A meta tensor has a shape and no values, so OPT-1.3b or Bloomz-7b1 "runs" here in seconds. Each operation of PyTorch
-passes through `Account`, which adds up the tensors that are alive. Attention is taken as CUDA takes it: flash attention
-where there is no mask, the memory-efficient kernel where there is one; BLOOM's is written out in transformers. Not in
-the sums: CUDA's own context (about half a GB), what its allocator leaves unused, workspace inside kernels.
+A meta tensor has a shape and no values, so OPT-1.3b or Bloomz-7b1 "runs" here in seconds. Each operation of
+PyTorch passes through `Account`, which adds up the tensors that are alive. Attention is taken as CUDA takes
+it: flash attention where there is no mask, the memory-efficient kernel where there is one; BLOOM's is
+written out in transformers. Not in the sums: CUDA's own context (about half a GB), what its allocator
+leaves unused, workspace.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ import sample
 aten = torch.ops.aten
 META = torch.device("meta")
 BLOCK = 512  # bytes: CUDA's allocator hands out multiples
-NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "detach",
-             "lift_fresh", "is_same_size", "_local_scalar_dense")  # beside views: operations that compute nothing
+NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
+             "detach", "lift_fresh", "is_same_size", "_local_scalar_dense")  # what computes nothing, beside views
 
 
 class Account(TorchDispatchMode):
@@ -85,7 +86,8 @@ def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scal
             attn_mask = F.pad(attn_mask, (0, 8 - columns % 8))[..., :columns]
         attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]
+    return aten._scaled_dot_product_efficient_attention(
+        q, k, v, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]
 
 
 @contextlib.contextmanager
@@ -95,7 +97,7 @@ def accounting():
         yield account
 
 
-# ---- What is accounted for ---------------------------------------------------------------------------------------
+# ---- What is accounted for -----------------------------------------------------------------------------
 
 
 class Need(NamedTuple):
@@ -107,7 +109,8 @@ class Need(NamedTuple):
 
 
 def train_step(account, model, weights, stage, B, question, answer):
-    """A training step with gradients and the optimiser's state. Its update is done in place, in some kernels more."""
+    """A training step with gradients and the optimiser's state. Its update, in place, is some kernels
+    more."""
     model.train()
     trained = model.set_trained(stage)
     state = [torch.zeros_like(p) for p in trained.values() for _ in range(2)]
@@ -129,30 +132,35 @@ def run(account, weights, function):
     return Need(weights, account.peak, operations, account.kernels)
 
 
-def evaluations(account, model, weights, stage, max_batch_tokens, question, answer):
-    """What an evaluation does at the largest batches that it may take → {name: Need}.
+def evaluation(account, model, weights, stage, max_batch_tokens, question, answer):
+    """The largest peak of what an evaluation does, at the largest batches that it may take, in bytes.
 
     Of `generate` this is a bound from above: its prompt is taken to be as long as prompt and answer together.
     """
     model.eval()
     pairs = max(1, max_batch_tokens // (question + answer))  # of a question with an answer
     prompts = max(1, max_batch_tokens // (question + sample.MAX_TOKENS))
-    tasks = {"mean_loss": (min(64, pairs), question, lambda f, tokens: model(f, tokens)),
-             "generate": (prompts, question + sample.MAX_TOKENS - 2, lambda f, _: list(model.stream(f, max_tokens=2)))}
+
+    def first_token(f, tokens):  # of `generate`, which can't go on with a token that has no value
+        x, mask, cache = model.read_prompt(*model.to_device(f, tokens.question, tokens.question_mask))
+        model.logits(model.run_llm(x, mask, cache)[0][:, -1]).argmax(-1)
+
+    tasks = [(min(64, pairs), question, model), (prompts, question + sample.MAX_TOKENS, first_token)]
     if stage == 2:
-        tasks["score"] = (max(1, pairs // 4), question, lambda f, _: model.score(f, [""] * len(f), [[""] * 4] * len(f)))
-    needs = {}
-    for name, (B, length, task) in tasks.items():
-        def tokens_of(_, answers, length=length):
-            return measure.random_batch(model, len(answers), length, answer)[1]
+        def four_choices(f, _):
+            return model.score(f, [""] * len(f), [[""] * 4] * len(f))
 
+        tasks.append((max(1, pairs // 4), question, four_choices))
+    peaks = []
+    for B, length, task in tasks:
         f, tokens = measure.random_batch(model, B, length, answer)
-        with torch.no_grad(), mock.patch.object(model, "tokens", tokens_of):
-            needs[name] = run(account, weights, lambda: task(f, tokens))
-    return needs
+        _, every_choice = measure.random_batch(model, 4 * B, length, answer)  # what `score` makes of texts
+        with torch.no_grad(), mock.patch.object(model, "tokenize", lambda *_: every_choice):
+            peaks.append(run(account, weights, lambda: task(f, tokens)).peak)
+    return max(peaks)
 
 
-# ---- The tables --------------------------------------------------------------------------------------------------
+# ---- The tables ----------------------------------------------------------------------------------------
 
 STAGES = ((1, 0, 64), (2, 64, 64))  # tokens of question and answer that a record is taken to have
 BUDGETS = (2048, 4096, 8192)  # --max-batch-tokens
@@ -171,56 +179,29 @@ def steps_of(size, budgets=BUDGETS, evaluate=False):
         weights = account.live
         for stage, question, answer in STAGES:
             for budget in budgets:
-                need = train_step(account, model, weights, stage, budget // (question + answer), question, answer)
-                peaks = [0]
+                B = budget // (question + answer)
+                need, peak = train_step(account, model, weights, stage, B, question, answer), 0
                 if evaluate:
-                    others = evaluations(account, model, weights, stage, budget, question, answer)
-                    peaks = [other.peak for other in others.values()]
-                yield stage, budget, need, max(peaks)
+                    peak = evaluation(account, model, weights, stage, budget, question, answer)
+                yield stage, budget, need, peak
 
 
 def rows(models=MODELS, budgets=BUDGETS):
     """Yield the lines of two tables: does it fit my card, and the flags for a card."""
     yield "computed, not measured; frozen weights in bf16; GB, without CUDA's context"
     yield f"records of {STAGES[0][2]} tokens in phase 1, of {STAGES[1][1]} + {STAGES[1][2]} in phase 2"
-    yield f"{'':22}{'tokens a step':>14}{'weights':>9}{'a step':>9}{'evaluation':>12}{'TFLOP':>9}{'kernels':>9}"
+    yield f"{'':22} tokens a step  weights   a step  evaluation    TFLOP  kernels"
     peaks = {}
     for size in models:
-        for stage, budget, need, evaluation in steps_of(size, budgets, evaluate=True):
-            peaks[size, stage, budget] = need.peak
+        for stage, budget, need, peak in steps_of(size, budgets, evaluate=True):
+            peaks.setdefault((size, stage), {})[budget] = need.peak
             yield (f"{size:<13}phase {stage}  {budget:>14,}{need.weights / 1e9:>9.1f}{need.peak / 1e9:>9.2f}"
-                   f"{evaluation / 1e9:>12.2f}{need.operations / 1e12:>9.1f}{need.kernels:>9,}")
-    if "bloomz-7b1" in models:
-        opt, bloomz = long_captions("opt-1.3b", 4096), long_captions("bloomz-7b1", 4096)
-        yield (f"captions of 512 tokens, 4,096 a step: opt-1.3b {opt:.1f}, bloomz-7b1 {bloomz:.1f} (transformers writes "
-               "BLOOM's attention out, and that grows with the length of a text)")
-    beside = pictures_beside("opt-125m")
-    yield f"the pass over the pictures, 128 at once: {beside:.1f} beside the language model's weights"
+                   f"{peak / 1e9:>12.2f}{need.operations / 1e12:>9.1f}{need.kernels:>9,}")
     yield "flags for a card, computed, with 1 GB and a twentieth of it to spare:"
     for card in CARDS:
         for size in models:
-            flags = []
-            for stage, _, _ in STAGES:
-                peak = {budget: peaks[size, stage, budget] for budget in budgets}
-                flags.append(f"phase {stage}: {flags_for(card, peak)}")
+            flags = [f"phase {stage}: {flags_for(card, peaks[size, stage])}" for stage in (1, 2)]
             yield f"{card:>3} GB  {size:<13}{'   '.join(flags)}"
-
-
-def long_captions(size, budget, answer=512):
-    """Peak of a step of phase 1 on captions of so many tokens, in GB."""
-    with accounting() as account:
-        model = measure.random_model(size, torch.bfloat16, META)
-        model.clip.visual = None
-        return train_step(account, model, account.live, 1, budget // answer, 0, answer).peak / 1e9
-
-
-def pictures_beside(size):
-    """Peak of CLIP's image tower with its weights, on a batch of the feature pass, in GB."""
-    with accounting() as account:
-        model = measure.random_model(size, torch.bfloat16, META)
-        pixels = torch.zeros(128, 3, 224, 224)
-        peak = run(account, account.live, lambda: model.encode_image(pixels)).peak
-        return (peak - sum(p.numel() * p.element_size() for p in model.llm.parameters())) / 1e9
 
 
 def flags_for(card, peaks):
@@ -232,4 +213,5 @@ def flags_for(card, peaks):
     if tokens < 512:
         return "does not fit"
     tokens = min(tokens, 8192)
-    return f"--max-batch-tokens {tokens}" + (f" --accumulate {math.ceil(4096 / tokens)}" if tokens < 4096 else "")
+    accumulate = f" --accumulate {math.ceil(4096 / tokens)}" if tokens < 4096 else ""
+    return f"--max-batch-tokens {tokens}{accumulate}"

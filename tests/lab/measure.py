@@ -1,6 +1,7 @@
 """What the measurements share: random models of published sizes, batches for them, one step, seconds.
 
-Random weights serve: they take the same time and memory as trained ones. Nothing here knows a row of benchmark.py.
+Random weights serve: they take the same time and memory as trained ones. Nothing here knows a row of
+benchmark.py.
 """
 
 import functools
@@ -14,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import open_clip
 import torch
-import torch.nn.functional as F
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (flop_registry, register_flop_formula, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 
 import lmeye
 import shapes
@@ -30,23 +31,22 @@ class Size(NamedTuple):
     layers: int
     heads: int
     inner: int = 0  # width of the feed-forward layer; BLOOM's is four times the model's
-    embeddings: int = 0  # where they are narrower than the model
     vocabulary: int = 50272
     kind: str = "opt"
     activation: str = "relu"  # of OPT
 
 
 SIZES = {
-    "opt-125m": Size(768, 12, 12, 3072), "opt-350m": Size(1024, 24, 16, 4096, embeddings=512),
-    "opt-1.3b": Size(2048, 24, 32, 8192), "opt-2.7b": Size(2560, 32, 32, 10240), "opt-6.7b": Size(4096, 32, 32, 16384),
-    "bloomz-7b1": Size(4096, 30, 32, vocabulary=250880, kind="bloom"),
-    "tiny": Size(64, 2, 4, 128, vocabulary=1000, activation="gelu"),  # without ReLU's kink, where rounding would decide
+    "opt-125m": Size(768, 12, 12, 3072), "opt-1.3b": Size(2048, 24, 32, 8192),
+    "opt-6.7b": Size(4096, 32, 32, 16384), "bloomz-7b1": Size(4096, 30, 32, vocabulary=250880, kind="bloom"),
+    "tiny": Size(64, 2, 4, 128, vocabulary=1000, activation="gelu"),  # ReLU has a kink: rounding would decide
     "tiny-bloom": Size(64, 2, 4, vocabulary=1000, kind="bloom"),
 }
 SLOTS = {"bloomz-7b1": 5, "tiny-bloom": 5}  # Q; 1 for the others
 CLIP = "ViT-L-14-quickgelu"
-TINY_CLIP = {  # its keyword arguments, for open_clip.CLIP
-    "embed_dim": 24, "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 40, "layers": 1, "head_width": 20},
+TINY_CLIP = {  # arguments of open_clip.CLIP
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 40, "layers": 1, "head_width": 20},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 36, "heads": 4, "layers": 2},
 }
 clip_tokenizer = functools.lru_cache(open_clip.get_tokenizer)  # half a second each time
@@ -59,16 +59,16 @@ def here():
 
 
 def random_llm(size, dtype, device):
+    """A causal language model with new weights."""
     shape = SIZES[size]
-    ends = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    common = dict(vocab_size=shape.vocabulary, hidden_size=shape.width, pad_token_id=0, bos_token_id=1,
+                  eos_token_id=2)
     if shape.kind == "bloom":
-        config = transformers.BloomConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.width, n_layer=shape.layers, n_head=shape.heads, **ends)
+        config = transformers.BloomConfig(n_layer=shape.layers, n_head=shape.heads, **common)
     else:
         config = transformers.OPTConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.width, word_embed_proj_dim=shape.embeddings or shape.width,
-            ffn_dim=shape.inner, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-            do_layer_norm_before=not shape.embeddings, activation_function=shape.activation, **ends)
+            word_embed_proj_dim=shape.width, ffn_dim=shape.inner, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, activation_function=shape.activation, **common)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -81,7 +81,8 @@ def random_llm(size, dtype, device):
 def random_clip(size, dtype, device):
     """(CLIP, its preprocessing): ViT-L/14, or a tiny one beside tiny language models."""
     if not size.startswith("tiny"):
-        clip, _, preprocess = open_clip.create_model_and_transforms(CLIP, precision=PRECISIONS[dtype], device=device)
+        clip, _, preprocess = open_clip.create_model_and_transforms(
+            CLIP, precision=PRECISIONS[dtype], device=device)
         return clip, preprocess
     with torch.device(device):
         clip = open_clip.CLIP(**TINY_CLIP, cast_dtype=dtype)
@@ -91,7 +92,8 @@ def random_clip(size, dtype, device):
 
 
 def random_model(size, dtype, device=None, llm=None, **settings):
-    """LMEye between random models of published sizes; the miniature's tokenizer stands in for the language model's."""
+    """LMEye between random models of published sizes. The miniature's tokenizer stands in for the real
+    one."""
     device = device or here()
     clip, preprocess = random_clip(size, dtype, device)
     settings = Settings(**{"n_slots": SLOTS.get(size, 1), "precision": PRECISIONS[dtype], **settings})
@@ -100,14 +102,16 @@ def random_model(size, dtype, device=None, llm=None, **settings):
 
 
 def random_batch(model, B, question, answer):
-    """(f, Tokens) of B records on the CPU, all questions and all answers of one length."""
+    """(f, Tokens) of B records on the CPU, all questions and all answers of one length; question 0:
+    captions."""
     def ids(n):
         return torch.randint(10, 50, (B, n)), torch.ones(B, n, dtype=torch.long)
 
-    return torch.randn(B, model.align.in_features), lmeye.Tokens(*ids(question), *ids(answer))
+    asked = ids(question) if question else (None, None)
+    return torch.randn(B, model.align.in_features), lmeye.Tokens(*asked, *ids(answer))
 
 
-# ---- A step ----------------------------------------------------------------------------------------------------
+# ---- A step --------------------------------------------------------------------------------------------
 
 
 def optimizer_of(model, stage):
@@ -122,30 +126,10 @@ def step(model, batch, optimizer):
     optimizer.zero_grad()
 
 
-def authors_step(model, batch, optimizer):
-    """The schedule of the authors' release: one record at a time, two whole passes, logits at every place."""
-    f, tokens = batch
-    f = f.to(model.device)
-    for i in range(len(f)):
-        question, answer = tokens.question[i:i + 1].to(model.device), tokens.answer[i:i + 1].to(model.device)
-        prefix = [model.embed(model.image_words)[None], model.see(f[i:i + 1]), model.embed(question)]
-        slots = model.img_d.expand(1, model.settings.n_slots, -1)
-        first = torch.cat([*prefix, slots], 1).to(model.llm.dtype)
-        h = model.llm(inputs_embeds=first, output_hidden_states=True).hidden_states[-1][:, -1]
-        v = model.interact(f[i:i + 1], model.ask(h))
-        second = torch.cat([*prefix, model.tell(v), model.embed(model.answer_words)[None], model.embed(answer)], 1)
-        logits = model.llm(inputs_embeds=second.to(model.llm.dtype)).logits.float()
-        labels = torch.full(second.shape[:2], -100, device=model.device)
-        labels[:, -answer.shape[1]:] = answer
-        (F.cross_entropy(logits[0, :-1], labels[0, 1:]) / len(f)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 aten = torch.ops.aten
 
 
-@register_flop_formula([aten._scaled_dot_product_flash_attention_for_cpu])  # PyTorch lacks those of the CPU's attention
+@register_flop_formula([aten._scaled_dot_product_flash_attention_for_cpu])  # which PyTorch lacks
 def count_cpu_attention(q, k, v, *args, **kwargs):
     return sdpa_flop_count(q, k, v)
 
@@ -156,8 +140,9 @@ def count_cpu_attention_backward(gradient, q, k, v, *args, **kwargs):
 
 
 class Operations(TorchDispatchMode):
-    """Counts floating-point operations by PyTorch's own formulas: of matrix products, convolutions and attention.
-    (Its FlopCounterMode also follows modules, which fails where a gradient is taken inside a forward pass.)"""
+    """Counts floating-point operations by PyTorch's own formulas: of matrix products, convolutions,
+    attention. (Its FlopCounterMode also follows modules, which fails where a gradient is taken inside a
+    forward pass.)"""
 
     def __init__(self):
         super().__init__()
@@ -179,7 +164,7 @@ def operations(function):
     return counter.total
 
 
-# ---- Seconds ---------------------------------------------------------------------------------------------------
+# ---- Seconds -------------------------------------------------------------------------------------------
 
 
 def wait():
@@ -190,7 +175,8 @@ def wait():
 def seconds(*functions, repeat=5):
     """Median time of each function; they take turns, so that a machine that slows down slows all of them.
 
-    Each is run once before; on a GPU all of them until half a second has passed, which its clock takes to rise.
+    Each is run once before; on a GPU all of them until half a second has passed, which its clock takes to
+    rise.
     """
     start = time.perf_counter()
     warm = False

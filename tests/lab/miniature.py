@@ -2,28 +2,29 @@
 
     python tests/lab/miniature.py [--out out] [--seed 0]
 
-writes below OUT/mini what could as well have been downloaded: `clip/` and `llm/`, frozen models as open_clip and
-transformers keep them; `captions.json` and `questions.json` with their held-out companions `val_captions.json` and
-`val_questions.json`, in LLaVA's shape; `pictures.zip`; `examples/`, held-out pictures to ask about. The whole method
-can so be trained and measured on a laptop, by the programs that train it on anything else. `llm` is put in its place
-last: where it is, all is there.
+So the whole method can be trained and measured on a laptop, by the programs that train it on anything else.
+What is written below OUT/mini could as well have been downloaded:
+
+    clip/, llm/                          frozen models, as open_clip and transformers keep them
+    captions.json, val_captions.json     pictures with captions, to train on and held out
+    questions.json, val_questions.json   the same with questions
+    absent.json                          yes/no questions, half of them about what held-out pictures lack
+    pictures.zip, examples/              all pictures; six more held-out ones to ask about
 """
 
 import argparse
 import io
+import itertools
 import json
 import math
 import multiprocessing
-import os
 import random
 import signal
 import sys
 import tempfile
-import threading
-import time
 import zipfile
+from collections import Counter
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
@@ -34,37 +35,19 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import OPTConfig, OPTForCausalLM
 
 import lmeye
 from lmeye import ANSWER, IMAGE, QUESTION, UserError
-from shapes import HELD_OUT, KINDS, OFTEN, SIDE, TRAINING, VALUES, ask, attributes, build_tokenizer, describe, draw
+from shapes import HELD_OUT, KINDS, OFTEN, SIDE, TRAINING, VALUES, Scene, ask, build_tokenizer, describe, draw
 
-
-class World(NamedTuple):
-    """What a tiny CLIP and a tiny language model can be trained on. A scene is whatever `draw` can draw."""
-    training: list  # scenes
-    values: dict  # {attribute: its values}; a scene, a NamedTuple, has one of them, or None, as a field
-    weights: dict  # {attribute: its weight in CLIP's loss}: more for those that are hard to see
-    attributes: Callable  # (scene) → names of the attributes that a caption of it can name
-    draw: Callable  # (scene, rng) → RGB picture, side × side
-    describe: Callable  # (scene, named) → caption that names these attributes
-    ask: Callable  # (scene, kind, rng, named) → (question, answer); kind: one of `named`, or "yes/no"
-    build_tokenizer: Callable  # (ends) → see build_tokenizer
-    side: int  # of a picture, in pixels
-    caption_tokens: int  # of the longest caption, with its start and end
-
-
-WORLD = World(TRAINING, VALUES, {"number": 2, "size": 1, "color": 2, "shape": 4, "place": 2, "background": 0.5},
-              attributes, draw, describe, ask, build_tokenizer, SIDE, 16)
-
-# ---- The frozen models ---------------------------------------------------------------------------------------
+# ---- The frozen models ---------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Muon):
-    """Muon (Jordan, 2024) learns the miniature's models in a fraction of AdamW's steps. torch's takes matrices only:
-    it is given convolution kernels as matrices that share their memory."""
+    """Muon (Jordan, 2024) learns the miniature's models in a fraction of AdamW's steps. torch's takes only
+    matrices: it is given convolution kernels as matrices that share their memory."""
 
     def __init__(self, parameters, lr):
         self.parameters = parameters
@@ -76,169 +59,176 @@ class Muon(torch.optim.Muon):
         super().step()
 
 
-def make_optimizers(model, muon_lr, adam_lr, steps):
-    """Muon for matrices and convolution kernels, AdamW for embeddings, gains and biases → (optimizers, schedulers)."""
+def minimise(loss, model, steps, muon_lr, adam_lr, name, line):
+    """Train a model: `loss()` gives the loss of the next batch. Its progress bar, `name`, stands in this
+    line."""
     matrices, others = [], []
-    for name, p in model.named_parameters():
-        if p.ndim > 1 and "embed" not in name:
+    for key, p in model.named_parameters():
+        if p.ndim > 1 and "embed" not in key:
             matrices.append(p)
         else:
-            others.append(p)
+            others.append(p)  # embeddings, gains and biases
     optimizers = [Muon(matrices, muon_lr), torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.98))]
 
     def rate(step):  # rises for a twentieth of the steps, then falls along a cosine
         return min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-    return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    schedulers = [LambdaLR(optimizer, rate) for optimizer in optimizers]
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")
+    for _ in tqdm(range(steps), name, disable=None, position=line):
+        model.zero_grad()
+        loss().backward()
+        for optimizer, scheduler in zip(optimizers, schedulers):
+            optimizer.step()
+            scheduler.step()
 
 
 def pixels(pictures):
     """RGB pictures → tensor (B, 3, side, side) from -1 to 1, as the saved CLIP's preprocessing makes it."""
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    stacked = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def train_clip(folder, seed, world=WORLD, steps=550, batch_size=64, width=8, text_layers=2):
-    """Train a tiny CLIP on pictures of a world; save it as a folder that open_clip loads (`local-dir:`).
+# How much each attribute counts in CLIP's loss: more where it is hard to see.
+CLIP_WEIGHTS = {"number": 2, "size": 1, "color": 2, "shape": 4, "place": 2, "background": 0.5}
 
-    Two losses: each picture is to find its whole caption in the batch, each caption its picture; and among captions
-    that name one value of one attribute, "red things", a picture is to find the true one. With whole captions alone
-    two of a batch almost never differ in one attribute only, and nothing makes CLIP learn it.
+
+def train_clip(folder, seed, steps=550, batch_size=64, width=8, context=16):
+    """Train a tiny CLIP on pictures; save it as a folder that open_clip loads (`local-dir:`).
+
+    Two losses: each picture is to find its whole caption in the batch, each caption its picture; and among
+    captions that name one value of one attribute, "red things", a picture is to find the true one. With whole
+    captions alone two of a batch almost never differ in one attribute only, and nothing makes CLIP learn it.
+    `context` is the length of the longest caption, with its start and end.
     """
-    tokenizer = world.build_tokenizer(ends=True)
+    tokenizer = build_tokenizer(ends=True)
     config = {
         "embed_dim": 8 * width,
-        "vision_cfg": {"layers": [1, 1, 1, 1], "width": width, "head_width": 32, "image_size": world.side},
-        "text_cfg": {"context_length": world.caption_tokens, "vocab_size": len(tokenizer), "width": 64, "heads": 4,
-                     "layers": text_layers, "hf_tokenizer_name": "in this folder"},
+        "vision_cfg": {"layers": [1, 1, 1, 1], "width": width, "head_width": 32, "image_size": SIDE},
+        "text_cfg": {"context_length": context, "vocab_size": len(tokenizer), "width": 64, "heads": 4,
+                     "layers": 2, "hf_tokenizer_name": "in this folder"},
     }
     torch.manual_seed(seed)
     rng = random.Random(seed)
     clip = open_clip.CLIP(**config)
-    optimizers, schedulers = make_optimizers(clip, 0.02, 5e-3, steps)
+    singles = []  # captions that name one value of one attribute
+    for name, values in VALUES.items():
+        singles += [describe(TRAINING[0]._replace(**{name: value}), [name]) for value in values]
 
-    def words(texts):
-        return tokenizer(texts, padding="max_length", max_length=world.caption_tokens, return_tensors="pt").input_ids
+    def encode(scenes, normalize):
+        """→ (features of their pictures, of their whole captions), each (B, C)."""
+        f = clip.encode_image(pixels([draw(scene, rng) for scene in scenes]), normalize)
+        return f, encode_text([describe(scene) for scene in scenes], normalize)
 
-    values, singles = {}, []  # what an attribute can be, and the captions that say just that
-    for name, options in world.values.items():
-        values[name] = [value for value in options if value is not None]
-        singles += [world.describe(world.training[0]._replace(**{name: value}), [name]) for value in values[name]]
-    print(f"CLIP: {sum(p.numel() for p in clip.parameters()):,} parameters, {steps} steps")
-    start = time.perf_counter()
-    for _ in tqdm(range(steps), "CLIP", disable=None):
-        scenes = rng.choices(world.training, k=batch_size)
-        f = clip.encode_image(pixels([world.draw(scene, rng) for scene in scenes]), normalize=True)
-        whole = clip.encode_text(words([world.describe(s, world.attributes(s)) for s in scenes]), normalize=True)
+    def encode_text(texts, normalize):
+        padded = tokenizer(texts, padding="max_length", max_length=context, return_tensors="pt")
+        return clip.encode_text(padded.input_ids, normalize)
+
+    def loss():
+        scenes = rng.choices(TRAINING, k=batch_size)
+        f, whole = encode(scenes, normalize=True)
         logits = clip.logit_scale.exp() * f @ whole.T  # (B, B)
-        loss = F.cross_entropy(logits, torch.arange(batch_size)) + F.cross_entropy(logits.T, torch.arange(batch_size))
-        single = clip.encode_text(words(singles), normalize=True)
-        parts = (clip.logit_scale.exp() * f @ single.T).split([len(options) for options in values.values()], 1)
-        for part, (name, options) in zip(parts, values.items()):  # part (B, number of values)
-            has = [getattr(scene, name) for scene in scenes]
-            target = torch.tensor([-100 if value is None else options.index(value) for value in has])  # -100: left out
-            loss += world.weights[name] * F.cross_entropy(part, target, reduction="sum") / batch_size
-        clip.zero_grad()
-        loss.backward()
-        for optimizer, scheduler in zip(optimizers, schedulers):
-            optimizer.step()
-            scheduler.step()
+        own = torch.arange(batch_size)
+        total = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+        logits = clip.logit_scale.exp() * f @ encode_text(singles, normalize=True).T  # (B, all values)
+        parts = logits.split([len(values) for values in VALUES.values()], 1)
+        for part, (name, values) in zip(parts, VALUES.items()):
+            target = torch.tensor([values.index(getattr(scene, name)) for scene in scenes])
+            total += CLIP_WEIGHTS[name] * F.cross_entropy(part, target, reduction="sum") / batch_size
+        return total
 
+    minimise(loss, clip, steps, 0.02, 5e-3, "CLIP", line=0)
     clip.eval()
-    with torch.no_grad():  # cosines don't feel the length of a feature, but linear layers do: unit variance for both
-        scenes = rng.sample(world.training, 500)
-        f = clip.encode_image(pixels([world.draw(scene, rng) for scene in scenes]))
-        v = clip.encode_text(words([world.describe(s, world.attributes(s)) for s in scenes]))
+    with torch.no_grad():  # unit variance: cosines don't feel the length of a feature, but linear layers do
+        f, v = encode(rng.sample(TRAINING, 500), normalize=False)
         clip.visual.attnpool.c_proj.weight /= f.std()
         clip.visual.attnpool.c_proj.bias /= f.std()
         clip.text_projection /= v.std()
-    folder = Path(folder)
     tokenizer.save_pretrained(folder)
-    safetensors.torch.save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    tqdm.write(f"CLIP: trained in {time.perf_counter() - start:.0f} s")
+    safetensors.torch.save_file(clip.state_dict(), Path(folder, "open_clip_model.safetensors"))
+    settings = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    Path(folder, "open_clip_config.json").write_text(json.dumps(settings))
 
 
-def write_example(world, scene, turns, hint_share, rng):
+def write_example(scene, turns, hint_share, rng):
     """A text to learn reading from → [(piece of it, weight of the piece's tokens in the loss)].
 
-    A caption, which names a random part of the attributes, so that its reader learns to look for content, not for
-    places in it; then questions about that part. Before some answers stands a hint, a phrase that names one or two
-    attributes more. Yes/no takes comparing, the rest only looking up: it gets half of the questions.
+    A caption, which names a random part of the attributes, so that its reader learns to look for content,
+    not for places in it; then questions about that part. Before some answers stands a hint, a phrase that
+    names one or two attributes more. Yes/no takes comparing, the rest only looking up: it gets half of the
+    questions.
     """
-    names = world.attributes(scene)
+    names = Scene._fields
     named = rng.sample(names, rng.randint(1, len(names)))
-    pieces = [(IMAGE, 0), (" " + world.describe(scene, named), 0.2)]
+    pieces = [(IMAGE, 0), (" " + describe(scene, named), 0.2)]
     for _ in range(turns):
         known, hint = named, ""
         if rng.random() < hint_share:
             known = rng.sample(names, rng.randint(1, 2))
-            hint = " " + world.describe(scene, known)
+            hint = " " + describe(scene, known)
         kind = rng.choice((rng.choice(known), "yes/no"))
-        question, answer = world.ask(scene, kind, rng, known)
+        question, answer = ask(scene, kind, rng, known)
         pieces += [(QUESTION + question + hint + ANSWER, 0), (" " + answer, 1)]
     return pieces
 
 
-def train_llm(folder, seed, world=WORLD, steps=550, batch_size=48, turns=3, hint_share=0.4, width=128, layers=2):
-    """Train a tiny OPT to read: a caption, then questions about it. Save it as a folder that transformers load.
+def encode_example(pieces, tokenizer):
+    """→ its tokens, the one to follow each, and the weight of that one in the loss: three tensors (T,)."""
+    tokens, targets, weights = [tokenizer.bos_token_id], [0], [0]
+    for text, weight in pieces:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        tokens += ids
+        if weight:  # the token before predicts the first of these, and the last of them the end
+            targets = targets[:-1] + ids + [tokenizer.eos_token_id]
+            weights = weights[:-1] + [weight] * (len(ids) + 1)
+        else:
+            targets += [0] * len(ids)
+            weights += [0] * len(ids)
+    return torch.tensor(tokens), torch.tensor(targets), torch.tensor(weights)
 
-    The caption stands where <img> will stand. In `hint_share` of the questions a hint stands before "Answer:", where
-    <img-d> will stand; with 0 the model never saw anything at that place. Only captions and answers are learned, and
-    behind each the end of the text, although it goes on: so the model stops after an answer, whatever stood before.
+
+def train_llm(folder, seed, steps=550, batch_size=48, turns=3, hint_share=0.4, width=128, layers=2):
+    """Train a tiny OPT to read: a caption, then questions about it. Save it as transformers load it.
+
+    The caption stands where <img> will stand. In `hint_share` of the questions a hint stands before
+    "Answer:", where <img-d> will stand; with 0 the model never saw anything there. Only captions and answers
+    are learned, and behind each the end of the text, although it goes on: so the model stops after an answer.
     """
-    tokenizer = world.build_tokenizer(ends=False)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer = build_tokenizer(ends=False)
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    llm = OPTForCausalLM(OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, dropout=0.0,
-        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=bos, eos_token_id=eos))
+    llm = transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width,
+        dropout=0.0, num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id))
     positions = llm.get_decoder().embed_positions.weight
+    frequencies = torch.exp(-math.log(1e4) * torch.arange(0, width, 2) / width)
+    angles = torch.arange(len(positions))[:, None] * frequencies
     with torch.no_grad():  # a table of sinusoids is learned from sooner than one of noise
-        angle = torch.arange(len(positions))[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, width, 2) / width)
-        positions[:, 0::2], positions[:, 1::2] = 0.1 * angle.sin(), 0.1 * angle.cos()
-    optimizers, schedulers = make_optimizers(llm, 0.01, 1e-3, steps)
+        positions[:, 0::2] = 0.1 * angles.sin()
+        positions[:, 1::2] = 0.1 * angles.cos()
 
-    print(f"language model: {llm.num_parameters():,} parameters, {steps} steps")
-    start = time.perf_counter()
-    for _ in tqdm(range(steps), "language model", disable=None, position=1):
-        all_tokens, all_targets, all_weights = [], [], []  # tokens, the one to follow each, its weight in the loss
-        for scene in rng.choices(world.training, k=batch_size):
-            pieces = write_example(world, scene, turns, hint_share, rng)
-            coded = tokenizer([text for text, _ in pieces], add_special_tokens=False).input_ids
-            tokens, targets, weights = [bos], [0], [0]
-            for ids, (_, weight) in zip(coded, pieces):
-                tokens += ids
-                if weight:  # the token before predicts the first of these, and the last of them the end
-                    targets = targets[:-1] + ids + [eos]
-                    weights = weights[:-1] + [weight] * (len(ids) + 1)
-                else:
-                    targets += [0] * len(ids)
-                    weights += [0] * len(ids)
-            all_tokens.append(torch.tensor(tokens))
-            all_targets.append(torch.tensor(targets))
-            all_weights.append(torch.tensor(weights))
-        tokens, targets, weights = [pad_sequence(rows, True) for rows in (all_tokens, all_targets, all_weights)]  # (B, T)
-        h = llm.base_model(input_ids=tokens).last_hidden_state  # padding is at the right, where nothing learned sees it
+    def loss():
+        rows = []
+        for scene in rng.choices(TRAINING, k=batch_size):
+            rows.append(encode_example(write_example(scene, turns, hint_share, rng), tokenizer))
+        tokens, targets, weights = [pad_sequence(column, True) for column in zip(*rows)]  # (B, T)
+        h = llm.base_model(input_ids=tokens).last_hidden_state  # padding, at the right, disturbs nothing
         learned = weights > 0
-        loss = F.cross_entropy(llm.get_output_embeddings()(h[learned]), targets[learned], reduction="none")
-        loss = (loss * weights[learned]).sum() / weights.sum()
-        llm.zero_grad()
-        loss.backward()
-        for optimizer, scheduler in zip(optimizers, schedulers):
-            optimizer.step()
-            scheduler.step()
+        logits = llm.get_output_embeddings()(h[learned])
+        losses = F.cross_entropy(logits, targets[learned], reduction="none")
+        return (losses * weights[learned]).sum() / weights.sum()
+
+    minimise(loss, llm, steps, 0.01, 1e-3, "language model", line=1)
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    tqdm.write(f"language model: trained in {time.perf_counter() - start:.0f} s")
 
 
-# ---- The files -----------------------------------------------------------------------------------------------
+# ---- The files -----------------------------------------------------------------------------------------
 
-FILES = ("captions.json", "questions.json", "val_captions.json", "val_questions.json", "pictures.zip", "examples",
-         "clip", "llm")  # in the order in which they are put in their place
+FILES = ("captions.json", "questions.json", "val_captions.json", "val_questions.json", "absent.json",
+         "pictures.zip", "examples", "clip", "llm")  # `llm` last: where it is, all is there
 
 
 def write_json(path, records):
@@ -247,8 +237,7 @@ def write_json(path, records):
 
 
 def question_record(image, scene, kinds, rng):
-    """A conversation in the shape of LLaVA's instruction data, with a question of each of these kinds. Where there is
-    one alone, its kind is the record's category."""
+    """A conversation in LLaVA's shape, with a question of each of these kinds; one alone is its category."""
     turns = []
     for kind in kinds:
         question, answer = ask(scene, kind, rng)
@@ -261,7 +250,7 @@ def question_record(image, scene, kinds, rng):
 
 
 def draw_kinds(rng):
-    """Kinds of six questions to train on, in four or five conversations: one in four comes after another one."""
+    """Kinds of six questions to train on, in four or five conversations: one in four comes behind another."""
     conversations = [[kind] for kind in rng.choices(KINDS, OFTEN, k=rng.choice((4, 5)))]
     for kinds in conversations[:6 - len(conversations)]:
         kinds += rng.choices(KINDS, OFTEN)
@@ -269,58 +258,93 @@ def draw_kinds(rng):
 
 
 def write_data(folder, seed, pictures):
-    """Write pictures with captions and questions: `pictures` random scenes to train on, with six questions each, and
-    each held-out scene once, with a question of each kind; and six more held-out pictures as examples."""
+    """Write `pictures` random scenes to train on, with six questions each, and each held-out scene once, with
+    a question of each kind; six more held-out pictures as examples; and questions about what is absent."""
     rng = random.Random(f"data {seed}")
+    training = rng.choices(TRAINING, k=pictures)
     with zipfile.ZipFile(folder / "pictures.zip", "w") as archive:
-        for part, prefix, scenes in (("train", "", rng.choices(TRAINING, k=pictures)), ("val", "val_", HELD_OUT)):
+        for part, prefix, scenes in (("train", "", training), ("val", "val_", HELD_OUT)):
             captions, questions = [], []
             for number, scene in enumerate(scenes):
                 image, file = f"{part}/{number:06d}.png", io.BytesIO()
                 draw(scene, rng).save(file, "PNG", compress_level=1)
                 archive.writestr(image, file.getvalue())
-                request = {"from": "human", "value": "Describe the picture.\n<image>"}
-                captions.append({"id": Path(image).stem, "image": image,
-                                 "conversations": [request, {"from": "gpt", "value": describe(scene)}]})
-                conversations = draw_kinds(rng) if part == "train" else [[kind] for kind in KINDS]
-                for kinds in conversations:
+                turns = [{"from": "human", "value": "Describe the picture.\n<image>"},
+                         {"from": "gpt", "value": describe(scene)}]
+                captions.append({"id": Path(image).stem, "image": image, "conversations": turns})
+                for kinds in draw_kinds(rng) if part == "train" else [[kind] for kind in KINDS]:
                     questions.append(question_record(image, scene, kinds, rng))
             write_json(folder / f"{prefix}captions.json", captions)
             write_json(folder / f"{prefix}questions.json", questions)
     (folder / "examples").mkdir()
     for number, scene in enumerate(rng.sample(HELD_OUT, 6), 1):
         draw(scene, rng).save(folder / "examples" / f"{number}.png")
+    write_json(folder / "absent.json", absent_records(training))
 
 
-def end_with_parent():
-    """Wait for the end of the program that started this one, and end, too."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def absent_records(training):
+    """Records of yes/no questions about held-out pictures, half of them about what is absent.
+
+    That is chosen as POPE does (Li et al., arXiv 2305.10355): at random; the value that is most frequent in
+    the `training` scenes; or the one that there comes most often with the rest of the scene. The fourth
+    category is a trap of this world's own, "are they red?" of blue objects on red: the background is red.
+    """
+    alone, together, records = Counter(), Counter(), []  # how often a fact, or two of them, are in the scenes
+    for scene in training:
+        facts = scene._asdict().items()
+        alone.update(facts)
+        together.update(itertools.permutations(facts, 2))
+
+    def absent(scene, name, category, rng):
+        values = [value for value in VALUES[name] if value != getattr(scene, name)]
+        others = [fact for fact in scene._asdict().items() if fact[0] != name]
+        if category == "trap":
+            return scene.background
+        if category == "random":
+            return rng.choice(values)
+        if category == "popular":
+            return max(values, key=lambda value: alone[name, value])
+        return max(values, key=lambda value: sum(together[(name, value), fact] for fact in others))
+
+    for category in ("random", "popular", "adversarial", "trap"):
+        rng = random.Random(0)
+        names = ("color",) if category == "trap" else ("color", "shape")  # a background has no shape
+        for (number, scene), name in itertools.product(enumerate(HELD_OUT), names):
+            lure = absent(scene, name, category, rng)
+            for value, answer in ((getattr(scene, name), "yes"), (lure, "no")):
+                one = scene.number == "one"
+                if name == "shape":
+                    value = ("a " if one else "") + scene._replace(shape=value).noun
+                records.append({"image": f"val/{number:06d}.png", "category": category,
+                                "question": f"{'is it' if one else 'are they'} {value}?", "answer": answer})
+    return records
 
 
-def train_llm_in_child(folder, seed, steps):
-    """What runs in a process of its own, on one core beside CLIP's; the program that started it minds Ctrl-C."""
+def train_llm_in_child(folder, seed, recipe):
+    """What runs in a process of its own, on one core beside CLIP's. The one that started it minds Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
-    train_llm(folder, seed, steps=steps)
+    train_llm(folder, seed, **recipe)
 
 
-def make(out, seed=0, clip_steps=550, llm_steps=550, pictures=6000):
-    """Make the miniature below `out`/mini, or nothing: all is put in its place when it is complete, `llm` last. The two
-    models are trained side by side, each on one core. UserError if something of it is there already."""
+def make(out, seed=0, clip_steps=550, pictures=6000, **recipe):
+    """Make the miniature below `out`/mini, or nothing: all is put in its place when it is complete.
+
+    The two models are trained side by side, each on one core; `recipe` are options of `train_llm`. UserError
+    if something of the miniature is there already.
+    """
     place = Path(out, "mini")
     for name in FILES:
         if (place / name).exists():
-            raise UserError(f"{place / name} is there already: remove {place}, or name another folder with --out")
+            raise UserError(f"{place / name} is there already: remove {place}, or name another --out")
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="part-", dir=place) as part:
         part = Path(part)
         context = multiprocessing.get_context("spawn")  # there is on every system
-        child = context.Process(target=train_llm_in_child, args=(part / "llm", seed, llm_steps), daemon=True)
+        child = context.Process(target=train_llm_in_child, args=(part / "llm", seed, recipe), daemon=True)
         try:
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child is born without ears for Ctrl-C
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits that
             child.start()
             signal.signal(signal.SIGINT, handler)
             write_data(part, seed, pictures)
@@ -331,19 +355,27 @@ def make(out, seed=0, clip_steps=550, llm_steps=550, pictures=6000):
                 child.terminate()
                 child.join()
         if child.exitcode != 0:
-            raise UserError(f"the language model's training ended with status {child.exitcode}; what it said is above")
+            raise UserError(f"the language model's training failed, with status {child.exitcode}: see above")
         for name in FILES:
             (part / name).rename(place / name)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out", help="everything is written to the folder mini below this one")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("--out", default="out", help="everything is written to the folder mini below it (default: out)")
+    add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add("--hint-share", type=float, default=0.4, help="share of the language model's training questions with "
+        "a hint where <img-d> will stand (default: 0.4)")
+    add("--width", type=int, default=128, help="of the language model, a multiple of 4 (default: 128)")
+    add("--layers", type=int, default=2, help="of the language model (default: 2)")
     args = parser.parse_args()
+    if args.width < 4 or args.width % 4 or args.layers < 1 or not 0 <= args.hint_share <= 1:
+        parser.error("--width has to be a multiple of 4, --layers at least 1, --hint-share from 0 to 1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     torch.set_num_threads(1)
-    make(args.out, args.seed)
+    make(args.out, args.seed, hint_share=args.hint_share, width=args.width, layers=args.layers)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""All that only a GPU can show, in four minutes on an H200, most important first: a run may be broken off.
+"""All that only a GPU can show, most important first: a run may be broken off.
 
     python tests/lab/benchmark.py gpu            on a CUDA GPU
     python tests/lab/benchmark.py gpu --dry      on tiny models, on whatever there is
 
-First what must hold, each with its bound: CUDA gives what the CPU gives; a run that was interrupted ends as one that
-was not, to the bit; a full-size model trains and answers in bf16 and fp16; memory is what account.py computes. Then
-what is measured: rows of benchmark.py. Each line is printed when it is known, with the seconds since the start; the
-last line counts what held.
+First what must hold, each with its bound: CUDA gives what the CPU gives; a run that was interrupted ends as
+one that was not, to the bit; a full-size model trains and answers in bf16 and fp16; memory is what
+account.py computes. Then what is measured: a step's share of the machine's rate, and rows of benchmark.py.
+Each line is printed when it is known, with the seconds since the start; the last line counts what held.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ import lmeye
 import measure
 import train
 
-KINDS = ((1, "full"), (1, "static"), (1, "norequest"), (2, "full"), (2, "static"), (2, "norequest"))
+KINDS = ((1, "lmeye"), (2, "lmeye"), (2, "static"), (2, "norequest"))  # phase 1 is the same for all
 BOUNDS = {  # of the loss, and of each gradient, against fp32 arithmetic on the CPU with the same weights
     torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 0.2), torch.float16: (3e-3, 0.05),
 }
@@ -46,7 +46,8 @@ class Report:
         self.held = self.checks = 0
 
     def line(self, text):
-        print(f"{'dry ' if self.dry else ''}gpu {time.perf_counter() - self.start:>5.0f} s  {text}", flush=True)
+        seconds = time.perf_counter() - self.start
+        print(f"{'dry ' if self.dry else ''}gpu {seconds:>5.0f} s  {text}", flush=True)
 
     def check(self, holds, text):
         self.checks += 1
@@ -57,44 +58,47 @@ class Report:
 def session(rows, scale, dry):
     """Run everything; `rows` are rows of benchmark.py. What raises is reported, and the rest goes on."""
     report = Report(dry)
-    parts = [equals_cpu, resumes, full_size, memory]
-    for part in parts:
-        with going_on(report, part.__name__):
-            part(report, scale, dry)
-    for row in rows:
-        with going_on(report, row.__name__):
-            for line in row(scale):
-                report.line(f"{row.__name__}: {line}")
+
+    def lines(row):
+        for line in row(scale):
+            report.line(f"{row.__name__}: {line}")
+
+    parts = [(part, (report, scale, dry)) for part in (equals_cpu, resumes, full_size, memory)]
+    parts += [(lines, (row,)) for row in (share, *rows)]
+    for part, arguments in parts:
+        try:
+            part(*arguments)
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            report.check(False, f"{part.__name__}: {type(error).__name__}: {text}")
+        free_memory()
     report.line(f"{report.held} of {report.checks} held")
 
 
-@contextlib.contextmanager
-def going_on(report, name):
-    try:
-        yield
-    except Exception as error:
-        report.check(False, f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+def free_memory():
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-# ---- CUDA gives what the CPU gives -------------------------------------------------------------------------------
+# ---- CUDA gives what the CPU gives ---------------------------------------------------------------------
 
 
 def equals_cpu(report, scale, dry):
-    """Loss and gradients of tiny models, against fp32 on the CPU with the same weights, as the dtype rounds them."""
+    """Loss and gradients of tiny models, against fp32 on the CPU with the same weights, as the dtype rounds
+    them."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for dtype, (loss_bound, gradient_bound) in BOUNDS.items():
         for size in ("tiny", "tiny-bloom"):
-            for stage, interaction in KINDS:
-                loss, gradient = distance(size, dtype, stage, interaction)
+            for stage, variant in KINDS:
+                loss, gradient = distance(size, dtype, stage, variant)
+                name = f"{size} in {measure.PRECISIONS[dtype]}, phase {stage}, {variant}"
                 report.check(loss <= loss_bound and gradient <= gradient_bound,
-                             f"{size} in {measure.PRECISIONS[dtype]}, phase {stage}, {interaction}: loss to {loss:.1e} "
-                             f"(bound {loss_bound:g}), gradients to {gradient:.1e} (bound {gradient_bound:g})")
+                             f"{name}: loss to {loss:.1e} (bound {loss_bound:g}), "
+                             f"gradients to {gradient:.1e} (bound {gradient_bound:g})")
 
 
-def distance(size, dtype, stage, interaction):
+def distance(size, dtype, stage, variant):
     """Relative distances from the CPU's fp32 → (of the loss, the largest of a gradient)."""
     torch.manual_seed(0)
     tested = measure.random_model(size, dtype, "cpu", variant=variant, dropout=0.0)
@@ -105,7 +109,8 @@ def distance(size, dtype, stage, interaction):
     tested.to(measure.here())
     f, tokens = measure.random_batch(reference, 5, 7 if stage == 2 else 0, 6)
     tokens.answer_mask[1, 3:] = 0  # a shorter answer
-    tokens.question_mask[2, :4] = 0  # a shorter question
+    if stage == 2:
+        tokens.question_mask[2, :4] = 0  # a shorter question
     results = []
     for model in (tested, reference):
         trained = model.set_trained(stage)
@@ -119,18 +124,19 @@ def distance(size, dtype, stage, interaction):
     return abs(loss - right_loss) / abs(right_loss), worst
 
 
-# ---- A run that was interrupted ends as one that was not -----------------------------------------------------------
+# ---- A run that was interrupted ends as one that was not -----------------------------------------------
 
 
 def random_dataset(model, stage, records, question, answer):
     """A Dataset of random tokens and features, each record with a picture of its own."""
     rng = np.random.default_rng(0)
-    rows, tokens = [], []
-    for i in range(records):
-        turns = ("what is it?",) if stage == 2 else ()
-        rows.append(data.Record(f"{i}.jpg", turns, "a thing"))
-        lengths = rng.integers(question // 2, question) if stage == 2 else 0, rng.integers(answer // 2, answer)
-        tokens.append([rng.integers(10, 50, length, np.int32) for length in lengths])
+    turns = ("what is it?",) if stage == 2 else ()
+    rows = [data.Record(f"{i}.jpg", turns, "a thing") for i in range(records)]
+    tokens = []
+    for _ in rows:
+        asked = rng.integers(question // 2, question) if stage == 2 else 0
+        lengths = (asked, rng.integers(answer // 2, answer))
+        tokens.append([rng.integers(10, 50, length).tolist() for length in lengths])
     features = rng.normal(size=(records, model.align.in_features)).astype(np.float16)
     return data.Dataset(rows, tokens, features, np.arange(records))
 
@@ -147,14 +153,15 @@ def resumes(report, scale, dry):
             with tempfile.TemporaryDirectory() as folder:
                 whole, resumed = run_twice(Path(folder), dtype)
             same = all(torch.equal(whole[name], resumed[name]) for name in whole)
-            report.check(same, f"a run in {measure.PRECISIONS[dtype]} that was interrupted and resumed ends "
-                               f"{'as one that was not, to the bit' if same else 'otherwise than one that was not'}")
+            ends = "as one that was not, to the bit" if same else "otherwise than one that was not"
+            report.check(same, f"a run in {measure.PRECISIONS[dtype]} that was interrupted and resumed ends {ends}")
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def run_twice(folder, dtype):
-    """Adapters of two runs on tiny models, of which the second is interrupted and resumed."""
+    """Adapters of two runs on tiny models, of which the second is interrupted in its fourth step and
+    resumed."""
     real_step, calls = torch.optim.AdamW.step, []
 
     def interrupted(*args, **options):
@@ -166,20 +173,21 @@ def run_twice(folder, dtype):
     whole = short_run(folder / "whole", dtype)
     with contextlib.suppress(KeyboardInterrupt), mock.patch.object(torch.optim.AdamW, "step", interrupted):
         short_run(folder / "resumed", dtype)
+    if not (folder / "resumed" / train.STATE).is_file():
+        raise RuntimeError("the interrupted run left no state")
     return whole, short_run(folder / "resumed", dtype, resume=True)
 
 
 def short_run(folder, dtype, resume=False):
-    """Six steps of two batches, with dropout → the adapter {name: tensor}."""
+    """Six steps of two batches, with dropout; the state is saved after each → the adapter {name: tensor}."""
     torch.manual_seed(0)
     model = measure.random_model("tiny", dtype)
     dataset = random_dataset(model, 2, 12, 8, 6)
-    quietly_train(model, 2, dataset, None, folder, steps=6, batch_size=4, lr=1e-2, accumulate=2, save_every=2,
-                  resume=resume)
+    quietly_train(model, 2, dataset, None, folder, 6, batch_size=4, lr=1e-2, accumulate=2, resume=resume)
     return lmeye.read_adapter(folder / lmeye.CHECKPOINT)[3]
 
 
-# ---- Full size ---------------------------------------------------------------------------------------------------
+# ---- Full size -----------------------------------------------------------------------------------------
 
 
 def full_size(report, scale, dry):
@@ -191,52 +199,71 @@ def full_size(report, scale, dry):
         for stage in (1, 2):
             dataset = random_dataset(model, stage, 96, 60, 30)
             with tempfile.TemporaryDirectory() as folder:
-                quietly_train(model, stage, dataset, None, Path(folder, "run"), steps=6, batch_size=16, lr=1e-3)
-                with open(Path(folder, "run", "log.csv")) as file:
+                run = Path(folder, "run")
+                quietly_train(model, stage, dataset, None, run, steps=6, batch_size=16, lr=1e-3)
+                with open(run / "log.csv") as file:
                     last = list(csv.DictReader(file))[-1]
             finite = all(p.isfinite().all() for p in model.adapter(2).values()) and float(last["loss"]) < 100
-            few_skipped = int(last["skipped"]) <= 2  # fp16's scaler may begin too high, and leave a step or two out
-            report.check(finite and few_skipped, f"{name}, phase {stage}: 6 steps of 16 records, the last loss "
-                         f"{last['loss']}, steps skipped {last['skipped']}, {last['tokens_per_second']} tokens/s")
+            few_skipped = int(last["skipped"]) <= 2  # fp16's scaler may begin too high
+            report.check(finite and few_skipped,
+                         f"{name}, phase {stage}: 6 steps of 16 records, the last loss {last['loss']}, "
+                         f"steps skipped {last['skipped']}, {last['tokens_per_second']} tokens/s")
         model.eval()
-        picture = model.preprocess(Image.new("RGB", (640, 480), "red"))[None]
-        f = model.encode_image(picture)
-        text = model.generate(f, ["what color is it?"], max_tokens=8)[0]
-        logp = model.score(f, ["what color is it?"], [["red", "blue"]])
+        question = ["what color is it?"]
+        f = model.encode_image(model.preprocess(Image.new("RGB", (640, 480), "red"))[None])
+        text = model.generate(f, question, max_tokens=8)[0]
+        logp = model.score(f, question, [["red", "blue"]])
         report.check(f.isfinite().all() and logp.isfinite().all(),
                      f"{name}: an answer about a picture ({lmeye.printable(text)[:40]!r})")
         model = None
 
 
-# ---- Memory ------------------------------------------------------------------------------------------------------
+# ---- Memory, and share of the rate ---------------------------------------------------------------------
 
 
 def memory(report, scale, dry):
     """The peak of a step beside the computed one. The model that most will take comes first."""
     budgets = (256, 512) if dry else account.BUDGETS
     for size in sorted(scale.sizes, key=lambda name: name != scale.size):
-        steps = list(account.steps_of(size, budgets))
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        needs = {(stage, budget): need for stage, budget, need, _ in account.steps_of(size, budgets)}
+        free_memory()
         model = measure.random_model(size, torch.bfloat16)
         model.clip.visual = None
         for stage, question, answer in account.STAGES:
             optimizer = measure.optimizer_of(model, stage)
             for budget in budgets:
-                need = [n for s, b, n, _ in steps if (s, b) == (stage, budget)][0]
                 batch = measure.random_batch(model, budget // (question + answer), question, answer)
                 batch[1].answer_mask[0, -1] = 0  # so that a mask has to be made, as is computed
                 for _ in range(2):  # in the second the optimiser has its state
                     if torch.cuda.is_available():
                         torch.cuda.reset_peak_memory_stats()
                     measure.step(model, batch, optimizer)
-                name = f"{size}, phase {stage}, {budget:,} tokens: computed {need.peak / 1e9:.2f} GB"
+                need = needs[stage, budget].peak
+                name = f"{size}, phase {stage}, {budget:,} tokens: computed {need / 1e9:.2f} GB"
                 if dry:
                     report.line(f"{name}, not measured")
                     continue
                 peak = torch.cuda.max_memory_allocated()
-                ratio = peak / need.peak
-                report.check(abs(ratio - 1) <= 0.1, f"{name}, measured {peak / 1e9:.2f}: {ratio:.3f} ×")
+                report.check(abs(peak / need - 1) <= 0.1,
+                             f"{name}, measured {peak / 1e9:.2f}: {peak / need:.3f} ×")
             model.zero_grad()
         model = optimizer = None
+
+
+def share(scale):
+    """A step's share of the machine's matmul rate, measured beside it; operations are counted as they run."""
+    model = measure.random_model(scale.size, scale.dtype)
+    rate = measure.matmul_rate(scale.dtype, scale.product)
+    yield f"{rate / 1e12:.2f} T operations/s in a product of {scale.product} × {scale.product} numbers"
+    for stage, question, answer in ((1, 0, 44), (2, 40, 44)):
+        optimizer = measure.optimizer_of(model, stage)
+        for records in scale.records:
+            batch = measure.random_batch(model, records, question, answer)
+            operations = measure.operations(lambda: measure.step(model, batch, optimizer))
+            taken, = measure.seconds(lambda: measure.step(model, batch, optimizer), repeat=scale.repeat)
+            yield (f"{scale.size}, phase {stage}, {records} records of {question} + {answer} tokens: "
+                   f"{1000 * taken:.0f} ms, {100 * operations / taken / rate:.0f}%")
+            start = time.perf_counter()
+            measure.step(model, batch, optimizer)  # comes back when all kernels are queued
+            yield f"  the processor is done with it after {1000 * (time.perf_counter() - start):.0f} ms"
+            measure.wait()

@@ -1,7 +1,7 @@
 """The miniature's world: one to four objects of a kind on a plain background.
 
-A scene is "two small red circles at the left on a blue background". One scene in ten, by a hash of its words, is held
-out: neither CLIP nor the language model nor LMEye ever trains on it. (board.py is another world.)
+A scene is "two small red circles at the left on a blue background". One scene in ten, by a hash of its words,
+is held out: neither CLIP nor the language model nor LMEye ever trains on it.
 """
 
 import itertools
@@ -25,7 +25,7 @@ NUMBERS = ("one", "two", "three", "four")
 SIZES = {"small": 11, "large": 18}  # an object's side in pixels
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 214), "yellow": (245, 215, 40),
           "white": (245, 245, 245), "black": (20, 20, 20)}
-OUTLINE = (128, 128, 128)  # of every object: measured, the tiny CLIP learns shape and number sooner with it
+OUTLINE = (128, 128, 128)  # of every object: with it the tiny CLIP learns shape and number sooner
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
 GROUPS = {  # where the objects of a group stand, in units of the room that one object takes
@@ -35,7 +35,7 @@ GROUPS = {  # where the objects of a group stand, in units of the room that one 
     "four": [[(-.5, -.5), (.5, -.5), (-.5, .5), (.5, .5)]],
 }
 KINDS = ("color", "shape", "size", "number", "place", "background", "yes/no")
-OFTEN = (1, 1, 1, 1, 1, 1, 4)  # how often each kind is trained on: comparing takes more practice than looking up
+OFTEN = (1, 1, 1, 1, 1, 1, 4)  # how often each kind is trained on: comparing takes most practice
 
 
 class Scene(NamedTuple):
@@ -54,19 +54,17 @@ class Scene(NamedTuple):
         return self.shape + ("es" if self.shape == "cross" else "s")
 
 
-SCENES = [Scene(*s) for s in itertools.product(NUMBERS, SIZES, COLORS, SHAPES, PLACES, COLORS) if s[2] != s[5]]
-VALUES = dict(zip(Scene._fields, (NUMBERS, tuple(SIZES), tuple(COLORS), SHAPES, tuple(PLACES), tuple(COLORS))))
+VALUES = {  # what each attribute of a scene can be
+    "number": NUMBERS, "size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES, "place": tuple(PLACES),
+    "background": tuple(COLORS),
+}
+SCENES = [s for s in map(Scene._make, itertools.product(*VALUES.values())) if s.color != s.background]
 HELD_OUT = [s for s in SCENES if zlib.crc32(" ".join(s).encode()) % 10 == 0]
 TRAINING = [s for s in SCENES if zlib.crc32(" ".join(s).encode()) % 10 != 0]
 
 
-def attributes(scene):
-    """What a caption of this scene can name: here the same for all."""
-    return Scene._fields
-
-
 def draw(scene, rng):
-    """Draw a scene → RGB picture, SIDE × SIDE; `rng` (random.Random) decides on arrangement and jitter."""
+    """A scene → RGB picture, SIDE × SIDE. `rng`, a random.Random, decides on arrangement and jitter."""
     picture = Image.new("RGB", (SIDE, SIDE), COLORS[scene.background])
     canvas = ImageDraw.Draw(picture)
     room = SIZES[scene.size] + 2 + rng.randint(0, 2)
@@ -74,7 +72,8 @@ def draw(scene, rng):
     center = []  # of the group: pushed to its side of the picture, or near the middle
     for axis, side in enumerate(PLACES[scene.place]):
         reach = SIDE / 2 - 1 - (max(spot[axis] for spot in group) + .5) * room
-        center.append(SIDE / 2 + (side * (reach - rng.uniform(0, 3)) if side else rng.uniform(-3, 3)))
+        offset = side * (reach - rng.uniform(0, 3)) if side else rng.uniform(-3, 3)
+        center.append(SIDE / 2 + offset)
     for spot in group:
         x = center[0] + spot[0] * room + rng.uniform(-1, 1)
         y = center[1] + spot[1] * room + rng.uniform(-1, 1)
@@ -83,8 +82,9 @@ def draw(scene, rng):
 
 
 def draw_shape(canvas, scene, x, y, r):
-    """One object with its center at (x, y), r pixels from there to its edge, in an outline that all objects have."""
-    fill, box, t = COLORS[scene.color], (x - r, y - r, x + r, y + r), r / 3
+    """Draw one object with its center at (x, y), r pixels from there to its edge."""
+    fill = COLORS[scene.color]
+    box = (x - r, y - r, x + r, y + r)
     if scene.shape == "circle":
         canvas.ellipse(box, fill, OUTLINE)
     elif scene.shape == "square":
@@ -92,22 +92,28 @@ def draw_shape(canvas, scene, x, y, r):
     elif scene.shape == "triangle":
         canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill, OUTLINE)
     elif scene.shape == "cross":
-        canvas.polygon([(x - t, y - r), (x + t, y - r), (x + t, y - t), (x + r, y - t), (x + r, y + t), (x + t, y + t),
-                        (x + t, y + r), (x - t, y + r), (x - t, y + t), (x - r, y + t), (x - r, y - t), (x - t, y - t)],
-                       fill, OUTLINE)
+        t = r / 3
+        corners = [(-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t),
+                   (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t)]
+        canvas.polygon([(x + dx, y + dy) for dx, dy in corners], fill, OUTLINE)
     else:  # a ring
         canvas.ellipse(box, fill, OUTLINE)
-        canvas.ellipse((x - .5 * r, y - .5 * r, x + .5 * r, y + .5 * r), COLORS[scene.background], OUTLINE)
+        hole = (x - .5 * r, y - .5 * r, x + .5 * r, y + .5 * r)
+        canvas.ellipse(hole, COLORS[scene.background], OUTLINE)
 
 
 def describe(scene, named=Scene._fields):
     """A caption that names these attributes; without its number a scene is in the plural, "red things"."""
     words = [getattr(scene, name) for name in ("number", "size", "color") if name in named]
     one = "number" in named and scene.number == "one"
-    noun = scene.noun if one else scene._replace(number="many").noun
-    words.append(noun if "shape" in named else "thing" if one else "things")
-    words += [f"at the {scene.place}"] if "place" in named else []
-    words += [f"on a {scene.background} background"] if "background" in named else []
+    if "shape" in named:
+        words.append(scene.noun if one else scene._replace(number="many").noun)
+    else:
+        words.append("thing" if one else "things")
+    if "place" in named:
+        words.append(f"at the {scene.place}")
+    if "background" in named:
+        words.append(f"on a {scene.background} background")
     return " ".join(words)
 
 
@@ -116,44 +122,45 @@ def ask(scene, kind, rng, named=Scene._fields):
     one = scene.number == "one"
     are, they = ("is", "it") if one else ("are", "they")
     them = rng.choice((they, f"the {scene.noun}")) if "shape" in named else they
-    if kind == "yes/no":
-        name, answer = rng.choice(named), rng.choice(("yes", "no"))
-        value = getattr(scene, name)
-        if answer == "no":
-            value = rng.choice([v for v in VALUES[name] if v != value])
-        noun = scene._replace(shape=value).noun
+    if kind != "yes/no":
         question = {
-            "number": f"{'is' if value == 'one' else 'are'} there {value}?",
-            "background": f"is the background {value}?",
-            "shape": f"is it a {noun}?" if one else f"are they {noun}?",
-            "place": f"{are} {them} at the {value}?",
-            "size": f"{are} {them} {value}?",
-            "color": f"{are} {them} {value}?",
-        }[name]
-        return question, answer
+            "color": f"what color {are} {them}?",
+            "shape": f"what shape {are} {they}?",
+            "size": f"how big {are} {them}?",
+            "number": f"how many {rng.choice(('', 'things '))}are there?",
+            "place": f"where {are} {them}?",
+            "background": "what color is the background?",
+        }[kind]
+        return question, getattr(scene, kind)
+
+    name, answer = rng.choice(named), rng.choice(("yes", "no"))
+    value = getattr(scene, name)
+    if answer == "no":
+        value = rng.choice([v for v in VALUES[name] if v != value])
+    noun = scene._replace(shape=value).noun  # for a question about the shape
     question = {
-        "color": f"what color {are} {them}?",
-        "shape": f"what shape {are} {they}?",
-        "size": f"how big {are} {them}?",
-        "number": f"how many {rng.choice(('', 'things '))}are there?",
-        "place": f"where {are} {them}?",
-        "background": "what color is the background?",
-    }[kind]
-    return question, getattr(scene, kind)
+        "number": f"{'is' if value == 'one' else 'are'} there {value}?",
+        "background": f"is the background {value}?",
+        "shape": f"is it a {noun}?" if one else f"are they {noun}?",
+        "place": f"{are} {them} at the {value}?",
+        "size": f"{are} {them} {value}?",
+        "color": f"{are} {them} {value}?",
+    }[name]
+    return question, answer
 
 
-def build_tokenizer(ends, texts=None):
-    """A tokenizer of the world's own words: lower case, no punctuation, <end> the highest id (CLIP pools there).
+def build_tokenizer(ends):
+    """A tokenizer of the world's own words, in lower case. <end> has the highest id: there CLIP reads a text.
 
-    With `ends`, texts are framed as CLIP's tokenizer does, [start … end]; without, as OPT's, [start …]. `texts` are
-    all that it has to know, if not this world's captions and questions.
+    With `ends`, texts are framed as CLIP's tokenizer does, [start … end]; without, as OPT's, [start …].
     """
     rng = random.Random(0)
-    if texts is None:
-        texts = [describe(s) for s in HELD_OUT] + [ask(s, kind, rng)[0] for s in HELD_OUT for kind in KINDS]
+    texts = [IMAGE, QUESTION, "thing things", ANSWER, "yes no", "describe the picture"]
+    texts += [describe(scene) for scene in HELD_OUT]
+    for scene in HELD_OUT:
+        texts += [ask(scene, kind, rng)[0] for kind in KINDS]
     word = r"\n?\w+:|[\w/-]+"
-    text = "\n".join([IMAGE, QUESTION, "thing things", ANSWER, "yes no", "describe the picture", *texts]).lower()
-    words = sorted(set(re.findall(word, text)))
+    words = sorted(set(re.findall(word, "\n".join(texts).lower())))
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<unk>", *words, "<start>", "<end>"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()

