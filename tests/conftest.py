@@ -1,6 +1,7 @@
 """Tiny random models of the real classes, for all tests. Nothing here needs a network or a GPU."""
 
 import contextlib
+import faulthandler
 import importlib
 import io
 import json
@@ -27,8 +28,22 @@ import shapes
 from lmeye import LMEye, Settings
 
 
+LIMIT = 3600 if {"LMEYE_ALL", "LMEYE_FUZZ"} & set(os.environ) else 300  # seconds of a test, of which most take one
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.stderr_of_a_hang = os.dup(2)  # a test's own standard error is caught, and would be lost
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that hangs, with its fixtures, ends the suite and shows where: a loop without an end has no other failure."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=item.config.stderr_of_a_hang)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 # Every width differs from every other, so that no two axes can be mistaken for each other.

@@ -215,7 +215,7 @@ def test_any_command_line_ends_in_an_answer_or_one_line(tmp_path, capsys):
             "--max-tokens", "--top-p", "--top-k", "--temperature", "--checkpoint", "--questions", "--seed",
             "--out", "--data", "--images"]),
     }
-    values = ["-1", "0", "1", "2", "0.5", "1e999", "nan", "x", "", "\u202e", "../..", "/dev/null", "1.jpg", "/", "7",
+    values = ["-1", "0", "1", "2", "0.5", "1e999", "nan", "x", "", "\u202e", "\x1b[2J", "../..", "/dev/null", "1.jpg", "/", "7",
               "fp32", "bf16", "llm", "a:b:c", "."]
     for seed in range(int(CASES * 0.05)):
         rng = random.Random(seed)
@@ -227,7 +227,7 @@ def test_any_command_line_ends_in_an_answer_or_one_line(tmp_path, capsys):
         except Exception as error:
             raise AssertionError(f"seed {seed}, {program} {extra}: {type(error).__name__}: {error}") from error
         assert result.returncode in (0, 2) and "Traceback" not in result.stderr, (seed, extra, result)
-        assert "\x1b" not in result.stderr + result.stdout
+        assert not any(c in result.stderr + result.stdout for c in "\x1b\u202e"), (seed, extra, result)
         seen["an answer" if result.returncode == 0 else "one line"] += 1
     assert {p: h for p, h in snapshot(tmp_path / "out").items() if p in before} == before
     assert len(seen) > 1, seen  # not all refused, not all taken

@@ -300,6 +300,40 @@ def test_a_fault_is_not_taken_for_rounding(name):
         train.check_llm(model)
 
 
+def test_a_cache_that_goes_on_wrongly_at_its_end_is_refused(monkeypatch):
+    """Where no other row of the comparison looks: behind the places that are compared with padding or another end."""
+    model = tiny_model()
+    real = model.run_llm
+
+    def run_llm(x, mask, cache=None):
+        h, after = real(x, mask, cache)
+        if cache is not None:
+            h = h.clone()
+            h[0, -2:] += 1  # the first row's places 8 and 9
+        return h, after
+
+    monkeypatch.setattr(model, "run_llm", run_llm)
+    with pytest.raises(UserError, match="its cache can't be shortened and gone on with"):
+        train.check_llm(model)
+
+
+def test_a_model_that_leaves_the_cache_as_it_is_is_refused(monkeypatch):
+    """Its states are right, but an answer's next token would not see the last one."""
+    model, before = tiny_model(), []
+    real = model.run_llm
+
+    def run_llm(x, mask, cache=None):
+        if cache is None:
+            before.append(x)
+            return real(x, mask)
+        h, _ = real(torch.cat([before[0][:, :6], x], 1), mask)
+        return h[:, 6:], cache
+
+    monkeypatch.setattr(model, "run_llm", run_llm)
+    with pytest.raises(UserError, match="it does not use the cache that it is given"):
+        train.check_llm(model)
+
+
 def test_states_that_overflow_are_named_as_such():
     llm = random_llm("llama", SIZE)
     llm.model.layers[0].mlp.down_proj.weight.data.fill_(30_000)

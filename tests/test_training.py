@@ -67,7 +67,7 @@ def test_the_frozen_parts_stay_in_eval():
     assert not any(m.training for part in (model.llm, model.clip) for m in part.modules())
 
 
-@pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "norequest"), (2, "static")])
+@pytest.mark.parametrize("stage, interaction", [(1, "full"), (2, "full"), (2, "static")])
 def test_four_examples_are_learned_by_heart(tmp_path, stage, interaction):
     seed = 2 if interaction == "static" else 1  # a random language model is steered by one token from some starts only
     model = tiny_model(interaction=interaction, n_slots=4, seed=seed)
@@ -84,6 +84,33 @@ def test_a_seed_repeats_a_run_and_another_does_not(tmp_path):
             for i, seed in enumerate((0, 0, 1))]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     assert not torch.equal(runs[0]["request.weight"], runs[2]["request.weight"])
+
+
+def test_the_seed_decides_the_order_of_batches_and_what_is_dropped(tmp_path):
+    """Each alone: without dropout only the order differs, and where one batch holds all records only what is dropped."""
+    def requests(name, batch_size, dropout):
+        for seed in (0, 1):
+            run = train_briefly(tiny_model(dropout=dropout), 2, tmp_path / f"{name}{seed}", batch_size=batch_size, seed=seed)
+            yield run["request.weight"]
+
+    assert not torch.allclose(*requests("order", 1, 0.0), atol=1e-3)
+    assert torch.allclose(*requests("all", 4, 0.0), atol=1e-3)
+    assert not torch.allclose(*requests("dropout", 4, 0.5), atol=1e-3)
+
+
+def test_each_step_drops_other_features(tmp_path):
+    model, dropped = tiny_model(dropout=0.5), []
+    model.dropout.register_forward_hook(lambda module, inputs, output: dropped.append(output == 0))
+    train_briefly(model, 2, tmp_path / "run", steps=3)
+    assert len(dropped) == 3 and not torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[1], dropped[2])
+
+
+def test_nothing_draws_weights_to_zero_but_their_gradient(tmp_path, monkeypatch):
+    model = tiny_model()
+    before, real = model.decompose.weight.detach().clone(), model.loss_sum
+    monkeypatch.setattr(model, "loss_sum", lambda f, tokens: model.img_d.sum() + 0 * real(f, tokens))
+    train_briefly(model, 2, tmp_path / "run")
+    assert torch.equal(model.decompose.weight, before)
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):
@@ -173,6 +200,8 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
     rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(2 / 5) and rates[4] == pytest.approx(2.0, rel=0.01)  # 5% of warm-up
     assert rates[50] == pytest.approx(1.0) and rates[99] == pytest.approx(0.0, abs=1e-3)
+    longer = [train.learning_rate(step, 1000, 2.0) for step in range(1000)]  # a share of the steps, not their number
+    assert longer[24] == pytest.approx(1.0) and np.argmax(longer) == 49
 
 
 def test_the_default_rate_follows_the_spread_of_words_and_the_size_of_features():
@@ -226,16 +255,19 @@ def test_a_run_says_how_it_was_trained_and_what_its_numbers_are(tmp_path):
 
 
 def test_the_mean_loss_is_over_records_of_all_kinds(tmp_path, monkeypatch):
-    """Records come in periods: two of VCR's to each question, seven of the miniature's to each picture."""
+    """Records come in periods (two of VCR's to each question, seven of the miniature's to each picture), or in blocks:
+    first all questions of one kind, then those of another."""
     model, seen = tiny_model(), []
     monkeypatch.setattr(model, "loss_sum", lambda f, tokens: seen.extend(tokens.question[:, -1].tolist()) or torch.ones(()))
-    for period in (2, 4, 7):
-        kinds = [np.array([5 + i % period]) for i in range(1000)]
+    orders = [[i % period for i in range(1000)] for period in (2, 4, 7)]
+    orders += [[i // 250 for i in range(1000)]]
+    for order in orders:
+        kinds = [np.array([5 + kind]) for kind in order]
         dataset = data.Dataset([None] * 1000, [(kind, kind) for kind in kinds], np.zeros((1, 24), np.float16), np.zeros(1000, int))
         seen.clear()
         train.mean_loss(model, dataset, 4096)
-        counts = np.bincount(seen)[5:]
-        assert len(seen) == 256 and len(counts) == period and counts.min() > 0.6 * 256 / period
+        counts, n = np.bincount(seen)[5:], len(set(order))
+        assert len(seen) == 256 and len(counts) == n and counts.min() > 0.6 * 256 / n
 
 
 def test_the_mean_loss_is_over_tokens_and_the_same_in_small_batches():
@@ -244,6 +276,21 @@ def test_the_mean_loss_is_over_tokens_and_the_same_in_small_batches():
     whole = model.loss(some.f(range(8)), [r.question for r in some.records], [r.answer for r in some.records]).item()
     for most in (1, 20, 4096):
         assert train.mean_loss(model, some, most) == pytest.approx(whole, rel=1e-4)
+
+
+def test_question_answer_and_truth_that_a_validation_prints_are_of_one_picture(monkeypatch):
+    """The first picture's first two questions, whatever stands between them in the file."""
+    model = tiny_model()
+    some = dataset(model, 2)
+    records = [record._replace(turns=(f"what {i}?",)) for i, record in enumerate(some.records)]
+    some = some._replace(picture=np.array([0, 1, 0, 0]), records=records)
+
+    def generate(f, questions, **_):
+        return [f"{question} {row[0]:.2f}" for question, row in zip(questions, f.tolist())]
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert train.own_words(model, some).splitlines() == [
+        f"    what {i}? → what {i}? {some.features[0, 0]:.2f} (right: {records[i].answer})" for i in (0, 2)]
 
 
 def test_validation_is_without_dropout():
@@ -265,6 +312,12 @@ def test_dropout_falls_on_the_decomposed_features_alone_and_only_in_training(mon
     assert torch.equal(plain[:, 1:N + 1], whole) and 0.45 < kept.float().mean() < 0.55
     assert torch.allclose(dropped[:, 1:N + 1][kept], 2 * whole[kept])
     assert torch.equal(dropped[:, [0, N + 1, N + 2]], plain[:, [0, N + 1, N + 2]])
+
+
+def test_after_a_run_signals_do_what_they_did_before(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train_briefly(tiny_model(), 1, tmp_path / "run", steps=1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_stop_during_the_last_validation_is_obeyed(tmp_path, monkeypatch):
