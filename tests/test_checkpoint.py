@@ -147,7 +147,7 @@ def test_a_checkpoint_cannot_name_what_is_loaded(tmp_path, monkeypatch):
     assert (settings.llm, settings.clip) == ("here/mini/llm", "local-dir:here/mini/clip")
 
 
-def test_a_checkpoint_tells_which_layers_it_has_and_the_user_in_what_precision_they_run(tmp_path, monkeypatch):
+def test_a_checkpoint_tells_which_layers_it_has_and_the_user_in_what_precision(tmp_path, monkeypatch):
     other = dict(n_features=4, n_slots=3, interaction="norequest")
     tiny_model(preset="mini", precision="fp32", **other).save(tmp_path / "a.safetensors", 2)
     settings = settings_to_load(tmp_path / "a.safetensors", monkeypatch, "bf16")

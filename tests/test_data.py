@@ -137,6 +137,17 @@ def test_too_long_records_are_left_out_and_counted_with_their_keys(tmp_path):
         data.encode(model, records[1:4], [])
 
 
+def test_of_a_prompt_with_choices_no_turn_is_left_out(tmp_path):
+    """A rationale is one of a question and its answer: without these it would be chosen for nothing."""
+    model, skips = tiny_model(), []
+    save_picture(tmp_path / "a.jpg")
+    four, long = ("red", "blue", "green", "white"), "red " * (model.max_text_tokens - 5)
+    whole = Record(str(tmp_path / "a.jpg"), ("what color?",), "red", key="0", choices=four)
+    records = [whole, whole._replace(turns=("what color?", long, "Why?"))]
+    assert data.encode(model, records, skips).records == records[:1]
+    assert [skip.reason for skip in skips] == ["longer than the language model's context"]
+
+
 def test_reasons_are_reported_by_how_often_they_occur(capsys):
     data.report_skips([Skip("rare\x1b[2J")] + [Skip("often", i) for i in range(1200)])
     assert capsys.readouterr().out == "  skipped 1,200: often\n  skipped 1: rare[2J\n"
@@ -293,6 +304,28 @@ def test_words_that_the_tokenizer_has_no_token_for_are_counted(tmp_path):
     assert [skip.reason for skip in skips] == ["words in an answer that the language model has no token for"] * 2
 
 
+def test_an_end_of_text_that_stands_for_unknown_words_as_well_is_not_counted_as_one(tmp_path):
+    """As OPT's and GPT-2's: every answer ends in it."""
+    save_picture(tmp_path / "a.jpg", "red")
+    model, skips = tiny_model(), []
+    model.tokenizer.unk_token = model.tokenizer.eos_token
+    data.encode(model, [Record(str(tmp_path / "a.jpg"), ("what?",), "red")], skips)
+    assert not skips
+
+
+def test_of_more_than_a_thousand_records_each_has_its_own_reason(tmp_path):
+    """They are read in parts of a thousand."""
+    save_picture(tmp_path / "a.jpg")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    records, skips = [], []
+    for i in range(2000):
+        name = "broken.jpg" if i == 1500 else "a.jpg"
+        records.append(Record(str(tmp_path / name), ("what?",), "red", key=i))
+    some = data.encode(tiny_model(), records, skips)
+    assert [skip.key for skip in skips] == [1500]
+    assert [record.key for record in some.records] == [i for i in range(2000) if i != 1500]
+
+
 @pytest.mark.parametrize("wrong", (float("nan"), float("inf"), 1e6))
 def test_features_that_are_not_finite_are_left_out_and_told(wrong, tmp_path, monkeypatch):
     """As those of a CLIP in fp16 that overflows; 1e6 is beyond float16, in which features are kept."""
@@ -395,6 +428,7 @@ def test_shuffled_records_have_some_other_picture_and_records_of_one_picture_the
     other = data.shuffled(some)
     assert (other.picture != some.picture).all() and set(other.picture) == set(some.picture)
     assert len(set(zip(some.picture, other.picture))) == 60 and other.records == some.records
+    assert np.array_equal(data.shuffled(some).picture, other.picture)  # always the same: losses are compared
 
 
 def plain_dataset(lengths, pictures=100):
@@ -412,6 +446,8 @@ def test_held_out_pictures_are_not_trained_on():
     for some in (rest, test):
         assert all(int(p) == int(r.image[:-4]) for r, p in zip(some.records, some.picture))
     assert data.hold_out(plain_dataset([(1, 1)] * 300, pictures=49))[1] is None
+    many, test = data.hold_out(plain_dataset([(1, 1)] * 30_000, pictures=30_000))
+    assert len(many.records) == 29_500 and len(test.records) == 500  # no more: they are not trained on
     few = data.hold_out(plain_dataset([(1, 1)] * 300, pictures=50))[1]
     assert (data.shuffled(few).picture != few.picture).all()  # two at least: one can't be shuffled
 
@@ -436,6 +472,20 @@ def test_an_epoch_has_every_record_once_in_batches_with_little_padding(size, tok
     padded = [len(rows) * lengths[rows].max(0).sum() for rows in plan]
     assert max(map(len, plan)) <= size and (not tokens or max(padded) <= tokens)
     assert sum(padded) / lengths.sum() <= 1.1
+
+
+@pytest.mark.parametrize("n", (1, 3, 16, 19))
+def test_an_epoch_has_the_records_that_fill_no_batch_as_well(n):
+    """Even where they are all: an epoch without a batch would be followed by the next, without end."""
+    plan = data.plan_epoch(plain_dataset([(i % 3, 2) for i in range(n)]), 16, None, 0, 0)
+    assert sorted(np.concatenate(plan)) == list(range(n))
+
+
+def test_batches_of_short_and_of_long_records_take_turns():
+    """Records of like length come together, batches of like length do not."""
+    some = plain_dataset([(i % 50, 3) for i in range(5000)])
+    longest = [max(len(some.tokens[i][0]) for i in rows) for rows in data.plan_epoch(some, 10, None, 0, 0)]
+    assert len(set(longest)) > 20 and abs(np.mean(longest[:250]) - np.mean(longest[250:])) < 5
 
 
 def test_the_order_of_batches_depends_on_seed_and_epoch_alone():

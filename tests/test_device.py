@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_llm, tiny_model
 from test_training import dataset
 
+import data
 import shapes
 import sample
 import train
-from lmeye import CHECKPOINT, LMEye, Settings
+from lmeye import CHECKPOINT, LMEye, Settings, UserError
 
 # ---- The pretended GPU ------------------------------------------------------------------------------------------
 
@@ -108,8 +109,9 @@ def test_the_programs_keep_to_the_gpu(home, bf16, monkeypatch):
             done(home, *stage(2, "--steps", 2, "--interaction", interaction, "--accumulate", 2, *out))
         done(home, "sample.py", "--data", "choices.jsonl", *out)
         ask = ["sample.py", "0.png", "what color is it?", "--max-tokens", 5, *out]
-        drawn = [done(home, *ask, "--temperature", 1, "--top-p", 0.9, "--seed", 3).stdout for _ in range(2)]
-        assert drawn[0] == drawn[1]
+        ask += ["--temperature", 1, "--top-p", 0.9]
+        drawn = [done(home, *ask, "--seed", seed).stdout for seed in (3, 3, 4)]
+        assert drawn[0] == drawn[1] != drawn[2]
         done(home, "sample.py", "0.png", "1.png", "what color is it?", "--max-tokens", 5, *out)
 
 
@@ -175,6 +177,24 @@ def test_the_lab_s_own_models_keep_to_the_gpu(model_on_gpu, name):
         if name == "TwoRounds":
             request, v = evidence.requests_and_v(model, dataset(model, 2))
             assert request.device.type == v.device.type == "cpu"
+
+
+def test_a_picture_that_can_be_read_again_is_encoded_on_the_gpu(home, model_on_gpu, tmp_path, monkeypatch):
+    """Beside the first pass over all pictures, what is tried once more goes through CLIP by itself."""
+    paths, real, tried = [str(home[0] / f"{i}.png") for i in range(3)], data.load_image, []
+
+    def away_at_first(path):
+        tried.append(path)
+        if path == paths[1] and tried.count(path) == 1:
+            raise UserError("away")
+        return real(path)
+
+    monkeypatch.setattr(data, "load_image", away_at_first)
+    records, skips = [data.Record(path, (), "red") for path in paths], []
+    with pretend.gpu():
+        some = data.encode(model_on_gpu(), records, skips, tmp_path / "features")
+    assert len(some.records) == 3 and not skips and tried.count(paths[1]) == 2
+    assert np.isfinite(some.features).all() and len(set(map(bytes, some.features))) == 3
 
 
 def test_looking_inside_keeps_to_the_gpu(home, model_on_gpu, tmp_path):

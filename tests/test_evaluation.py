@@ -48,6 +48,10 @@ def test_vqa_accuracy_compares_with_the_nine_others(said, answers, expected):
     ("The Cat.", "cat"), ("two", "2"), ("none", "0"), ("an apple a day", "apple day"), ("dont", "don't"),
     ("Its red", "its red"), ("theyre well", "they're well"), ("yes!", "yes"), ("red-blue", "red blue"),
     ("red - blue", "red blue"), ("x-y)-z", "x y z"), ("1,000", "1000"), ("3.5 m.", "3.5 m"), ("wont, cant", "won't can't"), ("shell", "shell"), ("four oclock", "4 o'clock"),
+    ("zero one two three four five six seven eight nine ten", "0 1 2 3 4 5 6 7 8 9 10"),
+    ("hed, whod", "he'd who'd"), ("ive couldnt", "i've couldn't"), ("im, youre", "i'm you're"),
+    ("whats somebodys", "what's somebody's"),
+    ("youll, maam", "you'll ma'am"),
 ])
 def test_texts_are_normalised_as_the_official_scorer_does(text, expected):
     assert sample.normalize_vqa(text) == expected
@@ -63,7 +67,8 @@ def test_bootstrap_equals_the_normal_interval_of_many_coins_and_knows_that_recor
 
 def test_choices_are_ranked_by_the_likelihood_that_single_passes_give():
     model = tiny_model()
-    choices = (("three", "two small", "yes it is on a red background", "three three"), ("left", "a ring at the top", "blue", "three"))
+    choices = (("three", "white", "yes it is on a red background", "two small"),
+               ("red", "one", "three three", "a ring at the top"))
     turns = (("what color is it?",), ("what color is it?", "red", "how big is it?"))
     records = [Record(f"{i}.jpg", t, c[i], key=str(i), choices=c) for i in range(4) for t, c in zip(turns, choices)]
     some = dataset(model, 2)
@@ -88,6 +93,23 @@ def test_choices_are_ranked_by_the_likelihood_that_single_passes_give():
         assert scores["Q→AR" + how][1::2].tolist() == [a and b for a, b in zip(answers, whys)]
         assert np.isnan(scores["Q→AR" + how][::2]).all()
     assert len({right[i, ""] for i in range(8)}) == 2 and said == likeliest != per_token
+    assert len(set(likeliest)) == 4  # so that their order shows
+
+
+def test_the_mean_of_a_choice_s_tokens_is_without_its_end(monkeypatch):
+    model, record = tiny_model(), Record("a.jpg", ("what?",), "red", choices=("red", "two small"))
+    monkeypatch.setattr(model, "score", lambda *_: torch.tensor([[-1.0, -1.8]]))  # of one token, and of two
+    _, marks = sample.rank_choices(model, [record], torch.zeros(1, 24))
+    assert marks == [{"Q→A": True, "Q→A, per token": False}]  # -1 and -0.9; with eos -0.5 and -0.6
+
+
+def test_two_questions_about_one_picture_are_told_apart():
+    first, second = Record("a.jpg", ("why?",), "x", key="1"), Record("a.jpg", ("who?",), "y", key="2")
+    reasons = [first._replace(turns=("why?", "x", "Why?")), second._replace(turns=("who?", "y", "Why?"))]
+    explained = np.array([np.nan, np.nan, 1, 1])
+    for answered in ([1, 0], [0, 1]):
+        both = sample.both_right([first, second, *reasons], np.array([*answered, np.nan, np.nan]), explained)
+        assert both[2:].tolist() == answered
 
 
 def test_a_rationale_whose_question_was_left_out_counts_as_wrong():
@@ -186,14 +208,33 @@ def test_the_table_has_the_model_before_blind_and_the_files_hold_what_was_said_w
     assert json.loads((tmp_path / "e/vqa.json").read_text()) == [{"question_id": i, "answer": a} for i, a in enumerate(said)]
 
 
+@pytest.mark.parametrize("most", (100, 4096))
+def test_each_answer_stands_beside_its_own_record_whatever_the_batches(monkeypatch, tmp_path, most):
+    """Questions of many lengths: an evaluation takes them in another order than the file has."""
+    model = tiny_model()
+    some = dataset(model, 2, 8)
+    records = [record._replace(turns=("two " * (3 * i % 8 + 1),), key=i, answers=("a", "b"))
+               for i, record in enumerate(some.records)]
+    tokens = list(zip(*model.token_ids([record.question for record in records], ["red"] * 8)))
+    some = some._replace(records=records, tokens=tokens)
+    monkeypatch.setattr(model, "generate", lambda f, questions, **_: [f"{row[0]:.3f}" for row in f.tolist()])
+    own = [f"{some.f([i])[0, 0]:.3f}" for i in range(8)]
+    assert len(set(own)) == 8
+    sample.evaluate(model, some, tmp_path / "e", max_batch_tokens=most)
+    lines = [json.loads(line) for line in (tmp_path / "e/answers.jsonl").read_text("utf-8").splitlines()]
+    assert [line["answer"] for line in lines] == own
+    assert json.loads((tmp_path / "e/vqa.json").read_text()) == [
+        {"question_id": i, "answer": text} for i, text in enumerate(own)]
+
+
 def test_vqa_questions_that_could_not_be_asked_count_as_wrong(monkeypatch, tmp_path, capsys):
     model = tiny_model()
     some = dataset(model, 2)
     some = some._replace(records=[r._replace(key=i, answers=(r.answer,) * 10) for i, r in enumerate(some.records)])
     monkeypatch.setattr(model, "generate", lambda f, questions, **_: ["red"] * len(questions))
     sample.evaluate(model, some, tmp_path / "evaluation", [data.Skip("no picture", 77)])
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("VQA  "))
-    assert float(row.split()[1]) == 20.0  # one of four that were asked, of five in all
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("VQA  ")).split()
+    assert row[1] == row[3] == "20.0"  # one of four that were asked, of five in all; also blind
     answers = json.loads((tmp_path / "evaluation/vqa.json").read_text())
     assert {"question_id": 77, "answer": ""} in answers and len(answers) == 5
 
@@ -213,6 +254,16 @@ def test_no_batch_of_an_evaluation_holds_more_tokens_than_told_and_each_record_c
             longest = max(len(tokens[i][0]) for i in batch)
             answer = 3 if records[batch[0]].choices else sample.MAX_TOKENS
             assert len(batch) == 1 or len(batch) * max(1, len(records[batch[0]].choices)) * (longest + answer) <= most
+
+
+def test_the_largest_batch_of_an_evaluation_comes_first():
+    """Memory that does not suffice is found out early."""
+    model = tiny_model()
+    records = [Record(f"{i}.jpg", ("two " * i,), "red") for i in range(1, 20)]
+    tokens = list(zip(*model.token_ids([record.question for record in records], ["red"] * 19)))
+    some = dataset(model, 2)._replace(records=records, tokens=tokens)
+    longest = [max(len(tokens[i][0]) for i in batch) for batch in sample.batches_by_length(model, some, 200)]
+    assert longest == sorted(longest, reverse=True) and len(longest) > 3
 
 
 def test_ids_of_captions_and_of_choices_are_not_taken_for_questions_of_vqa():

@@ -83,7 +83,10 @@ def test_vqa_questions_and_annotations_are_joined_in_either_order(tmp_path):
         records, skips = read_records(paths, [tmp_path], 2)
         assert records == [Record(f"{tmp_path}/COCO_train2014_000000000042.jpg", ("What is it?",), "cat", "other", 42000,
                                   ("cat",) * 10)]
-        assert reasons(skips) == {"a question without an answer": 1}
+        assert skips == [Skip("a question without an answer")]  # without its id: no score counts it as missed
+    other = write(tmp_path / "other.json", {**VQA_ANNOTATIONS, "data_subtype": "val2014"})  # the same ids
+    with pytest.raises(UserError, match="a question without an answer"):
+        read_records([files[0], other], [tmp_path], 2)
     with pytest.raises(UserError, match="without an answer"):  # as in the test split
         read_records(files[:1], [tmp_path], 2)
 
@@ -107,6 +110,10 @@ def test_an_answer_is_never_joined_to_a_question_whose_id_is_given_twice(tmp_pat
         assert [record.key for record in records] == [43000]
         assert reasons(skips) == {"question_id is given twice": 1, "an answer without its question": 1}
         assert Skip("question_id is given twice", 42000) in skips
+    double = {**VQA_ANNOTATIONS, "annotations": VQA_ANNOTATIONS["annotations"] * 2}
+    files = [write(tmp_path / "q.json", VQA_QUESTIONS), write(tmp_path / "a.json", double)]
+    skips = read_records(files, [tmp_path], 2, answered=False)[1]
+    assert skips == [Skip("question_id is given twice")]  # of an annotation: its question is asked
     other = {**VQA_ANNOTATIONS, "annotations": [{**VQA_ANNOTATIONS["annotations"][0], "image_id": 43}]}
     files = [write(tmp_path / "q.json", VQA_QUESTIONS), write(tmp_path / "a.json", other)]
     with pytest.raises(UserError, match="different pictures"):
@@ -488,6 +495,22 @@ def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):
         records, skips = read_records([path], [archive], 1)
         assert [r.image for r in records] == [Member(str(archive), name)] and reasons(skips) == {"no such picture in --images": 1}
         assert data.load_image(records[0].image).size == (40, 30)
+
+
+def test_of_several_folders_in_a_zip_none_may_be_left_out_of_a_name(tmp_path):
+    """A picture of another folder could be taken for it."""
+    items = [{"image": name, "conversations": CHAT} for name in ("1.jpg", "b/1.jpg")]
+    path = write(tmp_path / "chat.json", items)
+    archive = write_zip(tmp_path / "two.zip", ["a/1.jpg", "b/1.jpg"])
+    records, skips = read_records([path], [archive], 1)
+    assert [r.image.name for r in records] == ["b/1.jpg"]
+    assert reasons(skips) == {"no such picture in --images": 1}
+
+
+def test_a_name_as_it_stands_in_a_zip_comes_before_one_without_its_folder(tmp_path):
+    path = write(tmp_path / "chat.json", [{"image": "a/1.jpg", "conversations": CHAT}])
+    archive = write_zip(tmp_path / "a.zip", ["a/1.jpg", "a/a/1.jpg"])
+    assert [r.image.name for r in read_records([path], [archive], 1)[0]] == ["a/1.jpg"]
 
 
 def test_several_files_and_picture_places_are_mixed(tmp_path):

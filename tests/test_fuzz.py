@@ -215,8 +215,8 @@ def test_any_command_line_ends_in_an_answer_or_one_line(tmp_path, capsys):
             "--max-tokens", "--top-p", "--top-k", "--temperature", "--checkpoint", "--questions", "--seed",
             "--out", "--data", "--images"]),
     }
-    values = ["-1", "0", "1", "2", "0.5", "1e999", "nan", "x", "", "\u202e", "\x1b[2J", "../..", "/dev/null", "1.jpg", "/", "7",
-              "fp32", "bf16", "llm", "a:b:c", "."]
+    values = ["-1", "0", "1", "2", "0.5", "1e999", "nan", "x", "", "\u202e", "\x1b[2J", "../..", "/dev/null",
+              "1.jpg", "/", "7", "fp32", "bf16", "llm", "a:b:c", "."]
     for seed in range(int(CASES * 0.05)):
         rng = random.Random(seed)
         program = rng.choice(list(programs))

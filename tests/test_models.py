@@ -301,7 +301,7 @@ def test_a_fault_is_not_taken_for_rounding(name):
 
 
 def test_a_cache_that_goes_on_wrongly_at_its_end_is_refused(monkeypatch):
-    """Where no other row of the comparison looks: behind the places that are compared with padding or another end."""
+    """Where no other row of the comparison looks: behind what is compared with padding or another end."""
     model = tiny_model()
     real = model.run_llm
 

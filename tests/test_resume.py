@@ -190,7 +190,8 @@ def stop_at(step, monkeypatch):
 
 
 def interrupt(folder, monkeypatch, step=3, **options):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"after step {step} of .*--resume"):
+    told = f"after step {step} of .*--resume"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=told):
         stop_at(step, patch)
         start(tiny_model(), folder, **options)
 
@@ -212,18 +213,23 @@ def test_a_run_of_several_batches_a_step_goes_on_with_those_that_were_next(tmp_p
 
 
 def test_averages_go_on_after_a_stop_between_two_lines_of_the_log(tmp_path, monkeypatch):
-    """Of 300 steps every third makes a line; the stop is behind the first of a line's three."""
-    long = dict(steps=300, batch_size=1)
-    interrupt(tmp_path / "a", monkeypatch, 40, **long)
-    start(tiny_model(), tmp_path / "a", resume=True, **long)
-    start(tiny_model(), tmp_path / "b", **long)
-    resumed, whole = ([(row["step"], row["loss"], row["grad_norm"]) for row in log_of(tmp_path / name)] for name in "ab")
-    assert len(whole) == 100 and resumed == whole
+    """Of 200 steps every second makes a line; the stop is behind the first of a line's two."""
+    long = dict(steps=200, batch_size=1, save_every=200)
+    interrupt(tmp_path / "a", monkeypatch, 21, **long)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="after step 30 of 200"):
+        stop_at(9, patch)
+        start(tiny_model(), tmp_path / "a", resume=True, **long)
+    interrupt(tmp_path / "b", monkeypatch, 30, **long)
+    resumed, whole = log_of(tmp_path / "a"), log_of(tmp_path / "b")
+    for row in resumed + whole:
+        del row["seconds"], row["tokens_per_second"]
+    assert len(whole) == 15 and resumed == whole
 
 
 def test_the_lowest_validation_loss_is_known_after_a_stop(tmp_path, monkeypatch):
     """Later adapters of a higher loss do not take the place of the best one."""
-    model, losses = tiny_model(), iter([1.0, 9, 5.0, 9, 4.0, 9, 3.0, 9])  # each with that of shuffled pictures
+    losses = iter([1.0, 9, 5.0, 9, 4.0, 9, 3.0, 9])  # each with that of shuffled pictures
+    model = tiny_model()
     some, best = dataset(model, 2), tmp_path / "a" / "best.safetensors"
 
     def planned(*_):
@@ -241,7 +247,7 @@ def test_the_lowest_validation_loss_is_known_after_a_stop(tmp_path, monkeypatch)
 
 
 def test_a_state_is_never_half_written(tmp_path, monkeypatch):
-    """The disk is full when the state, of all files, is to be written: the one before is still there, byte for byte."""
+    """The disk is full when the state, of all files, is to be written: the one before stays, unchanged."""
     interrupt(tmp_path / "a", monkeypatch)
     before = (tmp_path / "a" / train.STATE).read_bytes()
 

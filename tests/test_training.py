@@ -87,11 +87,11 @@ def test_a_seed_repeats_a_run_and_another_does_not(tmp_path):
 
 
 def test_the_seed_decides_the_order_of_batches_and_what_is_dropped(tmp_path):
-    """Each alone: without dropout only the order differs, and where one batch holds all records only what is dropped."""
+    """Each alone: without dropout only the order differs, where one batch holds all only what is dropped."""
     def requests(name, batch_size, dropout):
         for seed in (0, 1):
-            run = train_briefly(tiny_model(dropout=dropout), 2, tmp_path / f"{name}{seed}", batch_size=batch_size, seed=seed)
-            yield run["request.weight"]
+            model, folder = tiny_model(dropout=dropout), tmp_path / f"{name}{seed}"
+            yield train_briefly(model, 2, folder, batch_size=batch_size, seed=seed)["request.weight"]
 
     assert not torch.allclose(*requests("order", 1, 0.0), atol=1e-3)
     assert torch.allclose(*requests("all", 4, 0.0), atol=1e-3)
@@ -102,7 +102,8 @@ def test_each_step_drops_other_features(tmp_path):
     model, dropped = tiny_model(dropout=0.5), []
     model.dropout.register_forward_hook(lambda module, inputs, output: dropped.append(output == 0))
     train_briefly(model, 2, tmp_path / "run", steps=3)
-    assert len(dropped) == 3 and not torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[1], dropped[2])
+    assert len(dropped) == 3
+    assert not torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[1], dropped[2])
 
 
 def test_nothing_draws_weights_to_zero_but_their_gradient(tmp_path, monkeypatch):
@@ -200,7 +201,7 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
     rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(2 / 5) and rates[4] == pytest.approx(2.0, rel=0.01)  # 5% of warm-up
     assert rates[50] == pytest.approx(1.0) and rates[99] == pytest.approx(0.0, abs=1e-3)
-    longer = [train.learning_rate(step, 1000, 2.0) for step in range(1000)]  # a share of the steps, not their number
+    longer = [train.learning_rate(step, 1000, 2.0) for step in range(1000)]  # 5% of these as well
     assert longer[24] == pytest.approx(1.0) and np.argmax(longer) == 49
 
 
@@ -255,8 +256,8 @@ def test_a_run_says_how_it_was_trained_and_what_its_numbers_are(tmp_path):
 
 
 def test_the_mean_loss_is_over_records_of_all_kinds(tmp_path, monkeypatch):
-    """Records come in periods (two of VCR's to each question, seven of the miniature's to each picture), or in blocks:
-    first all questions of one kind, then those of another."""
+    """Records come in periods: two of VCR's to each question, seven of the miniature's to each picture.
+    Or in blocks: first all questions of one kind, then those of another."""
     model, seen = tiny_model(), []
     monkeypatch.setattr(model, "loss_sum", lambda f, tokens: seen.extend(tokens.question[:, -1].tolist()) or torch.ones(()))
     orders = [[i % period for i in range(1000)] for period in (2, 4, 7)]
