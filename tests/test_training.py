@@ -86,24 +86,23 @@ def test_a_seed_repeats_a_run_and_another_does_not(tmp_path):
     assert not torch.equal(runs[0]["request.weight"], runs[2]["request.weight"])
 
 
-def test_the_seed_decides_the_order_of_batches_and_what_is_dropped(tmp_path):
-    """Each alone: without dropout only the order differs, where one batch holds all only what is dropped."""
-    def requests(name, batch_size, dropout):
-        for seed in (0, 1):
-            model, folder = tiny_model(dropout=dropout), tmp_path / f"{name}{seed}"
-            yield train_briefly(model, 2, folder, batch_size=batch_size, seed=seed)["request.weight"]
-
-    assert not torch.allclose(*requests("order", 1, 0.0), atol=1e-3)
-    assert torch.allclose(*requests("all", 4, 0.0), atol=1e-3)
-    assert not torch.allclose(*requests("dropout", 4, 0.5), atol=1e-3)
+def test_another_seed_is_another_order_of_batches(tmp_path):
+    """Without dropout nothing else can differ."""
+    runs = [train_briefly(tiny_model(), 2, tmp_path / str(seed), batch_size=1, seed=seed) for seed in (0, 1)]
+    assert not torch.allclose(runs[0]["request.weight"], runs[1]["request.weight"], atol=1e-3)
 
 
-def test_each_step_drops_other_features(tmp_path):
-    model, dropped = tiny_model(dropout=0.5), []
-    model.dropout.register_forward_hook(lambda module, inputs, output: dropped.append(output == 0))
-    train_briefly(model, 2, tmp_path / "run", steps=3)
-    assert len(dropped) == 3
-    assert not torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[1], dropped[2])
+def test_each_step_of_each_seed_drops_other_features(tmp_path):
+    dropped = set()
+
+    def note(module, inputs, output):
+        dropped.add((output == 0).numpy().tobytes())
+
+    for seed in (0, 1):
+        model = tiny_model(dropout=0.5)
+        model.dropout.register_forward_hook(note)
+        train_briefly(model, 2, tmp_path / str(seed), seed=seed)
+    assert len(dropped) == 2 * 3
 
 
 def test_nothing_draws_weights_to_zero_but_their_gradient(tmp_path, monkeypatch):
