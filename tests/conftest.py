@@ -1,6 +1,7 @@
 """Tiny random models of the real classes, for all tests. Nothing here needs a network or a GPU."""
 
 import contextlib
+import faulthandler
 import importlib
 import io
 import json
@@ -27,8 +28,24 @@ import shapes
 from lmeye import LMEye, Settings
 
 
+LIMIT = 300  # seconds of a test; most take less than one
+if "LMEYE_ALL" in os.environ or "LMEYE_FUZZ" in os.environ:
+    LIMIT = 3600
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.stderr_of_a_hang = os.dup(2)  # a test's own standard error is caught, and would be lost
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that hangs, or its fixture, ends the suite and shows where: an endless loop never fails."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=item.config.stderr_of_a_hang)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 # Every width differs from every other, so that no two axes can be mistaken for each other.

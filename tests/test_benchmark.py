@@ -68,6 +68,6 @@ def test_the_default_dtype_is_given_back_when_the_memory_does_not_suffice(monkey
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         measure.random_llm("tiny", torch.bfloat16, "cpu")
     assert torch.get_default_dtype() == torch.float32

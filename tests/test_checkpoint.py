@@ -1,7 +1,7 @@
 """An adapter file holds the trained tensors and no more, and is refused where it does not belong."""
 
+import copy
 import json
-from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -57,6 +57,35 @@ def test_a_file_is_refused_where_either_frozen_model_is_another_of_the_same_shap
         mixed = LMEye(mine.settings, llm, mine.tokenizer, clip, mine.preprocess, mine.clip_tokenizer)
         with pytest.raises(UserError, match="are others"):
             mixed.load(tmp_path / "a.safetensors")
+
+
+def with_weights(model, change):
+    """The same model, but each number of its frozen parts is another."""
+    llm, clip = copy.deepcopy(model.llm), copy.deepcopy(model.clip)
+    for p in (*llm.parameters(), *clip.parameters()):
+        p.data = change(p.data)
+    return LMEye(model.settings, llm, model.tokenizer, clip, model.preprocess, model.clip_tokenizer)
+
+
+def test_rounded_weights_are_taken_for_the_same_and_those_of_a_finetuned_model_are_not(tmp_path):
+    """What was trained in bf16 on a GPU answers in fp32 on a laptop."""
+    model = tiny_model()
+    model.save(tmp_path / "a.safetensors", 2)
+    assert with_weights(model, lambda weight: weight.bfloat16().float()).load(tmp_path / "a.safetensors") == 2
+    with pytest.raises(UserError, match="are others"):
+        with_weights(model, lambda weight: weight * 1.02).load(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_lacks_a_layer_is_refused(tmp_path):
+    """The layer would keep its random numbers."""
+    tiny_model(variant="norequest").save(tmp_path / "a.safetensors", 2)
+    with pytest.raises(UserError, match="request.weight of shape None"):
+        tiny_model().load(tmp_path / "a.safetensors")
+
+
+def test_a_dropout_that_was_given_as_a_whole_number_is_read(tmp_path):
+    tiny_model(dropout=0).save(tmp_path / "a.safetensors", 2)
+    assert tiny_model().load(tmp_path / "a.safetensors") == 2
 
 
 def header(**changes):
@@ -149,19 +178,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
-def test_a_checkpoint_cannot_name_what_is_loaded(tmp_path, monkeypatch):
-    """Its settings may say anything; the models are those of the preset, or those that the user named."""
-    tiny_model(preset="mini", llm="evil/evil", clip="hf-hub:evil/evil").save(tmp_path / "a.safetensors", 1)
+def settings_to_load(path, monkeypatch, precision=None):
+    """The settings by which sample.py loads the models of a checkpoint."""
     named = []
 
     def note(settings):
         named.append(settings)
         raise UserError("enough")
 
-    monkeypatch.setattr(LMEye, "from_settings", note)
-    with pytest.raises(UserError, match="enough"):
-        sample.load_trained(SimpleNamespace(llm=None, clip=None, precision=None, out="here"), tmp_path / "a.safetensors")
-    assert (named[0].llm, named[0].clip) == ("here/mini/llm", "local-dir:here/mini/clip")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="enough"):
+        patch.setattr(LMEye, "from_settings", note)
+        sample.load_trained(path, precision=precision)
+    return named[0]
+
+
+def test_a_presets_models_are_looked_for_below_the_folder_of_its_checkpoint(tmp_path, monkeypatch):
+    """That folder may have been moved, or trained into from another place."""
+    path = tmp_path / "here/mini/stage1/a.safetensors"
+    tiny_model(preset="mini", llm="elsewhere/mini/llm", clip="local-dir:elsewhere/mini/clip").save(path, 1)
+    settings = settings_to_load(path, monkeypatch)
+    assert (settings.llm, settings.clip) == (f"{tmp_path}/here/mini/llm", f"local-dir:{tmp_path}/here/mini/clip")
+
+
+def test_a_checkpoint_tells_which_layers_it_has_and_the_user_in_what_precision(tmp_path, monkeypatch):
+    other = dict(n_features=4, n_slots=3, n_image_tokens=2, variant="norequest")
+    tiny_model(preset="mini", precision="fp32", **other).save(tmp_path / "a.safetensors", 2)
+    settings = settings_to_load(tmp_path / "a.safetensors", monkeypatch, "bf16")
+    assert {name: getattr(settings, name) for name in other} == other and settings.precision == "bf16"
+    assert settings_to_load(tmp_path / "a.safetensors", monkeypatch).precision == "fp32"
 
 
 def test_a_setting_that_is_no_choice_is_named(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from test_data import broken_pictures, save_picture
 
 import data
 import sample
-from lmeye import CHECKPOINT, LMEye, UserError, read_adapter
+import lmeye
+from lmeye import CHECKPOINT, LMEye, Settings, UserError, read_adapter
 
 SHARED = ROOT.parent / "shared"
 
@@ -72,6 +74,60 @@ def test_flags_reach_the_run_and_the_default_rates_are_five_to_one(trained, tmp_
     assert not torch.equal(moved["align.weight"], read_adapter(one / CHECKPOINT)[3]["align.weight"])
     first, second = [json.loads((folder / f"out/llm+clip/stage{n}/run.json").read_text())["learning rate"] for n in (1, 2)]
     assert first / second == pytest.approx(5, rel=0.12)  # reach 40 and 8, of the same pictures, each in two digits
+
+
+def test_defaults_are_those_of_the_help():
+    assert (Settings().n_features, Settings().n_slots, Settings().dropout) == (5, 1, 0.5)
+    found = {name: (row.n_features, row.n_slots, row.dropout) for name, row in lmeye.PRESETS.items()}
+    assert found == {"mini": (5, 1, 0.0), "opt-1.3b": (5, 1, 0.5), "bloomz-7b1": (5, 5, 0.5)}
+
+
+def test_the_seed_decides_with_which_layers_a_run_begins(trained, tmp_path):
+    folder, flags = trained
+    found = []
+    for seed in (0, 1):
+        brief = ["--steps", 1, "--lr", 1e-12, "--seed", seed, "--out", tmp_path / str(seed)]
+        assert run("train.py", "--stage", 1, *flags, "--data", "pictures", *brief, cwd=folder).returncode == 0
+        found.append(read_adapter(tmp_path / str(seed) / "llm+clip/stage1" / CHECKPOINT)[3]["align.weight"])
+    assert not torch.allclose(*found, atol=1e-3)
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """The records, what was left out of them, and the bound of memory, of each evaluation from here on."""
+    noted = []
+
+    def evaluate(model, dataset, folder, skips=(), max_batch_tokens=4096):
+        noted.append((dataset.records, skips, max_batch_tokens))
+
+    monkeypatch.setattr(sample, "evaluate", evaluate)
+    return noted
+
+
+def test_training_ends_with_an_evaluation_of_what_was_named_for_it(trained, tmp_path, evaluations):
+    """Records, their pictures, and what was left out of them: VQA's count as wrong."""
+    folder, flags = trained
+    save_picture(tmp_path / "val/new.jpg", "red")
+    (tmp_path / "val.json").write_text(json.dumps([{"image": f"{name}.jpg", "caption": "a red background"}
+                                                   for name in ("new", "none")]))
+    result = run("train.py", "--stage", 1, *flags, "--steps", 1, "--data", "pictures", "--images", "pictures",
+                 "--val", tmp_path / "val.json", "--val-images", tmp_path / "val", "--max-batch-tokens", 555,
+                 "--out", tmp_path, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (records, skips, max_batch_tokens), = evaluations
+    assert [record.image for record in records] == [str(tmp_path / "val/new.jpg")] and max_batch_tokens == 555
+    assert len(skips) == 1 and "none.jpg" in skips[0].reason
+    told = json.loads((tmp_path / "llm+clip/stage1/run.json").read_text())
+    assert (told["records"], told["val records"]) == (6, 1)
+
+
+def test_an_evaluation_takes_as_many_tokens_at_once_as_told(trained, evaluations):
+    folder, flags = trained
+    command = ["--data", "chat.json", "--images", "pictures", "--max-batch-tokens", 777]
+    result = run("sample.py", *command, *flags, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (records, _, max_batch_tokens), = evaluations
+    assert len(records) == 12 and max_batch_tokens == 777
 
 
 def test_a_clip_that_is_not_read_at_eos_is_refused_before_training(trained, tmp_path):
@@ -148,15 +204,21 @@ def test_one_picture_one_question_one_answer(trained):
     assert result.stdout == model.generate(f, ["what color is it?"])[0] + "\n"
 
 
-def test_a_batch_gives_the_answers_that_each_gets_alone(trained):
+def test_a_batch_gives_the_answers_that_each_gets_alone(trained, tmp_path):
     folder, flags = trained
+    torch.manual_seed(0)
+    model = LMEye.from_settings(sample.settings_from({"llm": flags[1], "clip": flags[3]}, folder / "out"))
+    model.save(tmp_path / CHECKPOINT, 2)  # after three steps all pictures would have the same answers
+    flags = [*flags, "--checkpoint", tmp_path / CHECKPOINT]
     pictures = [f"pictures/{color}.jpg" for color in ("red", "green", "blue")]
     (folder / "questions.txt").write_text("what color is it?\nhow big are the things on the red background?\n")
     batch = run("sample.py", *pictures, "--questions", "questions.txt", *flags, cwd=folder)
     lines = [json.loads(line) for line in batch.stdout.splitlines()]
     assert [line["image"] for line in lines] == [p for p in pictures for _ in range(2)]
-    alone = run("sample.py", lines[3]["image"], lines[3]["question"], *flags, cwd=folder)
-    assert alone.stdout.strip() == lines[3]["answer"].strip()
+    assert len({line["answer"] for line in lines}) == 6
+    for line in (lines[0], lines[3]):
+        alone = run("sample.py", line["image"], line["question"], *flags, cwd=folder)
+        assert alone.stdout.strip() == line["answer"].strip()
 
 
 def test_in_a_batch_each_answer_is_of_its_own_picture_and_question_in_parts_of_few_tokens(tmp_path, capsys, monkeypatch):
@@ -216,6 +278,19 @@ def test_models_that_are_named_find_their_own_newest_checkpoint(trained, tmp_pat
     assert result.returncode == 0, result.stderr
 
 
+def test_the_newest_checkpoint_is_the_one_written_last_whatever_its_name(tmp_path):
+    """Also where a shell would expand the name of its models."""
+    found = []
+    for i, name in enumerate(("stage2", "stage1")):
+        path = tmp_path / "llm[1]+clip" / name / CHECKPOINT
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+        os.utime(path, (i, i))
+        found.append(path)
+    for names in ({"llm": None, "clip": None}, {"llm": "a/llm[1]", "clip": "local-dir:b/clip"}):
+        assert sample.newest(SimpleNamespace(out=str(tmp_path), **names)) == found[-1]
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """What the model is asked from here on."""
@@ -247,6 +322,29 @@ def test_a_chat_longer_than_the_context_forgets_its_beginning(trained, asked):
     for prompt, question, text in zip(asked, questions, said):
         assert prompt in [data.dialogue([*turns[2 * k:], question]) for k in range(len(turns) // 2 + 1)]
         turns += [question, text]
+
+
+def test_a_word_that_the_language_model_does_not_know_is_told_and_the_question_is_asked(trained):
+    folder, flags = trained
+    result = run("sample.py", "pictures/red.jpg", "what color is the pizza?", *flags, cwd=folder)
+    assert result.returncode == 0 and result.stdout.strip()
+    assert result.stderr == "note: the language model does not know: pizza?\n"
+
+
+def test_flags_of_drawing_reach_the_model(trained, monkeypatch):
+    folder, flags = trained
+    options, stream = {}, LMEye.stream
+
+    def noting(self, f, texts=None, **given):
+        options.update(given)
+        return stream(self, f, texts, **given)
+
+    monkeypatch.setattr(LMEye, "stream", noting)
+    more = ["--temperature", 0.7, "--top-k", 3, "--max-tokens", 2, "--seed", 5]
+    result = run("sample.py", "pictures/red.jpg", "what color is it?", *flags, *more, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert (options["temperature"], options["top_k"], options["max_tokens"]) == (0.7, 3, 2)
+    assert options["generator"].initial_seed() == 5
 
 
 def test_a_stage_1_checkpoint_writes_captions_and_says_so(trained):
@@ -392,6 +490,8 @@ def test_temperatures_next_to_zero_take_the_likeliest_token(trained):
     answers = {run("sample.py", "pictures/red.jpg", "what color is it?", *flags, "--temperature", t, cwd=folder).stdout
                for t in (0, 1e-45, 1e-38, 0.005)}
     assert len(answers) == 1
+    hot = run("sample.py", "pictures/red.jpg", "what color is it?", *flags, "--temperature", 100, cwd=folder)
+    assert hot.returncode == 0 and hot.stdout not in answers
 
 
 def test_mistakes_in_training_end_in_one_line(trained, tmp_path):

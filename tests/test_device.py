@@ -7,6 +7,7 @@ waits for.
 import functools
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_llm, tiny_model
 
+import data
 import on_gpu
 import rivals
 import shapes
 import sample
 import train
-from lmeye import CHECKPOINT, LMEye, Settings
+from lmeye import CHECKPOINT, LMEye, Settings, UserError
 
 # ---- The pretended GPU ---------------------------------------------------------------------------------
 
@@ -175,6 +177,26 @@ def test_the_exercises_keep_to_the_gpu(model_on_gpu, name):
         model.set_trained(2)
         model.loss(torch.randn(2, 24), ["what color are they?", "is it red?"], ["red", "no"]).backward()
         assert model.generate(torch.randn(1, 24), ["is it red?"], max_tokens=2)
+
+
+def test_a_picture_that_can_be_read_again_is_encoded_on_the_gpu(home, model_on_gpu, tmp_path, monkeypatch):
+    """The row of a picture that was away is done by itself, into a file where others stand already."""
+    names, real, away = [f"{i}.png" for i in range(3)], data.load_pixels, [True]
+
+    def away_at_first(model, pictures, name):
+        if name == names[1] and away:
+            return None, "away"
+        return real(model, pictures, name)
+
+    monkeypatch.setattr(data, "load_pixels", away_at_first)
+    records, pictures = [data.Record(name, (), "red") for name in names], data.Pictures(home[0])
+    with pretend.gpu():
+        first, second = Counter(), Counter()
+        assert len(data.encode(model_on_gpu(), records, first, pictures, tmp_path / "features").records) == 2
+        away.clear()
+        some = data.encode(model_on_gpu(), records, second, pictures, tmp_path / "features")
+    assert first.total() == 1 and not second and len(some.records) == 3
+    assert np.isfinite(some.features).all() and len(set(map(bytes, some.features))) == 3
 
 
 @pytest.mark.parametrize("largest", (None, 70_000))

@@ -43,6 +43,16 @@ def test_the_loss_in_chunks_is_the_loss(family, n, monkeypatch):
     assert torch.equal(frozen, mine.detach()) and not frozen.requires_grad
 
 
+def test_logits_and_losses_are_fp32_whatever_the_weights():
+    """Rounded to fp16, a large vocabulary's probabilities would be off in the third digit."""
+    model = tiny_model()
+    model.llm.half()
+    head, h, targets = model.llm.get_output_embeddings(), torch.randn(5, 64).half(), torch.arange(5)
+    logits, losses = model.logits(h), chunked_cross_entropy(h, targets, head)
+    assert logits.dtype == losses.dtype == torch.float32
+    assert torch.equal(losses, F.cross_entropy(head(h).float(), targets, reduction="none"))
+
+
 # ---- The account ---------------------------------------------------------------------------------------
 
 

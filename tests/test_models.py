@@ -309,6 +309,32 @@ def test_a_fault_is_not_taken_for_rounding(name):
         lmeye.check_llm(model)
 
 
+def test_a_cache_that_goes_on_wrongly_at_its_end_is_refused(monkeypatch):
+    """Where no other row of the comparison looks: behind what is compared with padding or another end."""
+    model = tiny_model()
+    real = model.run_llm
+
+    def run_llm(x, mask, cache=None):
+        h, after = real(x, mask, cache)
+        if cache is not None:
+            h = h.clone()
+            h[0, -2:] += 1  # the first row's places 8 and 9
+        return h, after
+
+    monkeypatch.setattr(model, "run_llm", run_llm)
+    with pytest.raises(UserError, match=NUMBERS):
+        lmeye.check_llm(model)
+
+
+def test_a_model_that_does_not_read_the_cache_is_refused(monkeypatch):
+    """Base models swallow arguments that they don't know."""
+    model = tiny_model()
+    real = model.run_llm
+    monkeypatch.setattr(model, "run_llm", lambda x, mask, cache=None: real(x, mask[:, -x.shape[1]:]))
+    with pytest.raises(UserError, match=NUMBERS):
+        lmeye.check_llm(model)
+
+
 def test_states_that_overflow_are_named_as_such():
     llm = random_llm("llama", SIZE)
     llm.model.layers[0].mlp.down_proj.weight.data.fill_(30_000)

@@ -22,7 +22,8 @@ def dataset(model, stage, n=4):
     answers = ["red", "two small", "yes", "at the left", "blue", "no", "three", "ring"][:n]
     records = [data.Record(f"{i}.jpg", ("what color is it?",) if stage == 2 else (), a) for i, a in enumerate(answers)]
     features = np.random.default_rng(2).normal(size=(n, model.clip.visual.output_dim)).astype(np.float16)
-    tokens = list(zip(*model.token_ids([r.question for r in records] if stage == 2 else None, answers)))
+    questions = model.question_ids([r.question for r in records]) if stage == 2 else [[]] * n
+    tokens = list(zip(questions, model.answer_ids(answers)))
     return data.Dataset(records, tokens, features, np.arange(n))
 
 
@@ -67,7 +68,7 @@ def test_the_frozen_parts_stay_in_eval():
     assert not any(m.training for part in (model.llm, model.clip) for m in part.modules())
 
 
-@pytest.mark.parametrize("stage, variant", [(1, "lmeye"), (2, "lmeye"), (2, "norequest"), (2, "static")])
+@pytest.mark.parametrize("stage, variant", [(1, "lmeye"), (2, "lmeye"), (2, "static")])
 def test_four_examples_are_learned_by_heart(tmp_path, stage, variant):
     seed = 2 if variant == "static" else 1  # a random language model is steered by one token from some starts only
     model = tiny_model(variant=variant, n_slots=4, seed=seed)
@@ -84,6 +85,33 @@ def test_a_seed_repeats_a_run_and_another_does_not(tmp_path):
             for i, seed in enumerate((0, 0, 1))]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     assert not torch.equal(runs[0]["request.weight"], runs[2]["request.weight"])
+
+
+def test_another_seed_is_another_order_of_batches(tmp_path):
+    """Without dropout nothing else can differ."""
+    runs = [train_briefly(tiny_model(), 2, tmp_path / str(seed), batch_size=1, seed=seed) for seed in (0, 1)]
+    assert not torch.allclose(runs[0]["request.weight"], runs[1]["request.weight"], atol=1e-3)
+
+
+def test_each_step_of_each_seed_drops_other_features(tmp_path):
+    dropped = set()
+
+    def note(module, inputs, output):
+        dropped.add((output == 0).numpy().tobytes())
+
+    for seed in (0, 1):
+        model = tiny_model(dropout=0.5)
+        model.dropout.register_forward_hook(note)
+        train_briefly(model, 2, tmp_path / str(seed), seed=seed)
+    assert len(dropped) == 2 * 3
+
+
+def test_nothing_draws_weights_to_zero_but_their_gradient(tmp_path, monkeypatch):
+    model = tiny_model()
+    before, real = model.decompose.weight.detach().clone(), model.forward
+    monkeypatch.setattr(model, "forward", lambda f, tokens: model.img_d.sum() + 0 * real(f, tokens))
+    train_briefly(model, 2, tmp_path / "run")
+    assert torch.equal(model.decompose.weight, before)
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):
@@ -106,17 +134,19 @@ def test_loss_and_norm_in_the_log_are_those_of_two_whole_passes(tmp_path):
     assert float(row["grad_norm"]) == pytest.approx(norm, rel=0.01)
 
 
-def test_a_line_of_the_log_has_the_averages_since_the_last_one():
-    log = {"lines": [], "losses": [1.0, 3.0], "norms": [2.0, 4.0], "tokens": 90, "skipped": 1, "seconds": 7.0,
-           "seconds in steps": 3.0}
-    assert "0:28 left" in train.add_line(log, 2, 10, 0.5, {})  # eight more at 3.5 s
-    log["losses"].append(5.0)
-    log["norms"].append(1.0)
-    log["tokens"], log["seconds"], log["seconds in steps"] = log["tokens"] + 10, 9.0, log["seconds in steps"] + 2.0
-    train.add_line(log, 3, 10, 0.25, {"val_loss": 1.5, "val_loss_shuffled": 2.5})
+def test_a_line_of_the_log_has_the_averages_since_the_last_one(tmp_path):
+    run = train.Run(tmp_path, 1, 10, None, None, None, {})
+    run.log.update({"losses": [1.0, 3.0], "norms": [2.0, 4.0], "tokens": 90, "skipped": 1, "seconds": 7.0,
+                    "seconds in steps": 3.0})
+    assert "0:28 left" in run.note_line(2, 0.5, {})  # eight more at 3.5 s
+    run.log["losses"].append(5.0)
+    run.log["norms"].append(1.0)
+    run.log.update({"tokens": 10, "seconds": 9.0, "seconds in steps": 2.0})
+    run.note_line(3, 0.25, {"val_loss": 1.5, "val_loss_shuffled": 2.5})
     first = dict(step=2, loss=2.0, lr=0.5, grad_norm=3.0, skipped=1, tokens_per_second=30, seconds=7.0)
     second = dict(step=3, loss=5.0, lr=0.25, grad_norm=1.0, skipped=1, tokens_per_second=5, seconds=9.0)
-    assert log["lines"] == [first, second | {"val_loss": 1.5, "val_loss_shuffled": 2.5}]
+    assert run.log["lines"] == [first, second | {"val_loss": 1.5, "val_loss_shuffled": 2.5}]
+    assert [row["loss"] for row in log_of(tmp_path)] == ["2.0", "5.0"]
 
 
 def test_no_batch_of_training_holds_more_tokens_than_told(tmp_path, batch_tokens):
@@ -173,6 +203,8 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
     rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(2 / 5) and rates[4] == pytest.approx(2.0, rel=0.01)  # 5% of warm-up
     assert rates[50] == pytest.approx(1.0) and rates[99] == pytest.approx(0.0, abs=1e-3)
+    longer = [train.learning_rate(step, 1000, 2.0) for step in range(1000)]  # 5% of these as well
+    assert longer[24] == pytest.approx(1.0) and np.argmax(longer) == 49
 
 
 def test_the_default_rate_follows_the_spread_of_words_and_the_size_of_features():
@@ -204,8 +236,8 @@ def test_gradients_are_clipped_once_a_step_not_once_a_batch(tmp_path, monkeypatc
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", measured)
-    real = model.loss_sum
-    monkeypatch.setattr(model, "loss_sum", lambda f, tokens: 1000 * real(f, tokens))
+    real = model.forward
+    monkeypatch.setattr(model, "forward", lambda f, tokens: 1000 * real(f, tokens))
     train_briefly(model, 2, tmp_path / "run", steps=3, batch_size=2, accumulate=2)
     assert norms == pytest.approx([train.MAX_NORM] * 3, rel=1e-4)
 
@@ -226,16 +258,19 @@ def test_a_run_says_how_it_was_trained_and_what_its_numbers_are(tmp_path):
 
 
 def test_the_mean_loss_is_over_records_of_all_kinds(tmp_path, monkeypatch):
-    """Records come in periods: two of VCR's to each question, seven of the miniature's to each picture."""
+    """Records come in periods: two of VCR's to each question, seven of the miniature's to each picture.
+    Or in blocks: first all questions of one kind, then those of another."""
     model, seen = tiny_model(), []
-    monkeypatch.setattr(model, "loss_sum", lambda f, tokens: seen.extend(tokens.question[:, -1].tolist()) or torch.ones(()))
-    for period in (2, 4, 7):
-        kinds = [np.array([5 + i % period]) for i in range(1000)]
+    monkeypatch.setattr(model, "forward", lambda f, tokens: seen.extend(tokens.question[:, -1].tolist()) or torch.ones(()))
+    orders = [[i % period for i in range(1000)] for period in (2, 4, 7)]
+    orders += [[i // 250 for i in range(1000)]]
+    for order in orders:
+        kinds = [np.array([5 + kind]) for kind in order]
         dataset = data.Dataset([None] * 1000, [(kind, kind) for kind in kinds], np.zeros((1, 24), np.float16), np.zeros(1000, int))
         seen.clear()
         train.mean_loss(model, dataset, 4096)
-        counts = np.bincount(seen)[5:]
-        assert len(seen) == 256 and len(counts) == period and counts.min() > 0.6 * 256 / period
+        counts, n = np.bincount(seen)[5:], len(set(order))
+        assert len(seen) == 256 and len(counts) == n and counts.min() > 0.6 * 256 / n
 
 
 def test_the_mean_loss_is_over_tokens_and_the_same_in_small_batches():
@@ -244,6 +279,22 @@ def test_the_mean_loss_is_over_tokens_and_the_same_in_small_batches():
     whole = model.loss(some.f(range(8)), [r.question for r in some.records], [r.answer for r in some.records]).item()
     for most in (1, 20, 4096):
         assert train.mean_loss(model, some, most) == pytest.approx(whole, rel=1e-4)
+
+
+def test_question_answer_and_truth_that_a_validation_prints_are_of_one_picture(monkeypatch):
+    """The first two questions about each picture in turn, whatever stands between them in the file."""
+    model = tiny_model()
+    some = dataset(model, 2)
+    records = [record._replace(turns=(f"what {i}?",)) for i, record in enumerate(some.records)]
+    some = some._replace(picture=np.array([0, 1, 0, 0]), records=records)
+
+    def generate(f, questions, **_):
+        return [f"{question} {row[0]:.2f}" for question, row in zip(questions, f.tolist())]
+
+    monkeypatch.setattr(model, "generate", generate)
+    for turn, rows in ((0, (0, 2)), (1, (1,)), (2, (0, 2))):
+        said = [f"    what {i}? → what {i}? {some.features[some.picture[i], 0]:.2f} (truth: {records[i].answer})" for i in rows]
+        assert train.own_words(model, some, turn) == "".join(f"\n{line}" for line in said)
 
 
 def test_validation_is_without_dropout():
@@ -265,6 +316,12 @@ def test_dropout_falls_on_the_decomposed_features_alone_and_only_in_training(mon
     assert torch.equal(plain[:, 1:N + 1], whole) and 0.45 < kept.float().mean() < 0.55
     assert torch.allclose(dropped[:, 1:N + 1][kept], 2 * whole[kept])
     assert torch.equal(dropped[:, [0, N + 1, N + 2]], plain[:, [0, N + 1, N + 2]])
+
+
+def test_after_a_run_signals_do_what_they_did_before(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train_briefly(tiny_model(), 1, tmp_path / "run", steps=1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_stop_during_the_last_validation_is_obeyed(tmp_path, monkeypatch):
