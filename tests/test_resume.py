@@ -171,6 +171,11 @@ def test_a_run_goes_on_from_another_folder_where_its_files_have_other_names(home
     assert mine.keys() == whole.keys() and all(torch.equal(mine[name], whole[name]) for name in whole)
 
 
+@pytest.fixture(autouse=True)
+def states_are_saved_often(monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+
+
 def start(model, folder, **options):
     settings = dict(steps=6, batch_size=4, lr=1e-2) | options
     train.train_adapter(model, 2, dataset(model, 2), None, folder, **settings)
@@ -255,7 +260,7 @@ def test_a_state_is_never_half_written(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr(os, "fsync", full)
         patch.setattr(lmeye.LMEye, "save", lambda *_: None)
         patch.setattr(train.Run, "note_line", lambda *_: "")
@@ -316,7 +321,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_state_before_still_loads(t
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr(os, "fsync", full)
         start(tiny_model(), tmp_path / "a", resume=True)
     start(tiny_model(), tmp_path / "a", resume=True)

@@ -266,7 +266,7 @@ def test_the_mean_loss_is_over_records_of_all_kinds(tmp_path, monkeypatch):
     orders += [[i // 250 for i in range(1000)]]
     for order in orders:
         kinds = [np.array([5 + kind]) for kind in order]
-        dataset = data.Dataset([None] * 1000, [(kind, kind) for kind in kinds], np.zeros((1, 24), np.float16), np.zeros(1000, int))
+        dataset = data.Dataset([data.Record("", ("?",), "")] * 1000, [(kind, kind) for kind in kinds], np.zeros((1, 24), np.float16), np.zeros(1000, int))
         seen.clear()
         train.mean_loss(model, dataset, 4096)
         counts, n = np.bincount(seen)[5:], len(set(order))
