@@ -9,7 +9,7 @@ model (LM) read the question first and then *ask* for what it needs:
     3. interact   CLIP's own text transformer reads picture and request as if they were words, with
                   f_1 … f_N = decompose(f). What comes out is v = CLIP_text([SOS, f_1 … f_N, r, EOS]).
     4. tell       The LM reads the prompt again, now with transmit(v) + img_d in the place <img-d>, and then
-                  \nAnswer: {answer}[eos]  whose tokens carry the loss.
+                  \nAnswer: {answer}[eos] . The loss is on the tokens of {answer} and on [eos].
 
 Both models are frozen; four linear layers and two vectors are trained. Stage 1, the paper's phase 1, trains
 `align` and `img` on captions, [bos]Image:<img> {caption}[eos], where nothing is asked. Stage 2 trains the
@@ -82,9 +82,10 @@ IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"  # an answer beg
 def plain_loss(model, f, question, answer):
     """The method as section 3 of the paper tells it: two whole passes of the LM, nothing clever.
 
-    Takes the feature f (1, C) of one picture, a question and an answer. Returns the loss, a scalar, and what
-    it was computed from: the logits before each token of the answer (T', V) and the state h (1, D). The class
-    below computes the same for a batch, faster; when models are loaded, `check_llm` compares the two.
+    Takes the feature f (1, C) of one picture, a question and an answer. Returns the loss, a scalar, and for
+    `check_llm` the logits before each token of the answer (T', V) and h (1, D). The class below computes the
+    same for a batch, faster; `check_llm` compares the two when a model is loaded. (The LM without its head is
+    `llm.base_model`; it computes in its own dtype, the trained layers in fp32.)
     """
     def embed(ids):  # token ids → word vectors of the LM (1, T, D)
         return model.embed(torch.tensor([ids], dtype=torch.long, device=model.device))
@@ -104,11 +105,11 @@ def plain_loss(model, f, question, answer):
     v = model.interact(f, r)
 
     # 4. Tell: what came out takes the place of <img-d>. The LM reads everything again, and then the answer.
-    answer = model.answer_ids([answer])[0]  # ends with eos, which nothing follows
+    ids = model.answer_ids([answer])[0]  # ends with eos, which nothing follows
     answer_words = model.embed(model.answer_words)[None]  # "\nAnswer:"
-    x = torch.cat([prompt, model.tell(v), answer_words, embed(answer[:-1])], 1).to(model.llm.dtype)
-    logits = model.llm(inputs_embeds=x).logits[0, -len(answer):].float()  # each predicts the next token
-    return F.cross_entropy(logits, torch.tensor(answer, device=model.device)), logits, h
+    x = torch.cat([prompt, model.tell(v), answer_words, embed(ids[:-1])], 1).to(model.llm.dtype)
+    logits = model.llm(inputs_embeds=x).logits[0, -len(ids):].float()  # each predicts the next token
+    return F.cross_entropy(logits, torch.tensor(ids, device=model.device)), logits, h
 
 
 # ---- The method, for batches ---------------------------------------------------------------------
@@ -120,9 +121,9 @@ class Tokens(NamedTuple):
         [bos] Image : <img> \n Question : _what _color ? <img-d> \n Answer : _red [eos]
                                                                              ^^^^ ^^^^^
     """
-    question: torch.Tensor  # (B, T), padded on the left; None for captions
+    question: torch.Tensor  # (B, T) of "\nQuestion: …", padded on the left; None for captions, as is its mask
     question_mask: torch.Tensor
-    answer: torch.Tensor  # (B, T'), padded on the right; eos included
+    answer: torch.Tensor  # (B, T') of " …" and eos, padded on the right
     answer_mask: torch.Tensor
 
     def lengths(self):
@@ -154,7 +155,8 @@ class LMEye(nn.Module):
         some_ids = torch.linspace(0, len(tokenizer) - 1, 1000, device=llm.device).long()
         some_words = self.embed(some_ids).float()  # (1000, D), spread over the vocabulary
         sos_eos = self.clip_text.token_embedding(self.sos_eos)[None]  # (1, 2, W)
-        D, W, C = some_words.shape[1], sos_eos.shape[2], self.encode_words(sos_eos).shape[1]
+        D, W = some_words.shape[1], sos_eos.shape[2]
+        C = self.encode_words(sos_eos).shape[1]  # CLIP tells its width only by what comes out
         N, Q, P = settings.n_features, settings.n_slots, settings.n_image_tokens
 
         # All that is trained.
@@ -169,7 +171,7 @@ class LMEye(nn.Module):
         self.context = context_length(llm)
         self.max_text_tokens = self.context - len(self.image_words) - P - Q - len(self.answer_words)
         self.n_token_ids = max(tokenizer.get_vocab().values()) + 1  # the LM's head may have more rows
-        self.identity = identity(self)
+        self.identity = identity(self)  # by which a checkpoint knows its frozen models again
         self.to(llm.device).eval()
 
     # -- 1. See: the picture becomes a word of the language model
@@ -231,8 +233,8 @@ class LMEye(nn.Module):
     def read_prompt(self, f, question, question_mask):
         """Steps 1 to 3 and the beginning of 4 → (x, mask, cache): what the LM has to read up to "Answer:".
 
-        Plainly, the LM reads the prompt twice, with another <img-d>. But attention is causal: another <img-d>
-        can't change the states of the words before it. So their keys and values are kept in the cache, and
+        Plainly, the LM reads the prompt twice, each time with another <img-d>. But attention is causal, and so
+        <img-d> can't change the states of the words before it. Their keys and values are kept in the cache, and
         step 4 goes on from there. (If `align` is trained, it gets gradients from both passes.) x (B, T, D)
         begins with the new <img-d>; without a cache (captions, `static`) with the first word. The mask covers
         the cache and x.
@@ -449,7 +451,8 @@ class LMEye(nn.Module):
         needed = {name: tuple(p.shape) for name, p in self.adapter(stage).items()}
         for name in shapes | needed:
             if shapes.get(name) != needed.get(name):
-                raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, not {needed.get(name)}")
+                raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, not "
+                                f"{needed.get(name)}: other --n-features, --n-slots or --n-image-tokens?")
         self.load_state_dict(tensors, strict=False)  # the frozen models are not in the file
         return stage
 
@@ -480,8 +483,8 @@ def chunked_cross_entropy(h, targets, head):
 
     The logits of a whole batch are the largest tensors of a step. But the head is frozen: all that must be
     kept of a chunk is g, the gradient of its losses with respect to its states. It is taken at once, and the
-    logits are gone. What is then added to the losses is zero, for part and x are equal; but its gradient with
-    respect to `part` is g, and so backward() goes on as if the logits were still there.
+    logits are gone. What is then added to the losses is zero, but its gradient with respect to `part` is g:
+    backward() goes on as if the logits were still there.
     """
     size = max(1, LOGITS_AT_ONCE // len(head.weight))
     losses = []
@@ -490,7 +493,7 @@ def chunked_cross_entropy(h, targets, head):
         loss = F.cross_entropy(head(x).float(), target, reduction="none")
         if part.requires_grad:
             (g,) = torch.autograd.grad(loss.sum(), x)
-            zero = (part.float() - x.detach().float()) * g.float()
+            zero = (part - part.detach()).float() * g.float()
             loss = loss.detach() + zero.sum(-1)
         losses.append(loss)
     return torch.cat(losses)
@@ -564,7 +567,7 @@ def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, if
     weights are missing (transformers would make them up), compressed or ignored, or if the tokenizer does not
     fit the model."""
-    first = name.split("/")[0]
+    first = name.split("/")[0]  # where it is a folder here, the name is no hub name but a path with a slip
     is_hub_name = name.count("/") == 1 and first not in ("", ".", "..", "~") and not Path(first).is_dir()
     if not (Path(name).is_dir() or is_hub_name):
         raise UserError(f"--llm {name}: no such folder, and not a hub name as facebook/opt-1.3b is")
@@ -575,8 +578,9 @@ def load_llm(name, device, dtype):
     except Exception as error:  # a foreign folder or a missing network may raise anything
         raise UserError(f"--llm {name}: can't be loaded ({why_not(error, name)})") from error
 
-    # Some weights of the file may have no place in the model. Those of a layer that exists change what it
-    # should compute: a bias that config.json does not name, the scale of compressed weights, LoRA's matrices.
+    # transformers ignores weights that have no place in the model. Inside a layer that exists, this means that
+    # it computes something else than it should: a bias that config.json does not name, the scales of compressed
+    # weights, LoRA's matrices. (Names come with the base model's prefix or without it.)
     layers = [layer for layer, module in (*llm.named_modules(), *llm.base_model.named_modules())
               if layer and list(module.parameters(recurse=False))]
     ignored = sorted(found["unexpected_keys"])
@@ -662,7 +666,7 @@ def check_llm(model):
     can't be shortened, attention that is not causal. The controls make no passes but those of `lmeye`, so it
     is checked in any case.
     """
-    lmeye = copy.copy(model)
+    lmeye = copy.copy(model)  # the same weights, with other settings
     lmeye.settings = replace(model.settings, variant="lmeye")
     try:
         fault = find_fault(lmeye)
@@ -703,7 +707,7 @@ def find_fault(model):
         if not same(mine, llm(inputs_embeds=x).logits, llm.dtype):
             return "its head alone does not give its logits"
 
-    asked = []  # the states at <img-d>
+    trained, asked = list(model.set_trained(2).values()), []  # asked: the states at <img-d>
     with model.request.register_forward_pre_hook(lambda layer, inputs: asked.append(inputs[0].detach())):
         states, targets = model.answer_states(f, model.tokenize(questions, answers))
     logits = model.logits(states.detach())
@@ -711,10 +715,10 @@ def find_fault(model):
     centred = [part - part.mean(-1, keepdim=True) for part in (logits, plain_logits)]
     if not (same(asked[0], plain_h, llm.dtype) and same(*centred, llm.dtype)):
         return "padding, its cache or later words change its numbers"
-    chunked_cross_entropy(states, targets, head).sum().backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    return None if all(g.isfinite().all() for g in gradients) else "its gradients are not finite"
+    loss = chunked_cross_entropy(states, targets, head).sum()
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    finite = all(g is None or g.isfinite().all() for g in gradients)
+    return None if finite else "its gradients are not finite"
 
 
 def same(mine, theirs, dtype):
@@ -738,7 +742,7 @@ def read_adapter(path):
         if "interaction" in header["settings"]:
             raise ValueError("an earlier version wrote it, with other names: train it again")
         settings = Settings(**header["settings"])
-        settings.dropout = float(settings.dropout)  # JSON has no difference between 0 and 0.0
+        settings.dropout = float(settings.dropout)  # in Python it may have been given as 0
         usual = vars(Settings())
         wrong = [name for name in usual if type(getattr(settings, name)) is not type(usual[name])]
         if wrong or header["stage"] not in (1, 2) or settings.variant not in VARIANTS:
@@ -796,7 +800,7 @@ def show_library_notes():
 
 
 def run_main(main):
-    """Run a program's `main()`. A UserError, a file's error, full memory: one line, status 2. Ctrl-C: 130."""
+    """Run a program's `main()`. A UserError, a file's error, no memory left: one line, status 2; Ctrl-C: 130."""
     show_library_notes()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for letters that a terminal lacks; and each line appears at once
