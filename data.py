@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import re
 import shlex
 import tempfile
@@ -27,7 +28,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -339,7 +340,8 @@ def read_records(path, pictures, stage, answered=True):
             pictures.find(item.get("image"))
             records += found
         except UserError as reason:  # what has one reason is counted together, with the first one's name
-            skipped[examples.setdefault(str(reason), f"{reason} (as with {item.get('image')})")] += 1
+            example = f"{reason} (as with {str(item.get('image'))[:100]})"
+            skipped[examples.setdefault(str(reason), example)] += 1
         except (AttributeError, KeyError, TypeError):
             skipped["a record that is no object, lacks a field, has one twice, or one of another type"] += 1
     if not records:
@@ -384,7 +386,12 @@ def read_text(path):
 
 def read_folder(folder, skipped):
     """A folder of pictures, at any depth, with a .txt beside each → items as of `read_json`."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            files.append(path)
+        else:
+            os.listdir(path)  # an error if it may not be read, which rglob passes over
     texts = [path for path in files if path.suffix.lower() == ".txt"]
     counts = Counter(path.with_suffix("") for path in texts)
     beside = {path.with_suffix(""): path for path in texts}
@@ -406,6 +413,8 @@ def read_folder(folder, skipped):
 def read_item(item, stage, answered, skipped):
     """An item of a data file → the list of its Records. UserError if it can't be used."""
     conversation = item.get("conversations") or []
+    if conversation and "question" in item:
+        raise UserError('a record that has both "conversations" and "question"')
     if "question" in item:
         answer = "" if item.get("answer") is None else item["answer"]
         conversation = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": answer}]
@@ -432,15 +441,17 @@ def read_item(item, stage, answered, skipped):
         raise UserError("captions, for --stage 1")
     if len(texts) % 2 == 0 and not texts[-1]:  # an empty answer is one that is not known
         texts.pop()
+    if not all(map(is_text, texts)) or set(speakers[::2]) - {"human"} or set(speakers[1::2]) - {"gpt"}:
+        raise UserError("turns that are empty, or do not alternate between human and gpt")
+    n_questions = (len(texts) + 1) // 2
+    choices = item.get("choices") or [[]] * n_questions
+    if not isinstance(choices, list) or len(choices) != n_questions:
+        raise UserError('"choices" that are not one list of texts for each answer')
     if len(texts) % 2 == 1 and answered:
         texts.pop()
         skipped["a question without an answer"] += 1
-    if not all(map(is_text, texts)) or set(speakers[::2]) - {"human"} or set(speakers[1::2]) - {"gpt"}:
-        raise UserError("turns that are empty, or do not alternate between human and gpt")
 
-    choices = item.get("choices") or [[]] * len(texts)
-    if not isinstance(choices, list) or len(choices) < (len(texts) + 1) // 2:
-        raise UserError('"choices" that are not one list of texts for each answer')
+    # A record for each answer. The turns before it are its prompt.
     records = []
     for i in range(0, len(texts), 2):
         answer = "".join(texts[i + 1:i + 2])  # "" after the last question, if that is not answered
@@ -466,6 +477,7 @@ def is_text(value):
 
 
 def most_frequent(reasons):
+    """The five most frequent ones of a Counter, as one text."""
     return "; ".join(f"{reason} ({n:,})" for reason, n in reasons.most_common(5))
 
 
@@ -516,9 +528,10 @@ class Pictures:
         """A picture's name in a record → the name under which it is there. UserError if it is not."""
         if not is_text(name):
             raise UserError("no picture, or a name that is no text")
-        name = tidy(name)
-        if os.path.isabs(name) or os.path.splitdrive(name)[0] or ".." in name.split("/"):
+        outside = posixpath.isabs(tidy(name)) or os.path.splitdrive(name)[0]
+        if outside or ".." in name.replace("\\", "/").split("/"):
             raise UserError("a picture that is not inside --images")
+        name = tidy(name)
         if self.zip is None and os.path.isfile(self.path / name):
             return name
         for candidate in (name, self.top + name) if self.zip else ():
@@ -555,7 +568,7 @@ class Pictures:
 
 def tidy(name):
     """A path in one spelling: a/b for ./a//b and a\\b."""
-    return str(PurePosixPath(name.replace("\\", "/")))
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def load_image(source):

@@ -120,7 +120,7 @@ def test_choices_are_a_list_of_texts_for_each_answer(tmp_path):
     unknown = {"image": "a.jpg", "question": "What?", "choices": [["a", "b"]]}
     assert read(tmp_path, [unknown], answered=False)[0] == [Record("a.jpg", ("What?",), "", choices=("a", "b"))]
     good = {"image": "a.jpg", "conversations": CHAT}
-    for choices in (["a", "b"], [["a", "b"]], [["a", "b"], "cd"], [["a", "b"], ["c", 4]], 7, {"a": 1, "b": 2},
+    for choices in (["a", "b"], [["a", "b"]], [["a", "b"], ["d"], []], [["a", "b"], "cd"], [["a", "b"], ["c", 4]], 7, {"a": 1, "b": 2},
                     [["a", "b"], ["d", ""]], [["a", "c"], ["d", "e"]], [["a", "b", "b"], ["d", "e"]]):
         records, skipped = read(tmp_path, [item(choices), good])
         assert len(records) == 1 and sum(skipped.values()) == 1 and "choice" in next(iter(skipped)), choices
@@ -148,6 +148,7 @@ def test_choices_are_a_list_of_texts_for_each_answer(tmp_path):
     ({"image": "a.jpg", "conversations": [{"value": "What?"}]}, "lacks a field"),
     ({"image": "a.jpg", "question": ["What?"], "answer": "a cat"}, "another type"),
     ({"image": "a.jpg", "question": "How many?", "answer": 0}, "another type"),
+    ({"image": "a.jpg", "conversations": CHAT, "question": "What?", "answer": "a cat"}, "has both"),
     ({"image": "a.jpg", "conversations": CHAT[::-1]}, "alternate"),
     ({"image": "a.jpg", "conversations": turns("What?", "a cat", "", "here")}, "are empty"),
     ({"image": "a.jpg", "conversations": turns("What?", "", "Where?", "here")}, "are empty"),
