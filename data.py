@@ -507,7 +507,7 @@ class Pictures:
 
     def __init__(self, path):
         self.path, self.zip = Path(path), None
-        # Of an archive: {a name as `tidy` gives it: the name there}, those that are there twice, its one folder.
+        # Of an archive: {a name as `tidy` gives it: the name there}, those that are twice, its one folder.
         self.names, self.twice, self.top = {}, set(), ""
         if self.path.is_dir():
             return

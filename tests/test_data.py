@@ -242,8 +242,10 @@ def test_of_more_than_a_thousand_records_each_is_judged_by_itself(tmp_path):
     save_picture(tmp_path / "a.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     records = [Record("broken.jpg" if i == 1500 else "a.jpg", ("what?",), "red", id=i) for i in range(2000)]
-    some, skipped, _ = encode(tiny_model(), records, tmp_path)
+    records[1700] = records[1700]._replace(turns=("what?", "red") * 25 + ("what?",))
+    some, skipped, noted = encode(tiny_model(), records, tmp_path)
     assert sum(skipped.values()) == 1 and {r.id for r in some.records} == set(range(2000)) - {1500}
+    assert list(noted.values()) == [1] and len(some.records[1699].turns) < 51
 
 
 def test_words_that_the_tokenizer_has_no_token_for_are_noted_but_trained(tmp_path):
@@ -288,6 +290,7 @@ def test_what_only_spaces_case_or_composition_make_different_is_not_noted(tmp_pa
         _, skipped, noted = encode(model, [Record("a.jpg", ("what?",), answer) for answer in answers], tmp_path)
         assert not skipped and not noted
     assert data.letters("Cafe\u0301 !") == data.letters("caf\u00e9!") != data.letters("cafe!")
+    assert data.letters("ﬁne") != data.letters("fine")
 
 
 def test_a_text_that_the_tokenizer_takes_for_the_end_of_the_text_is_left_out(tmp_path):
