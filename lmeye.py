@@ -233,9 +233,9 @@ class LMEye(nn.Module):
     def read_prompt(self, f, question, question_mask):
         """Steps 1 to 3 and the beginning of 4 → (x, mask, cache): what the LM has to read up to "Answer:".
 
-        Plainly, the LM reads the prompt twice, each time with another <img-d>. But attention is causal, and so
-        <img-d> can't change the states of the words before it. Their keys and values are kept in the cache, and
-        step 4 goes on from there. (If `align` is trained, it gets gradients from both passes.) x (B, T, D)
+        Plainly, the LM reads the prompt twice, each time with another <img-d>. But attention is causal, so
+        <img-d> can't change the states of the words before it. Their keys and values are kept in the cache,
+        and step 4 goes on from there. (If `align` is trained, it gets gradients from both passes.) x (B, T, D)
         begins with the new <img-d>; without a cache (captions, `static`) with the first word. The mask covers
         the cache and x.
         """
@@ -365,8 +365,8 @@ class LMEye(nn.Module):
 
     def answer_ids(self, answers):
         """Token ids of each answer or caption, with eos."""
-        eos = [self.tokenizer.eos_token_id]
-        return [ids + eos for ids in self.ids_of([" " + answer for answer in answers])]
+        texts = [" " + answer for answer in answers]
+        return [ids + [self.tokenizer.eos_token_id] for ids in self.ids_of(texts)]
 
     def tokenize(self, questions, answers):
         """Texts → Tokens, on the CPU. Each is tokenised by itself, so that a question's tokens can't depend
@@ -578,13 +578,13 @@ def load_llm(name, device, dtype):
     except Exception as error:  # a foreign folder or a missing network may raise anything
         raise UserError(f"--llm {name}: can't be loaded ({why_not(error, name)})") from error
 
-    # transformers ignores weights that have no place in the model. Inside a layer that exists, this means that
-    # it computes something else than it should: a bias that config.json does not name, the scales of compressed
-    # weights, LoRA's matrices. (Names come with the base model's prefix or without it.)
-    layers = [layer for layer, module in (*llm.named_modules(), *llm.base_model.named_modules())
-              if layer and list(module.parameters(recurse=False))]
+    # transformers ignores weights that have no place in the model. Inside a layer that exists, this means
+    # that it computes something else than it should: a bias that config.json does not name, the scales of
+    # compressed weights, LoRA's matrices. (Names come with the base model's prefix or without it.)
+    layers = tuple(f"{layer}." for layer, module in (*llm.named_modules(), *llm.base_model.named_modules())
+                   if layer and list(module.parameters(recurse=False)))
     ignored = sorted(found["unexpected_keys"])
-    wrong = [key for key in ignored if key.startswith(tuple(layer + "." for layer in layers))]
+    wrong = [key for key in ignored if key.startswith(layers)]
     wrong += sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if wrong:
         raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape, ignored by their "
@@ -800,7 +800,7 @@ def show_library_notes():
 
 
 def run_main(main):
-    """Run a program's `main()`. A UserError, a file's error, no memory left: one line, status 2; Ctrl-C: 130."""
+    """Run a program's `main()`. UserErrors, files' errors, no memory left: one line, status 2; Ctrl-C: 130."""
     show_library_notes()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for letters that a terminal lacks; and each line appears at once
