@@ -235,8 +235,8 @@ class LMEye(nn.Module):
 
         Plainly, the LM reads the prompt twice, each time with another <img-d>. But attention is causal, so
         <img-d> can't change the states of the words before it. Their keys and values are kept in the cache,
-        and step 4 goes on from there. (If `align` is trained, both passes give it gradients.) x (B, T, D) begins
-        with the new <img-d>; without a cache (captions, `static`) with the first word. The mask covers
+        and step 4 goes on from there. (If `align` is trained, both passes give it gradients.) x (B, T, D)
+        begins with the new <img-d>; without a cache (captions, `static`) with the first word. The mask covers
         the cache and x.
         """
         B, Q = len(f), self.settings.n_slots

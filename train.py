@@ -414,7 +414,8 @@ def parse_args():
     add("--train-align", action="store_true", help="in stage 2, go on training align and img. The authors "
         "did not, so it is off; all our tables have better scores with it (tests/lab/README.md)")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, help="optimiser steps (default: whole epochs, at least 500; not for mini, smollm2)")
+    add("--steps", type=int, help="optimiser steps (default: whole epochs, at least 500; of mini, smollm2 "
+        "as tuned)")
     add("--batch-size", type=int, help="records computed at once, at most (default: 128 in stage 1, 64 in "
         "stage 2; mini: 64; smollm2: 16, 32)")
     add("--max-batch-tokens", type=int, default=4096, help="text tokens computed at once, at most, padding "
