@@ -193,7 +193,8 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
     they stand, are added to the Counter `noted`, if one is given. UserError if no record remains.
     """
     noted = Counter() if noted is None else noted
-    names = list(dict.fromkeys(record.image for record in records))  # each once
+    # A picture with several records has one row of features.
+    names = list(dict.fromkeys(record.image for record in records))
     row = {name: i for i, name in enumerate(names)}
     features, unreadable = encode_images(model, pictures, names, folder)
     kept, tokens, picture = [], [], []
@@ -299,6 +300,7 @@ def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
     lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
     rng = np.random.default_rng((seed, epoch))
     order, plan = rng.permutation(len(lengths)), []
+    # Records stay within their stretch, so that batches are mixed well although they are sorted by length.
     for start in range(0, len(order), window * size):
         parts = [order[start:start + window * size]]
         while parts:
@@ -413,12 +415,14 @@ def read_folder(folder, skipped):
 
 def read_item(item, stage, answered, skipped):
     """An item of a data file → the list of its Records. UserError if it can't be used."""
+    # A question with an answer is a short conversation.
     conversation = item.get("conversations") or []
     if conversation and "question" in item:
         raise UserError('a record that has both "conversations" and "question"')
     if "question" in item:
         answer = "" if item.get("answer") is None else item["answer"]
-        conversation = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": answer}]
+        conversation = [{"from": "human", "value": item["question"]},
+                        {"from": "gpt", "value": answer}]
     if not conversation and "caption" not in item:
         raise UserError('a record of no known kind: it needs "image" with "caption", "conversations" or '
                         f'"question", and has {", ".join(item)[:100]} (tests/lab/published.py reads others)')
@@ -429,7 +433,8 @@ def read_item(item, stage, answered, skipped):
     category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
     record = Record(item.get("image"), (), "", category, item.get("id"))
 
-    described = speakers == ["human", "gpt"]  # "describe the picture", and the description
+    # Stage 1 wants a caption. LLaVA writes one as the answer to "describe the picture".
+    described = speakers == ["human", "gpt"]
     if stage == 1:
         caption = " ".join((item.get("caption") or "").split()) or (texts[1] if described else "")
         if not caption and "caption" not in item and not described:
@@ -438,6 +443,7 @@ def read_item(item, stage, answered, skipped):
             raise UserError("an empty or unreadable text")
         return [record._replace(answer=caption)]
 
+    # Stage 2 wants questions, each with its answer. An evaluation takes a last one without.
     if not texts or (described and not texts[0]):
         raise UserError("captions, for --stage 1")
     if len(texts) % 2 == 0 and not texts[-1]:  # an empty answer is one that is not known
