@@ -148,7 +148,7 @@ def evaluation(account, model, weights, stage, max_batch_tokens, question, answe
     tasks = [(min(64, pairs), question, model), (prompts, question + sample.MAX_TOKENS, first_token)]
     if stage == 2:
         def four_choices(f, _):
-            return model.score(f, [""] * len(f), [[""] * 4] * len(f))
+            return model.score(f, [""] * len(f), [["red"] * 4] * len(f))
 
         tasks.append((max(1, pairs // 4), question, four_choices))
     peaks = []
