@@ -55,7 +55,6 @@ def texts(drawn):
 
 def write_log(path, lines):
     """A log.csv with (step, loss, val_loss) in each line; the shuffled loss is one more."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [f"{step},{loss},{val},{val},0.001,0.5,0,1000,1.0" for step, loss, val in lines]
     header = "step,loss,val_loss,val_loss_shuffled,lr,grad_norm,skipped,tokens_per_second,seconds"
     path.write_text("\n".join([header, *rows]))
@@ -66,19 +65,20 @@ def write_answers(path, rows):
     """An answers.jsonl as sample.py writes it, with (image, turns, answer, truth) in each line."""
     lines = []
     for image, turns, answer, truth in rows:
-        line = {"id": None, "image": image, "question": turns[-1] if turns else None, "turns": turns, "answer": answer,
-                "blind": "", "truth": truth, "category": "all", "right": truth and answer == truth}
-        lines.append(json.dumps(line | {"blind_right": truth and False}))
+        line = {"id": None, "image": image, "question": turns[-1] if turns else None, "turns": turns,
+                "answer": answer, "blind": "", "truth": truth, "category": "all",
+                "right": truth and answer == truth, "blind_right": truth and False}
+        lines.append(json.dumps(line))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-# ---- Looking into an answer ----------------------------------------------------------------------------------
+# ---- Looking into an answer --------------------------------------------------------------------------------
 
 
 class PlainViT(nn.Module):
-    """An image tower like CLIP's ViT with 2 × 4 places; its feature depends on each as much as `weights` say."""
+    """An image tower like CLIP's ViT with 2 × 4 places; each counts as much as `weights` say."""
     grid_size = (2, 4)
 
     def __init__(self, weights):
@@ -93,7 +93,7 @@ class PlainViT(nn.Module):
 
 
 class OnePlaceResNet(nn.Module):
-    """An image tower like CLIP's ResNet: maps of 16, 8, 7 and 3 pixels; it looks at one place of the third."""
+    """An image tower like CLIP's ResNet: it looks at a place of the third of its maps, of 7 pixels."""
 
     def __init__(self, place):
         super().__init__()
@@ -137,13 +137,14 @@ def test_saliency_is_what_a_small_change_of_each_place_does_to_log_p(four_colors
         for share in (0.99, 1.01):
             scale = torch.ones(9, 1)
             scale[1 + place] = share
-            hook = model.clip.visual.ln_pre.register_forward_hook(lambda layer, inputs, output: output * scale)
+            hook = model.clip.visual.ln_pre.register_forward_hook(lambda layer, inputs, x: x * scale)
             ends.append(look.log_p(model, model.encode_image(pixels), QUESTION, ANSWER))
             hook.remove()
         slopes.append(abs(ends[1] - ends[0]))
     expected = torch.tensor(slopes).view(2, 4) / max(slopes)
     assert expected.min() < 0.01 and 0.1 < expected.median() < 0.9
-    torch.testing.assert_close(look.saliency(model, picture, QUESTION, ANSWER), expected, rtol=0.05, atol=0.02)
+    found = look.saliency(model, picture, QUESTION, ANSWER)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
 def test_small_gradients_do_not_vanish_in_fp16(four_colors):
@@ -194,54 +195,56 @@ def test_a_model_is_compared_with_itself_without_its_request_the_controls_and_bl
 
 def test_the_page_of_an_answer_has_its_numbers_and_its_bars_have_one_scale(folder, drawn, monkeypatch):
     monkeypatch.setattr(look, "leave_one_out", lambda model, f, question, answer: {
-        QUESTION: [0.5, -2.0, 0.0, 0.0, 0.0], look.SECOND: [1.0, 0.0, 0.0, 0.0, -0.25]}[question])
+        QUESTION: [0.5, -1.0, 0.0, 0.0, 0.0], look.SECOND: [2.0, 0.0, 0.0, 0.0, -0.25]}[question])
     result = run("look.py", "answer", "red.png", QUESTION, "--png", "page.png", cwd=folder)
     assert result.returncode == 0 and result.stdout == "page.png\n", result.stderr
     page = Image.open(folder / "page.png")
     assert page.format == "PNG" and page.getpixel((148, 158)) == (255, 0, 0)  # the picture
     said = texts(drawn)
-    assert said.count("f1: +0.50") == said.count("f2: -2.00") == said.count("f5: -0.25") == 1
-    bars = [box for kind, box, color in [item for item in drawn if item[0] == "bar"] if color == look.BLUE]
+    assert said.count("f1: +0.50") == said.count("f2: -1.00") == said.count("f5: -0.25") == 1
+    bars = [item[1] for item in drawn if item[0] == "bar" and item[2] == look.BLUE]
     zeros = [look.MIDDLE + 80] * 5 + [look.RIGHT + 80] * 5
-    ends = [box[0] + box[2] - zero - zero for box, zero in zip(bars, zeros)]  # right of zero: lost, left: gained
-    assert [end / 37.5 for end in ends] == [0.5, -2, 0, 0, 0, 1, 0, 0, 0, -0.25]
+    ends = [box[0] + box[2] - zero - zero for box, zero in zip(bars, zeros)]
+    assert [end / 37.5 for end in ends] == [0.5, -1, 0, 0, 0, 2, 0, 0, 0, -0.25]
     model, _ = look.sample.load_trained(folder / "out" / "llm+clip" / "stage2" / CHECKPOINT)
     f = model.encode_image(model.preprocess(Image.open(folder / "red.png"))[None])
     answer = model.generate(f, [QUESTION])[0]
     p = math.exp(look.log_p(model, f, QUESTION, answer))
-    assert f"lmeye: {answer}"[:40] in said[said.index("answers, and p of the first one") + 1] and f"{p:.2f}" in said
+    below = said.index("answers, and p of the first one")
+    assert said[below + 1].startswith(f"lmeye: {answer}"[:40]) and said[below + 2] == f"{p:.2f}"
 
 
 @pytest.mark.parametrize("mistake", [
     ["nowhere.png", QUESTION], ["red.png", QUESTION, "--checkpoint", "nowhere"],
-    ["red.png", QUESTION, "--checkpoint", "out/llm+clip/stage1/adapter.safetensors"], ["red.png", "red " * 5000]])
+    ["red.png", QUESTION, "--checkpoint", f"out/llm+clip/stage1/{CHECKPOINT}"], ["red.png", "red " * 5000]])
 def test_mistakes_in_looking_are_told_and_nothing_is_drawn(folder, mistake):
     result = run("look.py", "answer", *mistake, "--png", "none.png", cwd=folder)
     assert result.returncode == 2 and "Traceback" not in result.stderr and not (folder / "none.png").exists()
 
 
-# ---- Logs ----------------------------------------------------------------------------------------------------
+# ---- Logs --------------------------------------------------------------------------------------------------
 
 
 def test_the_losses_of_two_runs_are_drawn_on_the_same_named_axes(tmp_path, drawn):
-    mine = write_log(tmp_path / "mine" / "log.csv", [(1, 3.0, ""), (2, 2.0, 2.5), (3, "nan", ""), (4, 0.0, "")])
-    other = write_log(tmp_path / "other" / "log.csv", [(1, 8.0, ""), (5, 1.0, 0.5)])
+    mine = write_log(tmp_path / "mine.csv", [(1, 3.0, ""), (2, 2.0, 2.5), (3, "nan", "inf"), (4, 0.0, "")])
+    other = write_log(tmp_path / "other.csv", [(1, 8.0, ""), (5, 1.0, 0.5)])
     result = run("look.py", "logs", mine, other, cwd=tmp_path)
-    assert result.returncode == 0 and "2 losses that are not finite" in result.stderr
-    assert f"{mine}: val_loss 2.5000 at step 2" in result.stdout and f"{other}: loss 1.0000 at step 5" in result.stdout
+    assert result.returncode == 0 and "4 losses that are not finite" in result.stderr
+    assert f"{mine}: val_loss 2.5000 at step 2\n" in result.stdout
+    assert f"{other}: loss 1.0000 at step 5\n" in result.stdout
     said = texts(drawn)
     assert "step" in said and "loss of a token (logarithmic)" in said
     assert [text for text in said if text.endswith(("loss", "shuffled"))] == [
         f"{path}: {column}" for path in (other, mine) for column in ("loss", "val_loss", "val_loss_shuffled")]
-    for mark in ("1", "2", "3", "4", "5", "0.5", "2", "8"):  # 0.5 to 8 in four even steps of a logarithmic axis
+    for mark in ("1", "2", "3", "4", "5", "0.5", "8"):  # the losses' axis: 0.5, 1, 2, 4, 8
         assert mark in said
     assert Image.open(tmp_path / "logs.png").format == "PNG"
 
 
-# ---- Sheets --------------------------------------------------------------------------------------------------
+# ---- Sheets ------------------------------------------------------------------------------------------------
 
 
-def test_a_sheet_has_the_last_question_of_a_chat_whole_and_the_truth_only_where_it_differs(folder, tmp_path, drawn):
+def test_a_sheet_has_a_chats_last_question_whole_and_the_truth_where_it_differs(folder, tmp_path, drawn):
     long = "what " + "very " * 60 + "last?"
     write_answers(tmp_path / "run" / "evaluation" / "answers.jsonl", [
         ("blue.png", ["earlier?", "before", long], "yes", "no"), ("red.png", ["asked?"], "right", "right"),
@@ -261,12 +264,13 @@ def test_a_sheet_has_the_last_question_of_a_chat_whole_and_the_truth_only_where_
 
 def test_the_key_tells_who_gave_which_answer_and_the_sheet_does_not(folder, tmp_path, drawn):
     for run_name in ("mine", "theirs"):
-        rows = [("red.png", [f"question {i}?"], f"{run_name} {i}" if i < 20 else "same", "x") for i in range(25)]
+        answers = [f"{run_name} {i}" for i in range(20)] + ["same"] * 5
+        rows = [("red.png", [f"question {i}?"], answer, "x") for i, answer in enumerate(answers)]
         write_answers(tmp_path / run_name / "answers.jsonl", rows)
     result = run("look.py", "compare", "mine", "theirs", "--images", folder, "--number", 16, cwd=tmp_path)
     assert result.returncode == 0 and "the two differ on 20 of 25 questions" in result.stdout, result.stderr
     key = json.loads((tmp_path / "compare.key.json").read_text())
-    said = [text for text in texts(drawn)]
+    said = texts(drawn)
     assert len(key) == 16 and len(said) == 48
     for entry, question, a, b in zip(key, said[0::3], said[1::3], said[2::3]):
         number, i = question.split()[0].rstrip("."), question.split()[2].rstrip("?")
