@@ -1,6 +1,6 @@
 """Whose answer does a model give if another question's request is swapped in?
 
-    python tests/lab/swap.py out/ablation/s*/lmeye-0/mini/stage2
+    python tests/lab/swap.py out/ablation/s*/lmeye/seed0/mini/stage2
 
 Every held-out picture of the miniature is asked its six questions about an attribute. Into the answer to one
 goes the request that another question made of the same picture; or the v that another picture gave to its own
