@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import re
 import shlex
 import tempfile
@@ -27,7 +28,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -192,18 +193,20 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
     they stand, are added to the Counter `noted`, if one is given. UserError if no record remains.
     """
     noted = Counter() if noted is None else noted
-    names = list(dict.fromkeys(record.image for record in records))  # each once
+    # A picture with several records has one row of features.
+    names = list(dict.fromkeys(record.image for record in records))
     row = {name: i for i, name in enumerate(names)}
     features, unreadable = encode_images(model, pictures, names, folder)
     kept, tokens, picture = [], [], []
     quiet = None if len(records) > 20_000 else True  # None: a bar on terminals only
     for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=quiet):
-        part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in records[start:start + 1000]]
+        whole = records[start:start + 1000]
+        part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in whole]
         answers = model.answer_ids([record.answer for record in part])
         questions = [[]] * len(part)
         if part[0].turns:
             questions = model.question_ids([record.question for record in part])
-        for i, (record, question, answer) in enumerate(zip(part, questions, answers), start):
+        for before, record, question, answer in zip(whole, part, questions, answers):
             # What is too long loses its oldest turns first. Choices are only compared with the whole prompt.
             choices = model.answer_ids(record.choices) if record.choices else []
             room = model.max_text_tokens - max(map(len, [answer, *choices]))
@@ -216,7 +219,7 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
             if reason:
                 skipped[reason] += 1
                 continue
-            if len(record.turns) < len(records[i].turns):
+            if len(record.turns) < len(before.turns):
                 noted["prompts without the oldest turns of a long dialogue"] += 1
             if model.tokenizer.unk_token_id in answer[:-1]:  # the last is eos, which may be the same token
                 noted["words in an answer that the language model has no token for"] += 1
@@ -251,7 +254,7 @@ def hold_out(dataset, most=500):
     Copies of a picture stay together. Two pictures are set aside at least, for one could not be shuffled. Of
     fewer than ten none is, and the second Dataset is None.
     """
-    copies = picture_hashes(dataset)
+    copies = first_copies(dataset)
     distinct = np.unique(copies)
     if len(distinct) < 10:
         return dataset, None
@@ -263,23 +266,23 @@ def hold_out(dataset, most=500):
 def shuffled(dataset):
     """The same records, each with another picture, no copy of its own if there is one. A model that does not
     look loses nothing by it."""
-    distinct, first, kind = np.unique(picture_hashes(dataset), return_index=True, return_inverse=True)
-    order = np.random.default_rng(0).permutation(len(distinct))
-    other = np.empty_like(order)
-    other[order] = np.roll(order, 1)  # each kind of picture takes the place of the next one
-    return dataset._replace(picture=dataset.picture[first[other[kind]]])
+    copies = first_copies(dataset)
+    pictures = np.random.default_rng(0).permutation(np.unique(copies))
+    other = dict(zip(pictures, np.roll(pictures, 1)))
+    return dataset._replace(picture=np.array([other[i] for i in copies]))
 
 
 def count_shared(train, val):
     """How many pictures of `val` are trained on, under whatever name."""
-    return len(np.intersect1d(picture_hashes(train), picture_hashes(val)))
+    trained = {hash(train.features[i].tobytes()) for i in np.unique(train.picture)}
+    return sum(hash(val.features[i].tobytes()) in trained for i in np.unique(first_copies(val)))
 
 
-def picture_hashes(dataset):
-    """A hash of the features of each record's picture (R,): copies of a picture have equal features."""
+def first_copies(dataset):
+    """For each record (R,) the first row with the features of its picture: copies have the same one."""
     rows, index = np.unique(dataset.picture, return_inverse=True)
-    digests = [hashlib.blake2b(dataset.features[i].tobytes(), digest_size=8).digest() for i in rows]
-    return np.array([int.from_bytes(digest, "big") for digest in digests], np.uint64)[index]
+    first = {}  # hash of features → row
+    return np.array([first.setdefault(hash(dataset.features[i].tobytes()), i) for i in rows])[index]
 
 
 # ---- Batches: planned by length ----------------------------------------------------------------------------
@@ -297,6 +300,7 @@ def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
     lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
     rng = np.random.default_rng((seed, epoch))
     order, plan = rng.permutation(len(lengths)), []
+    # Records stay within their stretch, so that batches are mixed well although they are sorted by length.
     for start in range(0, len(order), window * size):
         parts = [order[start:start + window * size]]
         while parts:
@@ -339,7 +343,8 @@ def read_records(path, pictures, stage, answered=True):
             pictures.find(item.get("image"))
             records += found
         except UserError as reason:  # what has one reason is counted together, with the first one's name
-            skipped[examples.setdefault(str(reason), f"{reason} (as with {item.get('image')})")] += 1
+            example = f"{reason} (as with {str(item.get('image'))[:100]})"
+            skipped[examples.setdefault(str(reason), example)] += 1
         except (AttributeError, KeyError, TypeError):
             skipped["a record that is no object, lacks a field, has one twice, or one of another type"] += 1
     if not records:
@@ -384,7 +389,12 @@ def read_text(path):
 
 def read_folder(folder, skipped):
     """A folder of pictures, at any depth, with a .txt beside each → items as of `read_json`."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            files.append(path)
+        else:
+            os.listdir(path)  # an error if it may not be read, which rglob passes over
     texts = [path for path in files if path.suffix.lower() == ".txt"]
     counts = Counter(path.with_suffix("") for path in texts)
     beside = {path.with_suffix(""): path for path in texts}
@@ -405,10 +415,14 @@ def read_folder(folder, skipped):
 
 def read_item(item, stage, answered, skipped):
     """An item of a data file → the list of its Records. UserError if it can't be used."""
+    # A question with an answer is a short conversation.
     conversation = item.get("conversations") or []
+    if conversation and "question" in item:
+        raise UserError('a record that has both "conversations" and "question"')
     if "question" in item:
         answer = "" if item.get("answer") is None else item["answer"]
-        conversation = [{"from": "human", "value": item["question"]}, {"from": "gpt", "value": answer}]
+        conversation = [{"from": "human", "value": item["question"]},
+                        {"from": "gpt", "value": answer}]
     if not conversation and "caption" not in item:
         raise UserError('a record of no known kind: it needs "image" with "caption", "conversations" or '
                         f'"question", and has {", ".join(item)[:100]} (tests/lab/published.py reads others)')
@@ -419,7 +433,8 @@ def read_item(item, stage, answered, skipped):
     category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
     record = Record(item.get("image"), (), "", category, item.get("id"))
 
-    described = speakers == ["human", "gpt"]  # "describe the picture", and the description
+    # Stage 1 wants a caption. LLaVA writes one as the answer to "describe the picture".
+    described = speakers == ["human", "gpt"]
     if stage == 1:
         caption = " ".join((item.get("caption") or "").split()) or (texts[1] if described else "")
         if not caption and "caption" not in item and not described:
@@ -428,19 +443,22 @@ def read_item(item, stage, answered, skipped):
             raise UserError("an empty or unreadable text")
         return [record._replace(answer=caption)]
 
+    # Stage 2 wants questions, each with its answer. An evaluation takes a last one without.
     if not texts or (described and not texts[0]):
         raise UserError("captions, for --stage 1")
     if len(texts) % 2 == 0 and not texts[-1]:  # an empty answer is one that is not known
         texts.pop()
+    if not all(map(is_text, texts)) or set(speakers[::2]) - {"human"} or set(speakers[1::2]) - {"gpt"}:
+        raise UserError("turns that are empty, or do not alternate between human and gpt")
+    n_questions = (len(texts) + 1) // 2
+    choices = item.get("choices") or [[]] * n_questions
+    if not isinstance(choices, list) or len(choices) != n_questions:
+        raise UserError('"choices" that are not one list of texts for each answer')
     if len(texts) % 2 == 1 and answered:
         texts.pop()
         skipped["a question without an answer"] += 1
-    if not all(map(is_text, texts)) or set(speakers[::2]) - {"human"} or set(speakers[1::2]) - {"gpt"}:
-        raise UserError("turns that are empty, or do not alternate between human and gpt")
 
-    choices = item.get("choices") or [[]] * len(texts)
-    if not isinstance(choices, list) or len(choices) < (len(texts) + 1) // 2:
-        raise UserError('"choices" that are not one list of texts for each answer')
+    # A record for each answer. The turns before it are its prompt.
     records = []
     for i in range(0, len(texts), 2):
         answer = "".join(texts[i + 1:i + 2])  # "" after the last question, if that is not answered
@@ -466,6 +484,7 @@ def is_text(value):
 
 
 def most_frequent(reasons):
+    """The five most frequent ones of a Counter, as one text."""
     return "; ".join(f"{reason} ({n:,})" for reason, n in reasons.most_common(5))
 
 
@@ -494,6 +513,8 @@ class Pictures:
 
     def __init__(self, path):
         self.path, self.zip = Path(path), None
+        # Of an archive: {a name as `tidy` gives it: the name there}, those that are twice, its one folder.
+        self.names, self.twice, self.top = {}, set(), ""
         if self.path.is_dir():
             return
         if not self.path.is_file():  # a pipe would be waited for
@@ -502,7 +523,6 @@ class Pictures:
             self.zip = zipfile.ZipFile(self.path)
         except Exception as error:  # zipfile raises half a dozen kinds at broken archives
             raise UserError(f"{path}: is neither a folder nor a whole zip archive ({error})") from error
-        self.names, self.twice = {}, set()  # {name as `tidy` gives it: name in the archive}
         for name in self.zip.namelist():
             plain = tidy(name)
             if plain in self.names:
@@ -510,23 +530,25 @@ class Pictures:
             if not name.endswith("/"):
                 self.names[plain] = name
         tops = {name.partition("/")[0] for name in self.names} - {"__MACOSX"}
-        self.top = tops.pop() + "/" if len(tops) == 1 else ""
+        if len(tops) == 1:
+            self.top = tops.pop() + "/"
 
     def find(self, name):
         """A picture's name in a record → the name under which it is there. UserError if it is not."""
         if not is_text(name):
             raise UserError("no picture, or a name that is no text")
-        name = tidy(name)
-        if os.path.isabs(name) or os.path.splitdrive(name)[0] or ".." in name.split("/"):
+        outside = posixpath.isabs(tidy(name)) or os.path.splitdrive(name)[0]
+        if outside or ".." in name.replace("\\", "/").split("/"):
             raise UserError("a picture that is not inside --images")
+        name = tidy(name)
         if self.zip is None and os.path.isfile(self.path / name):
             return name
-        for candidate in (name, self.top + name) if self.zip else ():
+        for candidate in (name, self.top + name):
             if candidate in self.twice:
                 raise UserError(f"a picture whose name is twice in {self.path}")
             if candidate in self.names:
                 return self.names[candidate]
-        raise UserError(f"no such picture in {self.path}, the folder or zip of --images")
+        raise UserError(f"no such picture in {self.path}: --images names their folder or zip")
 
     def open(self, name):
         """A picture's name → a binary file. UserError if it is not there, or can't be opened or unpacked."""
@@ -555,7 +577,7 @@ class Pictures:
 
 def tidy(name):
     """A path in one spelling: a/b for ./a//b and a\\b."""
-    return str(PurePosixPath(name.replace("\\", "/")))
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def load_image(source):
@@ -585,7 +607,7 @@ def to_rgb(image):
         raise UserError("gray of more than 8 bits, of a range that Pillow does not tell: save it as PNG")
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # at EXIF that it can't read, or can't write when the picture is turned (Pillow 8965)
+    except Exception:  # at EXIF that it can't read, or can't write back when the picture is turned
         pass
     if many_bits:  # in PNG 65,535 is white; Pillow alone would cut off at 255
         image = Image.fromarray((np.asarray(image, np.int64) // 256).astype(np.uint8))

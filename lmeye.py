@@ -3,32 +3,33 @@ r"""LMEye: a frozen language model asks a frozen CLIP about a picture (arXiv 230
 Models like LLaVA turn a picture into tokens once, before the question is known. LMEye lets the language
 model (LM) read the question first and then *ask* for what it needs:
 
-    1. see        CLIP turns the picture into one vector f.    <img> = align(f) + img
-    2. ask        The LM reads  [bos]Image:<img>\nQuestion: {question}<img-d>  where a learned vector, img_d,
-                  stands in for <img-d>. Its last state there is h.    r = request(h)
-    3. interact   CLIP's own text transformer reads picture and request as if they were words.
-                  f_1 … f_N = decompose(f)    v = CLIP_text([SOS, f_1 … f_N, r, EOS])
-    4. tell       The LM reads the prompt again, now with  <img-d> = transmit(v) + img_d , and then
-                  \nAnswer: {answer}[eos]  whose tokens carry the loss.
+    1. see        CLIP turns the picture into one vector f. <img>, a word of the prompt, is align(f) + img.
+    2. ask        The LM reads  [bos]Image:<img>\nQuestion: {question}<img-d>  with a learned vector, img_d,
+                  in the place called <img-d>. h is its last layer's state there. The request: r = request(h).
+    3. interact   CLIP's own text transformer reads picture and request as if they were words, with
+                  f_1 … f_N = decompose(f). What comes out is v = CLIP_text([SOS, f_1 … f_N, r, EOS]).
+    4. tell       The LM reads the prompt again, now with transmit(v) + img_d in the place <img-d>, and then
+                  \nAnswer: {answer}[eos] . The loss is on the tokens of {answer} and on [eos].
 
-Both models are frozen; four linear layers and two vectors are trained. Phase 1 (`--stage 1`) trains `align`
-and `img` on captions, [bos]Image:<img> {caption}[eos], where nothing is asked. Phase 2 trains the others.
-"Frozen" means that weights don't change. It does not stop gradients: they pass from the loss through the LM,
-`transmit` and CLIP's text transformer to `request`, and through the LM's first pass to img_d. Only the
-picture tower runs without gradients.
+Both models are frozen; four linear layers and two vectors are trained. Stage 1, the paper's phase 1, trains
+`align` and `img` on captions, [bos]Image:<img> {caption}[eos], where nothing is asked. Stage 2 trains the
+others on questions. "Frozen" means that weights don't change. It does not stop gradients: they pass from the
+loss through the LM, `transmit` and CLIP's text transformer to `request`, and through the LM's first pass to
+img_d. Where nothing before is trained, none are computed: in CLIP's picture tower, and while `align` is
+frozen in the LM's reading of the words before <img-d>.
 
-In numbers, for "what is on the table?" with OPT-1.3b and CLIP ViT-L/14:
+Axes in the shape comments, with the sizes of OPT-1.3b and CLIP ViT-L/14:
+    B   records of a batch                     T   tokens; T' those of the answer
+    C   width of CLIP's features, 768          N   vectors that `decompose` makes, 5
+    D   width of the LM, 2048                  Q   places <img-d>, 1
+    W   width of CLIP's text side, 768         P   places <img>, 1
+    V   rows of the LM's head, 50272           K   choices of a question
+
+One question in numbers, "what is on the table?", with these models:
     f (1, 768)   <img> (1, 1, 2048)   prompt before <img-d> (1, 13, 2048)   h (1, 2048)   r (1, 768)
     words of CLIP (1, 8, 768)   v (1, 768)   <img-d> (1, 1, 2048)
 Trained: align 1.57 M, request 1.57 M, decompose 2.95 M, transmit 1.57 M and two vectors: 7.68 M, of which
-1.58 M in phase 1 and 6.10 M in phase 2. Frozen: 1.3 billion (OPT) and 0.43 billion (CLIP).
-
-Axes in the shape comments, with the sizes of these two models:
-    B   records of a batch                     T   tokens; T' those of the answer
-    C   width of CLIP's features, 768          N   vectors that `decompose` makes, 5
-    D   width of the LM, 2048                  Q   <img-d> slots, 1
-    W   width of CLIP's text side, 768         P   <img> tokens, 1
-    V   size of the LM's vocabulary, 50272     K   choices of a question
+1.58 M in stage 1 and 6.10 M in stage 2. Frozen: 1.3 billion (OPT) and 0.43 billion (CLIP).
 """
 
 import copy
@@ -58,22 +59,22 @@ class Settings:
     preset: str = "opt-1.3b"  # a row of PRESETS, or a name for models of your own
     llm: str = "facebook/opt-1.3b"  # causal language model: a hub name or a local folder
     clip: str = "ViT-L-14:openai"  # open_clip's NAME:TAG, NAME:FILE, hf-hub:ORG/NAME, or a folder
-    variant: str = "lmeye"  # or a control. norequest: the request is zero. static: there is no <img-d>
-    n_features: int = 5  # N: number of vectors that `decompose` makes from the picture
-    n_slots: int = 1  # Q: number of <img-d> slots
-    n_image_tokens: int = 1  # P: number of <img> tokens
-    dropout: float = 0.5  # on the N vectors, in training
+    variant: str = "lmeye"  # or a control experiment. norequest: r is zero. static: there is no <img-d>
+    n_features: int = 5  # N: vectors that `decompose` makes from the picture
+    n_slots: int = 1  # Q: places <img-d>. All hold img_d when the LM asks; each is told a vector of its own
+    n_image_tokens: int = 1  # P: places <img>
+    dropout: float = 0.5  # on the numbers of the N vectors, in training
     precision: str = "auto"  # of the frozen weights: bf16, fp16, fp32, or auto (see device_and_dtype)
 
 
 PRESETS = {
     "mini": Settings("mini", "out/mini/llm", "local-dir:out/mini/clip", dropout=0.0),
-    "smollm2": Settings("smollm2", "out/smollm2", "local-dir:out/mini/clip", dropout=0.0),
+    "smollm2": Settings("smollm2", "out/smollm2/llm", "local-dir:out/mini/clip", dropout=0.0),
     "opt-1.3b": Settings("opt-1.3b"),
     "bloomz-7b1": Settings("bloomz-7b1", "bigscience/bloomz-7b1", n_slots=5),
 }
 VARIANTS = ("lmeye", "norequest", "static")
-IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"  # one template for training and all else
+IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"  # an answer begins with its own space
 
 
 # ---- The method, plainly -------------------------------------------------------------------------
@@ -81,17 +82,18 @@ IMAGE, QUESTION, ANSWER = "Image:", "\nQuestion: ", "\nAnswer:"  # one template 
 def plain_loss(model, f, question, answer):
     """The method as section 3 of the paper tells it: two whole passes of the LM, nothing clever.
 
-    Takes the feature f (1, C) of one picture, a question and an answer. Returns the loss, a scalar, and what
-    it was computed from: the logits before each token of the answer (T', V) and the state h (1, D). The class
-    below computes the same for a batch, faster; when models are loaded, `check_llm` compares the two.
+    Takes the feature f (1, C) of one picture, a question and an answer. Returns the loss, a scalar, and for
+    `check_llm` the logits before each token of the answer (T', V) and h (1, D). The class below computes the
+    same for a batch, faster; `check_llm` compares the two when a model is loaded. (The LM without its head is
+    `llm.base_model`; it computes in its own dtype, the trained layers in fp32.)
     """
     def embed(ids):  # token ids → word vectors of the LM (1, T, D)
         return model.embed(torch.tensor([ids], dtype=torch.long, device=model.device))
 
     # 1. See: the picture becomes a word, between "[bos]Image:" and the question.
-    image = model.embed(model.image_words)[None]
+    opening = model.embed(model.image_words)[None]
     question = embed(model.question_ids([question])[0])
-    prompt = torch.cat([image, model.see(f), question], 1)
+    prompt = torch.cat([opening, model.see(f), question], 1)
 
     # 2. Ask: the LM reads all that and then <img-d>. Its last state becomes the request.
     img_d = model.img_d.expand(1, model.settings.n_slots, -1)
@@ -103,24 +105,25 @@ def plain_loss(model, f, question, answer):
     v = model.interact(f, r)
 
     # 4. Tell: what came out takes the place of <img-d>. The LM reads everything again, and then the answer.
-    answer = model.answer_ids([answer])[0]  # ends with eos
+    ids = model.answer_ids([answer])[0]  # ends with eos, which nothing follows
     answer_words = model.embed(model.answer_words)[None]  # "\nAnswer:"
-    x = torch.cat([prompt, model.tell(v), answer_words, embed(answer[:-1])], 1).to(model.llm.dtype)
-    logits = model.llm(inputs_embeds=x).logits[0, -len(answer):].float()
-    return F.cross_entropy(logits, torch.tensor(answer, device=model.device)), logits, h
+    x = torch.cat([prompt, model.tell(v), answer_words, embed(ids[:-1])], 1).to(model.llm.dtype)
+    logits = model.llm(inputs_embeds=x).logits[0, -len(ids):].float()  # each predicts the next token
+    return F.cross_entropy(logits, torch.tensor(ids, device=model.device)), logits, h
 
 
 # ---- The method, for batches ---------------------------------------------------------------------
 
 class Tokens(NamedTuple):
-    """Token ids of a batch, with masks: 1 for a token, 0 for padding. The marked ones carry the loss:
+    r"""Token ids of questions and answers, with masks: 1 for a token, 0 for padding. This is the whole
+    prompt, where _ is a space that belongs to a token; the marked tokens carry the loss.
 
-        [bos] Image : <img> \\n Question :  what  color ? <img-d> \\n Answer :  red  [eos]
-                                                                               ^^^  ^^^^^
+        [bos] Image : <img> \n Question : _what _color ? <img-d> \n Answer : _red [eos]
+                                                                             ^^^^ ^^^^^
     """
-    question: torch.Tensor  # (B, T), padded on the left; None for captions
+    question: torch.Tensor  # (B, T) of "\nQuestion: …", padded on the left; None for captions, as is its mask
     question_mask: torch.Tensor
-    answer: torch.Tensor  # (B, T'), padded on the right; eos included
+    answer: torch.Tensor  # (B, T') of " …" and eos, padded on the right
     answer_mask: torch.Tensor
 
     def lengths(self):
@@ -143,17 +146,17 @@ class LMEye(nn.Module):
         self.clip_text = getattr(clip, "text", clip)  # open_clip.CLIP has the text layers itself
         check_settings(self)
 
-        # The fixed words. bos only where the LM's tokenizer writes one; CLIP's frames texts with SOS and EOS.
+        # The fixed words. bos stands where the LM's tokenizer writes one. CLIP's makes [SOS, EOS, 0 …] of "".
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
         self.register_buffer("image_words", torch.tensor(bos + self.ids_of([IMAGE])[0]), persistent=False)
         self.register_buffer("answer_words", torch.tensor(self.ids_of([ANSWER])[0]), persistent=False)
         self.register_buffer("sos_eos", clip_tokenizer([""])[0, :2].clone(), persistent=False)
         self.to(llm.device)
-
         some_ids = torch.linspace(0, len(tokenizer) - 1, 1000, device=llm.device).long()
         some_words = self.embed(some_ids).float()  # (1000, D), spread over the vocabulary
         sos_eos = self.clip_text.token_embedding(self.sos_eos)[None]  # (1, 2, W)
-        D, W, C = some_words.shape[1], sos_eos.shape[2], self.encode_words(sos_eos).shape[1]
+        D, W = some_words.shape[1], sos_eos.shape[2]
+        C = self.encode_words(sos_eos).shape[1]  # CLIP tells its width only by what comes out
         N, Q, P = settings.n_features, settings.n_slots, settings.n_image_tokens
 
         # All that is trained.
@@ -162,14 +165,13 @@ class LMEye(nn.Module):
         self.decompose = nn.Linear(C, N * W)  # CLIP's feature → N word vectors of CLIP
         self.transmit = nn.Linear(C, Q * D)  # CLIP's text feature → word vectors of the LM
         self.word_std = some_words.std().item()
-        self.img = nn.Parameter(self.word_std * torch.randn(D))  # as large as the LM's own words
+        self.img = nn.Parameter(self.word_std * torch.randn(D))  # as large as the LM's own word vectors
         self.img_d = nn.Parameter(self.word_std * torch.randn(D))
-
         self.dropout = nn.Dropout(settings.dropout)
         self.context = context_length(llm)
         self.max_text_tokens = self.context - len(self.image_words) - P - Q - len(self.answer_words)
-        self.vocabulary = max(tokenizer.get_vocab().values()) + 1  # the LM's head may have more rows
-        self.identity = identity(self)
+        self.n_token_ids = max(tokenizer.get_vocab().values()) + 1  # the LM's head may have more rows
+        self.identity = identity(self)  # by which a checkpoint knows its frozen models again
         self.to(llm.device).eval()
 
     # -- 1. See: the picture becomes a word of the language model
@@ -180,14 +182,14 @@ class LMEye(nn.Module):
         return self.clip.encode_image(self.to_device(pixels)[0].to(dtype)).float()
 
     def see(self, f):
-        """f (B, C) → the word vectors of <img> (B, P, D)."""
+        """f (B, C) → the word vectors of <img> (B, P, D). `img` is what all pictures have in common."""
         return self.align(f).unflatten(-1, (self.settings.n_image_tokens, -1)) + self.img
 
     # -- 2. Ask: the LM has read picture and question; its state says what it wants to know
     def ask(self, h):
         """The LM's last hidden state at <img-d>, h (B, D) → the request r (B, W)."""
         r = self.request(h.float())
-        if self.settings.variant == "norequest":  # the control: the same layers, but nothing is asked
+        if self.settings.variant == "norequest":  # the control: r keeps its place, but nothing is asked
             r = torch.zeros_like(r)
         return r
 
@@ -195,8 +197,8 @@ class LMEye(nn.Module):
     def interact(self, f, r):
         """f (B, C) and r (B, W) → v (B, C), what CLIP's text transformer makes of both.
 
-        The order of the words decides what can happen. The transformer is causal and is read at EOS: features
-        never see the request, the request sees all features, and EOS sees everything.
+        The order of the words decides what can happen, for each word sees only those before it: the request
+        sees all features, the features never see the request, and EOS, where v is read, sees everything.
         """
         features = self.dropout(self.decompose(f)).unflatten(-1, (self.settings.n_features, -1))  # (B, N, W)
         sos, eos = self.clip_text.token_embedding(self.sos_eos).expand(len(f), -1, -1).split(1, dim=1)
@@ -222,19 +224,20 @@ class LMEye(nn.Module):
     def tell(self, v):
         """v (B, C) → the word vectors that replace <img-d> (B, Q, D).
 
-        img_d is used twice. In step 2 it is the placeholder that the LM reads when it asks; here it is what
-        all answers have in common, as `img` is what all pictures have in common.
+        img_d is used twice. In step 2 it fills the place <img-d>, so that the LM has where to ask; here it is
+        what all of CLIP's replies have in common.
         """
         return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d
 
     # -- Both passes of the language model
     def read_prompt(self, f, question, question_mask):
-        """Run steps 1 to 4 → (x, mask, cache): what the LM still has to read before the answer.
+        """Steps 1 to 3 and the beginning of 4 → (x, mask, cache): what the LM has to read up to "Answer:".
 
-        Plainly, the LM reads the prompt twice, with another <img-d>. But attention is causal: another <img-d>
-        can't change the states of the words before it. So their keys and values are kept in the cache, step 4
-        goes on from there, and gradients flow back through both uses. x (B, T, D) begins at <img-d>; without
-        a cache (captions, `static`) at the very beginning. The mask covers the cache and x.
+        Plainly, the LM reads the prompt twice, each time with another <img-d>. But attention is causal, so
+        <img-d> can't change the states of the words before it. Their keys and values are kept in the cache,
+        and step 4 goes on from there. (If `align` is trained, both passes give it gradients.) x (B, T, D)
+        begins with the new <img-d>; without a cache (captions, `static`) with the first word. The mask covers
+        the cache and x.
         """
         B, Q = len(f), self.settings.n_slots
         x = torch.cat([self.embed(self.image_words).expand(B, -1, -1), self.see(f)], 1)
@@ -248,13 +251,13 @@ class LMEye(nn.Module):
         if self.settings.variant != "static":  # in that control <img> must do alone
             img_d = self.img_d.expand(B, Q, -1)
             mask_with_slots = F.pad(mask, (0, Q), value=1)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled():  # two calls: while `align` is frozen, the first needs no gradients
                 _, cache = self.run_llm(x, mask)
                 h, cache = self.run_llm(img_d, mask_with_slots, cache)
-            else:  # one call is faster; in two, the first does without gradients while `align` is frozen
+            else:  # the same in one call, which is faster
                 h, cache = self.run_llm(torch.cat([x, img_d], 1), mask_with_slots)
             cache.crop(-Q)  # forget <img-d>, keep what stands before it
-            v = self.interact(f, self.ask(h[:, -1]))  # the last slot has seen the others
+            v = self.interact(f, self.ask(h[:, -1]))  # at the last place <img-d>, which sees the others
             x, mask = self.tell(v), mask_with_slots
         x = torch.cat([x, self.embed(self.answer_words).expand(B, -1, -1)], 1)
         return x, F.pad(mask, (0, len(self.answer_words)), value=1), cache
@@ -266,7 +269,7 @@ class LMEye(nn.Module):
         not count. (BLOOM takes no positions; it computes them from the mask.)
         """
         if cache is None:
-            cache = transformers.DynamicCache()  # no sliding windows, which could not be cropped
+            cache = transformers.DynamicCache()  # keeps all keys, also of sliding windows: it can be cropped
         accepted = inspect.signature(self.llm.base_model.forward).parameters
         options = {"past_key_values" if "past_key_values" in accepted else "cache": cache}
         if "position_ids" in accepted:
@@ -277,13 +280,14 @@ class LMEye(nn.Module):
 
     # -- The loss
     def forward(self, f, tokens):
-        """f (B, C) and Tokens → the cross-entropy of all answers with their eos, summed: a scalar, fp32."""
+        """f (B, C) and Tokens → the cross-entropy of all answers with their eos, fp32. It is summed, so that
+        the losses of several batches can be added up before they are divided by the number of tokens."""
         h, targets = self.answer_states(f, tokens)
         return chunked_cross_entropy(h, targets, self.llm.get_output_embeddings()).sum()
 
     def answer_states(self, f, tokens):
         """→ (the LM's state before each of the n tokens of all answers (n, D), these tokens (n,))."""
-        places = tokens.answer_mask.flatten().nonzero()[:, 0]  # found on the CPU: a GPU would have to wait
+        places = tokens.answer_mask.flatten().nonzero()[:, 0]  # on a GPU, Python would wait for the result
         f, question, question_mask, answer, answer_mask, places = self.to_device(f, *tokens, places)
         x, mask, cache = self.read_prompt(f, question, question_mask)
         x_answer = torch.cat([x, self.embed(answer[:, :-1])], 1)
@@ -292,7 +296,7 @@ class LMEye(nn.Module):
         return h[places], answer.flatten()[places]
 
     def loss(self, f, questions, answers):
-        """f (B, C), questions and answers, B texts each → the loss averaged over the answers' tokens."""
+        """f (B, C), B questions, B answers → the loss averaged over the answers' tokens."""
         tokens = self.tokenize(questions, answers)
         return self(f, tokens) / tokens.answer_mask.sum()
 
@@ -305,18 +309,18 @@ class LMEye(nn.Module):
     def stream(self, f, questions=None, max_tokens=64, temperature=0.0, top_k=0, generator=None):
         """Yield the answers token by token, ids (B,) at a time; an answer that has ended repeats eos.
 
-        temperature 0 takes the likeliest token. Above, one is drawn, of the top_k likeliest only unless top_k
-        is 0; a `generator` makes that repeatable. UserError if the numbers are not finite.
+        Below a temperature of 0.01 the likeliest token is taken. Above, one is drawn, of the top_k likeliest
+        only unless top_k is 0; a `generator` makes that repeatable. UserError if the numbers are not finite.
         """
         eos = self.tokenizer.eos_token_id
-        tokens = self.tokenize(questions, [""] * len(f))  # the answers are what is looked for
+        tokens = self.tokenize(questions, [""] * len(f))  # there are no answers yet
         f, question, question_mask = self.to_device(f, tokens.question, tokens.question_mask)
         x, mask, cache = self.read_prompt(f, question, question_mask)
         ended = torch.zeros(len(f), dtype=torch.bool, device=self.device)
         for _ in range(max_tokens):
             h, cache = self.run_llm(x, mask, cache)
-            logits = self.logits(h[:, -1])[:, :self.vocabulary]
-            if not logits.max().isfinite():  # NaN is the largest of all
+            logits = self.logits(h[:, -1])[:, :self.n_token_ids]
+            if not logits.max().isfinite():  # the maximum is NaN if any is
                 raise UserError("the model's logits are not finite: use --precision fp32, or bf16")
             token = choose_token(logits, temperature, top_k, generator).masked_fill(ended, eos)
             yield token
@@ -333,20 +337,21 @@ class LMEye(nn.Module):
 
     @torch.no_grad()
     def score(self, f, questions, choices):
-        """f (B, C), B questions, B lists of K texts → log p of each text as answer, without eos: (B, K)."""
+        """f (B, C), B questions, B lists of K texts → log p of each text as answer, (B, K): the sum over its
+        tokens, without eos. For a mean, divide by their number."""
         K = len(choices[0])
         if isinstance(questions, str) or any(len(row) != K or isinstance(row, str) for row in choices):
             raise UserError("score takes a list of questions, and for each a list of K choices")
         every_question = [question for question in questions for _ in range(K)]
         every_choice = [choice for row in choices for choice in row]
         tokens = self.tokenize(every_question, every_choice)  # (B·K, …)
-        if tokens.answer_mask.sum(1).min() < 2:
+        if tokens.answer_mask.sum(1).min() < 2 or not all(choice.strip() for choice in every_choice):
             raise UserError("score: a choice is empty, or the tokenizer has no token for its letters")
         h, targets = self.answer_states(f.repeat_interleave(K, 0), tokens)
         log_p = torch.zeros(tokens.answer.shape, device=self.device)
         losses = chunked_cross_entropy(h, targets, self.llm.get_output_embeddings())
         log_p[tokens.answer_mask > 0] = -losses
-        log_p[tokens.answer == self.tokenizer.eos_token_id] = 0  # each ends alike: eos does not count
+        log_p[tokens.answer == self.tokenizer.eos_token_id] = 0
         return log_p.sum(1).view(-1, K)
 
     # -- Texts and tokens
@@ -360,8 +365,8 @@ class LMEye(nn.Module):
 
     def answer_ids(self, answers):
         """Token ids of each answer or caption, with eos."""
-        eos = [self.tokenizer.eos_token_id]
-        return [ids + eos for ids in self.ids_of([" " + answer for answer in answers])]
+        texts = [" " + answer for answer in answers]
+        return [ids + [self.tokenizer.eos_token_id] for ids in self.ids_of(texts)]
 
     def tokenize(self, questions, answers):
         """Texts → Tokens, on the CPU. Each is tokenised by itself, so that a question's tokens can't depend
@@ -403,7 +408,7 @@ class LMEye(nn.Module):
         return self
 
     def adapter(self, stage):
-        """{name: parameter} of all that the model uses in this stage: what its checkpoint holds."""
+        """{name: parameter} of all that this stage uses, trained now or before: what a checkpoint holds."""
         parts = ["align", "img"]
         if stage == 2 and self.settings.variant != "static":
             parts += ["decompose", "transmit", "img_d"]
@@ -414,9 +419,10 @@ class LMEye(nn.Module):
     def set_trained(self, stage, train_align=False):
         """Let exactly the tensors of this stage be trained → {name: parameter}.
 
-            stage 1, and stage 2 of `static`   align, img
-            stage 2                            request, decompose, transmit, img_d
-            stage 2 with train_align           all of these
+            stage 1              align, img
+            stage 2              request, decompose, transmit, img_d; with train_align all of these
+            stage 2, norequest   the same without request
+            stage 2, static      align, img: there is nothing else
         """
         trained = self.adapter(stage)
         if stage == 2 and self.settings.variant != "static" and not train_align:
@@ -436,15 +442,17 @@ class LMEye(nn.Module):
         """Load a checkpoint into this model → its stage. UserError if it belongs to other models."""
         stage, saved, theirs, tensors = read_adapter(path)
         for part, numbers in self.identity.items():
+            rounding = 0 if part == "token ids" else 0.01  # weights may be in bf16 here, in fp32 there
             same_size = len(theirs.get(part, ())) == len(numbers)
-            if not (same_size and np.allclose(theirs[part], numbers, rtol=0.01, atol=1e-6)):
+            if not (same_size and np.allclose(theirs[part], numbers, rtol=rounding, atol=1e-6)):
                 raise UserError(f"{path}: was trained with --llm {saved.llm} --clip {saved.clip}; the {part} "
                                 f"of --llm {self.settings.llm} --clip {self.settings.clip} are others")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         needed = {name: tuple(p.shape) for name, p in self.adapter(stage).items()}
         for name in shapes | needed:
             if shapes.get(name) != needed.get(name):
-                raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, not {needed.get(name)}")
+                raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, not "
+                                f"{needed.get(name)}: other --n-features, --n-slots or --n-image-tokens?")
         self.load_state_dict(tensors, strict=False)  # the frozen models are not in the file
         return stage
 
@@ -461,21 +469,22 @@ class LMEye(nn.Module):
 # ---- Helpers of the class ------------------------------------------------------------------------
 
 def padding_first(x, mask):
-    """Move the padding of x (B, T, D) and mask (B, T) to the far left. It stands between <img> and question,
-    where models with ALiBi or a sliding window would count it as distance."""
+    """Move the padding of x (B, T, D) and mask (B, T) to the far left. Questions are padded on their left, so
+    it stands between <img> and question, where models with ALiBi or a sliding window would count it."""
     order = mask.argsort(dim=1, stable=True)
     return x.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1)
 
 
-LOGITS_AT_ONCE = 25_000_000  # of a chunk: 500 tokens of OPT's vocabulary, 100 of BLOOM's
+LOGITS_AT_ONCE = 25_000_000  # those of 500 tokens with OPT's vocabulary, of 100 with BLOOM's
 
 
 def chunked_cross_entropy(h, targets, head):
     """States h (n, D), the tokens that follow (n,), the LM's frozen head → the loss of each (n,), fp32.
 
     The logits of a whole batch are the largest tensors of a step. But the head is frozen: all that must be
-    kept of a chunk is g, the gradient of its loss with respect to its states. It is taken at once, and the
-    logits are gone. What is added to the loss is zero and has the gradient g.
+    kept of a chunk is g, the gradient of its losses with respect to its states. It is taken at once, and the
+    logits are gone. What is then added to the losses is zero, but its gradient with respect to `part` is g:
+    backward() goes on as if the logits were still there.
     """
     size = max(1, LOGITS_AT_ONCE // len(head.weight))
     losses = []
@@ -484,7 +493,7 @@ def chunked_cross_entropy(h, targets, head):
         loss = F.cross_entropy(head(x).float(), target, reduction="none")
         if part.requires_grad:
             (g,) = torch.autograd.grad(loss.sum(), x)
-            zero = (part.float() - x.detach().float()) * g.float()
+            zero = (part - part.detach()).float() * g.float()
             loss = loss.detach() + zero.sum(-1)
         losses.append(loss)
     return torch.cat(losses)
@@ -517,9 +526,9 @@ def pad(rows, side):
 
 
 def context_length(llm):
-    """The number of tokens that the LM can read. Models with "longrope", as Phi-3, rotate all keys anew
-    beyond an original length, where cached ones are wrong: they are used up to it. (BLOOM names no
-    length; it was trained on 2,048 tokens.)"""
+    """The number of tokens that the LM can read. Beyond an original length, models with "longrope", as Phi-3,
+    rotate all keys otherwise, and those in the cache are wrong. So only the original length is used. (BLOOM
+    names no length; it was trained on 2,048 tokens.)"""
     config = llm.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     original = getattr(config, "original_max_position_embeddings", None)
@@ -530,10 +539,11 @@ def context_length(llm):
 
 
 def identity(model):
-    """Numbers that tell frozen models, tokenizers and preprocessings apart: {what: list}."""
+    """Numbers that tell frozen models apart, {what: list}: two of each weight, pixels of a picture as it is
+    preprocessed, the tokens of a text."""
     weights = []
     for p in (*model.llm.parameters(), *model.clip.parameters()):
-        weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())  # first and middle one
+        weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())
     picture = Image.linear_gradient("L").resize((256, 128)).convert("RGB")
     pixels = model.preprocess(picture)  # (3, side, side)
     step = max(1, pixels.shape[-1] // 4)
@@ -557,7 +567,7 @@ def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, if
     weights are missing (transformers would make them up), compressed or ignored, or if the tokenizer does not
     fit the model."""
-    first = name.split("/")[0]
+    first = name.split("/")[0]  # where it is a folder here, the name is no hub name but a path with a slip
     is_hub_name = name.count("/") == 1 and first not in ("", ".", "..", "~") and not Path(first).is_dir()
     if not (Path(name).is_dir() or is_hub_name):
         raise UserError(f"--llm {name}: no such folder, and not a hub name as facebook/opt-1.3b is")
@@ -568,12 +578,13 @@ def load_llm(name, device, dtype):
     except Exception as error:  # a foreign folder or a missing network may raise anything
         raise UserError(f"--llm {name}: can't be loaded ({why_not(error, name)})") from error
 
-    # Some weights of the file may have no place in the model. Those of a layer that exists change what it
-    # should compute: a bias that config.json does not name, the scale of compressed weights, LoRA's matrices.
-    layers = [layer for layer, module in (*llm.named_modules(), *llm.base_model.named_modules())
-              if layer and list(module.parameters(recurse=False))]
+    # transformers ignores weights that have no place in the model. Inside a layer that exists, this means
+    # that it computes something else than it should: a bias that config.json does not name, the scales of
+    # compressed weights, LoRA's matrices. (Names come with the base model's prefix or without it.)
+    layers = tuple(f"{layer}." for layer, module in (*llm.named_modules(), *llm.base_model.named_modules())
+                   if layer and list(module.parameters(recurse=False)))
     ignored = sorted(found["unexpected_keys"])
-    wrong = [key for key in ignored if key.startswith(tuple(layer + "." for layer in layers))]
+    wrong = [key for key in ignored if key.startswith(layers)]
     wrong += sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if wrong:
         raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape, ignored by their "
@@ -582,6 +593,7 @@ def load_llm(name, device, dtype):
         some = ", ".join(ignored[:3])
         print(f"note: --llm {name}: {len(ignored)} weights of the file are not used: {some}", file=sys.stderr)
 
+    # A tokenizer whose files are missing is made up by transformers: all words are unknown to it.
     ids = set(tokenizer(IMAGE + QUESTION + ANSWER).input_ids)
     embeddings = len(llm.get_input_embeddings().weight)
     if ids <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
@@ -592,8 +604,8 @@ def load_llm(name, device, dtype):
 
 def load_clip(name, device, dtype):
     """(CLIP, preprocess, tokenizer), by open_clip. UserError if that fails. OpenAI's weights need QuickGELU
-    and give silently different features without it (open_clip issue 771). A TAG knows that; with a FILE the
-    name must tell, as in ViT-L-14-quickgelu:FILE."""
+    and give silently different features without it (open_clip issue 771). open_clip's list of TAGs tells;
+    with a FILE the name must, as in ViT-L-14-quickgelu:FILE."""
     model, _, tag = name.partition(":")
     if Path(name).is_dir():
         model, tag = f"local-dir:{name}", ""
@@ -648,13 +660,13 @@ def check_clip(model):
 
 
 def check_llm(model):
-    """UserError unless a batch of two gives the LM's own numbers, those of `plain_loss`.
+    """UserError unless LMEye's numbers are those that the language model gives by itself, see `find_fault`.
 
     Seen to fail: a head that is not all there is to the logits, padding that leaks into states, a cache that
-    can't be shortened, attention that is not causal. Logits are compared, not losses: with small weights a
-    loss is ln V whatever the model does. The controls share the passes of `lmeye`, which is looked at.
+    can't be shortened, attention that is not causal. The controls make no passes but those of `lmeye`, so it
+    is checked in any case.
     """
-    lmeye = copy.copy(model)
+    lmeye = copy.copy(model)  # the same weights, with other settings
     lmeye.settings = replace(model.settings, variant="lmeye")
     try:
         fault = find_fault(lmeye)
@@ -668,7 +680,12 @@ def check_llm(model):
 
 
 def find_fault(model):
-    """What is wrong with the language model, in words, or None: see `check_llm`."""
+    """What is wrong with the language model, in words, or None.
+
+    Compared are the head alone with the LM's own logits; then a padded batch of two, in passes with a cache,
+    with `plain_loss`, by the state h and the logits. Not by the loss: while weights are small all logits are
+    nearly equal, and it is ln V whatever the model does.
+    """
     llm, head = model.llm, model.llm.get_output_embeddings()
     questions = ["what color is it?", "is the background red? how many things are there?"]
     answers = ["red", "yes it is on a red background"]
@@ -681,31 +698,34 @@ def find_fault(model):
         advice = ": fp16 ends at 65,504, so use --precision fp32, or bf16 on a GPU that has it"
         return "its states are not finite" + (advice if llm.dtype == torch.float16 else "")
 
-    size = 30 / plain_logits.std()  # as large as the logits of trained models: a soft cap shows there
+    # Some models cap their logits softly (Gemma 2, by tanh). It shows only where logits are as large as those
+    # of trained models, so what goes into the head is enlarged.
+    size = 30 / plain_logits.std()
     x = model.embed(model.answer_words)[None].to(llm.dtype)
     with torch.no_grad(), head.register_forward_pre_hook(lambda layer, inputs: (inputs[0] * size,)):
         mine = model.logits(llm.base_model(inputs_embeds=x).last_hidden_state)
         if not same(mine, llm(inputs_embeds=x).logits, llm.dtype):
             return "its head alone does not give its logits"
 
-    asked = []  # the states at <img-d>
+    trained, asked = list(model.set_trained(2).values()), []  # asked: the states at <img-d>
     with model.request.register_forward_pre_hook(lambda layer, inputs: asked.append(inputs[0].detach())):
         states, targets = model.answer_states(f, model.tokenize(questions, answers))
     logits = model.logits(states.detach())
+    # What all logits of a token have in common changes no probability, and would hide differences.
     centred = [part - part.mean(-1, keepdim=True) for part in (logits, plain_logits)]
     if not (same(asked[0], plain_h, llm.dtype) and same(*centred, llm.dtype)):
         return "padding, its cache or later words change its numbers"
-    chunked_cross_entropy(states, targets, head).sum().backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    return None if all(g.isfinite().all() for g in gradients) else "its gradients are not finite"
+    loss = chunked_cross_entropy(states, targets, head).sum()
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    finite = all(g is None or g.isfinite().all() for g in gradients)
+    return None if finite else "its gradients are not finite"
 
 
 def same(mine, theirs, dtype):
-    """Whether tensors differ by rounding only, by the length of their difference. Right models stay below a
-    tenth of the limit, wrong ones were never seen below 0.49."""
+    """Whether tensors differ by rounding only: |mine − theirs| / |theirs| is below a limit. Of right models
+    it was seen up to 3e-6 in fp32 and 0.03 in half precision, of wrong ones from 0.49 on."""
     difference = (mine.float() - theirs.float()).norm() / theirs.float().norm()
-    return difference.item() < (1e-3 if dtype == torch.float32 else 0.1)  # NaN is not
+    return difference.item() < (1e-3 if dtype == torch.float32 else 0.1)  # false for NaN
 
 
 # ---- Files, and errors ---------------------------------------------------------------------------
@@ -714,7 +734,7 @@ CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
 
 def read_adapter(path):
-    """A checkpoint → (stage, Settings, identity, {name: tensor}); no code in it runs. UserError if none."""
+    """A checkpoint → (stage, Settings, identity, {name: tensor}); no code in it runs. UserError otherwise."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["lmeye"])
@@ -722,7 +742,7 @@ def read_adapter(path):
         if "interaction" in header["settings"]:
             raise ValueError("an earlier version wrote it, with other names: train it again")
         settings = Settings(**header["settings"])
-        settings.dropout = float(settings.dropout)  # JSON has no difference between 0 and 0.0
+        settings.dropout = float(settings.dropout)  # in Python it may have been given as 0
         usual = vars(Settings())
         wrong = [name for name in usual if type(getattr(settings, name)) is not type(usual[name])]
         if wrong or header["stage"] not in (1, 2) or settings.variant not in VARIANTS:
@@ -747,7 +767,7 @@ def write_atomically(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:  # a full disk's does not name the file
+    except OSError as error:  # that of a full disk does not name the file
         raise UserError(f"{path}: can't be written ({error.strerror})") from error
 
 
@@ -780,15 +800,18 @@ def show_library_notes():
 
 
 def run_main(main):
-    """Run a program's `main()`. A UserError, a file's error, full memory: one line, status 2. Ctrl-C: 130."""
+    """Run a program's `main()`. UserErrors, files' errors, no memory left: a line, status 2; Ctrl-C: 130."""
     show_library_notes()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for letters that a terminal lacks; and each line appears at once
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        full = full or "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not full:  # a mistake of this program
+            raise
         advice = "out of memory; lower --max-batch-tokens, or take smaller models: " if full else ""
         print(f"{Path(sys.argv[0]).name}: {advice}{printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -3,8 +3,9 @@
     python train.py --stage 1        phase 1 of the paper: `align` and `img`, on captions
     python train.py --stage 2        phase 2: the other layers, on questions with answers
 
-Without a CUDA GPU, and without other flags, this trains the miniature: a tiny CLIP and a tiny language model,
-which are made at first use, and LMEye between them, in minutes. With models and data of your own:
+Without a CUDA GPU, and without other flags, this trains the miniature: a tiny CLIP and a tiny language
+model, which are made at first use, and LMEye between them, in minutes. With a GPU it is OPT-1.3b, on the data
+that the authors used, once you have fetched it. With models and data of your own:
 
     python train.py --stage 1 --llm facebook/opt-125m --clip ViT-B-32:openai --data captions.json
     python train.py --stage 2 --llm facebook/opt-125m --clip ViT-B-32:openai --data questions.json
@@ -12,15 +13,15 @@ which are made at first use, and LMEye between them, in minutes. With models and
 A run works in OUT/MODEL/stage1 or OUT/MODEL/stage2 (stage2-static, stage2-norequest, …-align with these
 flags). There, run.json says how it was started and how it scored, log.csv how it went. adapter.safetensors is
 written at each validation and can be asked at any time; best.safetensors is that of the lowest validation
-loss. While state.pt is there the run is not complete, and --resume goes on with it. No run is ever overwritten:
-a folder that is in the way gets another name.
+loss. While state.pt is there the run is not complete, and --resume goes on with it. No run is ever
+overwritten: a folder that is in the way gets another name.
 """
 
 import os
 import signal
 import sys
 
-if __name__ == "__main__":  # the imports take seconds; Ctrl-C among them is one line, too
+if __name__ == "__main__":  # the imports take seconds; Ctrl-C meanwhile shall be one line, no traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 import argparse
@@ -57,7 +58,7 @@ DEFAULTS = {
     ("mini", 2): dict(steps=2400, batch_size=64, lr=1e-2),
     ("smollm2", 1): dict(steps=150, batch_size=16, lr=0.11),
     ("smollm2", 2): dict(steps=3000, batch_size=32, lr=0.021),
-    ("others", 1): dict(batch_size=128, reach=40),  # see suggested_lr, and default_steps
+    ("others", 1): dict(batch_size=128, reach=40),  # reach: see suggested_lr; steps: see default_steps
     ("others", 2): dict(batch_size=64, reach=8),
 }
 WARMUP = 0.05  # share of the steps in which the learning rate rises; then it falls along a cosine
@@ -76,7 +77,8 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
 
     `val` is a Dataset or None; `about` is a dict for run.json. Trained weights, gradients and loss are fp32.
     All randomness is a function of seed and step, so a state (step, weights, optimizer, scaler, log) is all
-    that a run needs to go on as if nothing had happened. The caller removes STATE when nothing is left to do.
+    that a run needs to go on, on the same machine, as if nothing had happened. The caller removes STATE when
+    nothing is left to do.
     """
     folder = Path(folder)
     trained = model.set_trained(stage, train_align)
@@ -98,7 +100,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                 group["lr"] = rate
             # Dropout depends on seed and step alone, so after an interruption it falls where it would have.
             torch.manual_seed(seed * 1_000_003 + step)
-            model.train()
+            model.train()  # with dropout, which validations have switched off
 
             # A step may take several batches, which saves memory. Answers differ in length, so the loss is
             # averaged over all answer tokens of the step. A mean of means would favour short answers.
@@ -120,15 +122,15 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:
                 scaler.step(optimizer)
-            scaler.update()  # in fp16 some steps are not finite; the scaler then enlarges by less
+            scaler.update()  # in fp16 a step may not be finite: the scaler then lowers its factor
             optimizer.zero_grad()
             n_read = sum(tokens.lengths().sum().item() for _, tokens in batches)
             run.note_step(step + 1, loss, norm, finite, n_read)
 
             # A language model guesses well without looking. So the validation loss is measured with the
             # pictures shuffled, too: while both are the same, nothing was learned from pictures.
-            validated = {}
-            if is_due(step + 1, steps, parts=10):
+            validated, tenth = {}, is_due(step + 1, steps, parts=10)
+            if tenth:
                 model.save(folder / CHECKPOINT, stage)
                 if val:
                     validated = {"val_loss": mean_loss(model, val, max_batch_tokens),
@@ -138,10 +140,10 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             line = ""
             if is_due(step + 1, steps, parts=100) or validated:
                 line = run.note_line(step + 1, rate, validated)
-            if is_due(step + 1, steps, parts=10) or (step + 1) % SAVE_EVERY == 0 or stop.is_set():
+            if tenth or (step + 1) % SAVE_EVERY == 0 or stop.is_set():
                 run.save_state(step + 1)
             if line:
-                bar.write(line + (own_words(model, val, step) if validated else ""))
+                bar.write(line + (own_words(model, val, run.n_validations()) if validated else ""))
             if stop.is_set():
                 raise KeyboardInterrupt(f"stopped after step {step + 1:,} of {steps:,}; to go on:  {go_on()}")
             bar.update()
@@ -154,7 +156,7 @@ def go_on():
 
 
 def is_due(done, steps, parts):
-    """Whether after `done` steps one of `parts` equal parts of a run is complete."""
+    """Whether what is done about `parts` times in a run, and at its end, is due after `done` steps."""
     return done == steps or done % max(1, steps // parts) == 0
 
 
@@ -169,16 +171,17 @@ def suggested_lr(reach, model, dataset):
     """The rate at which a step can move the picture's token by `reach` standard deviations of word vectors.
 
     Adam moves each weight by about the rate, and so each number of align(f) by the rate times the sum of |f|.
-    For SmolLM2-135M the standard deviation is 0.136, for the miniature's CLIP the sum is 52: a reach of 40 is
-    a rate of 40 · 0.136 / 52 = 0.10. There, 40 in phase 1 and 8 in phase 2 were the best of a few that were
-    tried. That they fit other models is a guess.
+    For SmolLM2-135M the standard deviation is 0.136, for the miniature's CLIP the sum is 51: a reach of 40 is
+    a rate of 40 · 0.136 / 51 = 0.11. There, 40 in phase 1 and 8 in phase 2 were the best of a few that were
+    tried. (Adam's steps are that long only while a gradient keeps its sign.) That they fit other models is a
+    guess.
     """
     size = dataset.f(np.arange(min(1000, len(dataset.records)))).abs().sum(1).mean().item()
     return float(f"{reach * model.word_std / size:.2g}")  # two digits
 
 
 def default_steps(batches, accumulate):
-    """Batches of an epoch → the steps of as many whole epochs as make 500 steps, and of one at least."""
+    """The number of steps that whole epochs take: one, or as many as it takes to make 500 steps."""
     epochs = max(1, math.ceil(500 * accumulate / batches))
     return math.ceil(epochs * batches / accumulate)
 
@@ -191,7 +194,7 @@ def mean_loss(model, dataset, max_batch_tokens, max_records=256):
     drawn = np.random.default_rng(0).permutation(len(dataset.records))[:max_records]
     part = dataset.take(np.sort(drawn))
     total = count = 0
-    for rows in data.plan_epoch(part, 64, max_batch_tokens, 0, 0):
+    for rows in data.plan_epoch(part, 64, max_batch_tokens, seed=0, epoch=0):
         f, tokens = part.batch(rows)
         total += model(f, tokens).item()
         count += tokens.answer_mask.sum().item()
@@ -250,7 +253,7 @@ class Run:
         for name, here in self.recipe.items():
             there = saved.get(name)
             if here != there:
-                raise UserError(f"{path}: is of a run with other settings: {name} {there} there, {here} here")
+                raise UserError(f"{path}: is of a run with other settings: {name} was {there}, is {here} now")
         with torch.no_grad():
             for name, p in self.model.adapter(self.stage).items():
                 p.copy_(state["adapter"][name])
@@ -316,6 +319,9 @@ class Run:
                      f"{validated['val_loss_shuffled']:.3f}")
         return text
 
+    def n_validations(self):
+        return sum("val_loss" in line for line in self.log["lines"])
+
     def keep_best(self, val_loss):
         """Write best.safetensors if this validation loss is the lowest so far."""
         if val_loss < self.log["best"]:
@@ -341,8 +347,8 @@ def stop_signals():
     """Note Ctrl-C, SIGTERM, a closed terminal instead of dying of them: the loop ends its step and saves."""
     stop, before = threading.Event(), {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            number = getattr(signal, name)
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has SIGHUP ignored
             before[number] = signal.signal(number, lambda *_: stop.set())
     try:
         yield stop
@@ -353,7 +359,7 @@ def stop_signals():
 
 class Output:
     """Standard output or error for a long run. Where nobody reads it any more (`| head`, a `tee` that Ctrl-C
-    ended, a terminal that was closed) the run goes on in silence."""
+    ended, a terminal that is gone) nothing more is written, and no error ends the run."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -402,13 +408,14 @@ def parse_args():
     add("--variant", choices=VARIANTS, help="lmeye (default), or a control. norequest: the same layers, but "
         "the request is zero. static: the picture's token alone, nothing is asked")
     add("--n-features", type=int, help="vectors into which the picture is decomposed (default: 5)")
-    add("--n-slots", type=int, help="tokens that bring the answer to a request (default: 1; bloomz-7b1: 5)")
-    add("--n-image-tokens", type=int, help="tokens that stand for the picture (default: 1)")
+    add("--n-slots", type=int, help="tokens that bring CLIP's reply to a request (default: 1; bloomz-7b1: 5)")
+    add("--n-image-tokens", type=int, help="tokens that stand for the picture, in both stages (default: 1)")
     add("--dropout", type=float, help="on the decomposed picture (default: 0.5; mini, smollm2: 0)")
-    add("--train-align", action="store_true", help="in stage 2, go on training align and img. The authors' "
-        "default and ours is not to; it scored better in every table of ours (tests/lab/README.md)")
+    add("--train-align", action="store_true", help="in stage 2, go on training align and img. The authors "
+        "did not, so it is off; all our tables have better scores with it (tests/lab/README.md)")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, help="optimiser steps (default: whole epochs, at least 500; mini, smollm2: tuned)")
+    add("--steps", type=int, help="optimiser steps (default: whole epochs, at least 500; of mini, smollm2 "
+        "as tuned)")
     add("--batch-size", type=int, help="records computed at once, at most (default: 128 in stage 1, 64 in "
         "stage 2; mini: 64; smollm2: 16, 32)")
     add("--max-batch-tokens", type=int, default=4096, help="text tokens computed at once, at most, padding "
@@ -430,8 +437,8 @@ def parse_args():
     for name, needed in (("images", "data"), ("val", "data"), ("val_images", "val")):
         if getattr(args, name) and not getattr(args, needed):
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}, which is missing")
-    if args.stage == 1 and args.train_align:
-        parser.error("--train-align is for --stage 2: stage 1 trains align anyway")
+    if args.train_align and (args.stage == 1 or args.variant == "static"):
+        parser.error("--train-align would do nothing: stage 1, and stage 2 of static, train align anyway")
     if not args.out:
         parser.error("--out has to name a folder")
     args.out = os.path.expanduser(args.out)  # a shell leaves the ~ of --out=~/runs as it is
@@ -439,7 +446,8 @@ def parse_args():
 
 
 def main():
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if sys.stdout and sys.stderr:  # a service may have none
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     args = parse_args()
     settings = sample.settings_from({name: getattr(args, name) for name in vars(Settings())}, args.out)
     device, dtype = lmeye.device_and_dtype(settings.precision)
@@ -452,19 +460,19 @@ def main():
 
     home = Path(args.out, settings.preset)
     folder = home / run_name(args.stage, settings.variant, args.train_align)
-    if args.resume and not (folder / STATE).exists():
-        if (folder / CHECKPOINT).is_file():
-            print(f"nothing to resume: {folder} is complete")
-            return
-        print(f"note: there is nothing to resume in {folder}: a new run begins")
-    init = args.init or (home / "stage1" / CHECKPOINT if args.stage == 2 else None)
-    if init and not Path(init).is_file():
-        advice = "" if args.init else ": run --stage 1 first, for the same models"
-        raise UserError(f"{init} is missing{advice}")
-    if args.stage == 2 and not args.init and (home / "stage1" / STATE).exists():
-        raise UserError(f"{home / 'stage1'} is not complete: go on with it (--stage 1 --resume), or name its "
-                        "adapter as it is now with --init")
     with lock(home):
+        if args.resume and not (folder / STATE).exists():
+            if (folder / CHECKPOINT).is_file():
+                print(f"nothing to resume: {folder} is complete")
+                return
+            print(f"note: there is nothing to resume in {folder}: a new run begins")
+        init = args.init or (home / "stage1" / CHECKPOINT if args.stage == 2 else None)
+        if init and not Path(init).is_file():
+            advice = "" if args.init else ": run --stage 1 first, for the same models"
+            raise UserError(f"{init} is missing{advice}")
+        if args.stage == 2 and not args.init and (home / "stage1" / STATE).exists():
+            raise UserError(f"{home / 'stage1'} is not complete: go on with it (--stage 1 --resume), or "
+                            "name its adapter as it is now with --init")
         if (settings.preset, args.stage) in DEFAULTS:
             make_miniature(args, settings)
         train_stage(args, settings, home, folder, init)
@@ -481,7 +489,8 @@ def run_name(stage, variant, train_align):
 def make_miniature(args, settings):
     """Make the miniature's models and data where they are missing. UserError if SmolLM2 is missing."""
     if settings.preset == "smollm2" and not Path(settings.llm).is_dir():
-        raise UserError(f"{settings.llm} is missing: run  python tests/lab/smollm2.py --out {args.out}")
+        command = f"python tests/lab/smollm2.py --out {shlex.quote(args.out)}"
+        raise UserError(f"{settings.llm} is missing: run  {command}")
     if Path(args.out, "mini", "llm").is_dir():  # it is made last
         return
     script = Path(__file__).resolve().parent / "tests" / "lab" / "miniature.py"

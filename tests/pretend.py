@@ -138,8 +138,8 @@ class Watch(TorchDispatchMode):
             if not isinstance(x, torch.Tensor) or isinstance(x, Gpu):
                 continue
             if x.ndim or function in JOINED or x is written:  # else a number, which may come from the CPU
-                raise RuntimeError(f"{function}: Expected all tensors to be on the same device, but found at least "
-                                   f"two devices, cuda:0 and cpu (a tensor of shape {tuple(x.shape)})")
+                raise RuntimeError(f"{function}: Expected all tensors to be on the same device, but found at "
+                                   f"least two devices, cuda:0 and cpu (a tensor of shape {tuple(x.shape)})")
 
     def count_waits(self, function, args, kwargs, on_gpu, wanted):
         if on_gpu and function in WAITS:

@@ -122,7 +122,8 @@ def test_a_pass_that_was_killed_goes_on_after_its_last_batch_and_ends_bit_for_bi
     for i, name in enumerate(names):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "40.png").write_bytes(b"broken")
-    pictures = Pictures(tmp_path)
+    pictures, seen, real = Pictures(tmp_path), [], model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda pixels: (seen.append(pixels), real(pixels))[1])
     whole, unreadable = data.encode_images(model, pictures, names, tmp_path / "whole")
     assert list(unreadable) == [40] and np.isnan(whole[40]).all()
     assert np.isfinite(np.delete(np.array(whole), 40, 0)).all()
@@ -130,11 +131,10 @@ def test_a_pass_that_was_killed_goes_on_after_its_last_batch_and_ends_bit_for_bi
     program = KILLED.format(root=str(ROOT), batches=3, folder=str(tmp_path), out=str(tmp_path / "killed"))
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-500:]
-    sizes, real = [], model.encode_image
-    monkeypatch.setattr(model, "encode_image", lambda pixels: (sizes.append(len(pixels)), real(pixels))[1])
     again, _ = data.encode_images(model, pictures, names, tmp_path / "killed")
-    assert sizes == [32, 32]  # the fourth batch, and the last 22 pictures, filled up; the first three were kept
     assert again.tobytes() == whole.tobytes()
+    assert [len(pixels) for pixels in seen] == [32] * 7  # of the last 22 pictures, too
+    assert all(map(torch.equal, seen[3:5], seen[5:]))  # the first three batches were kept, the others are the same
 
 
 def test_whatever_stands_beside_a_picture_its_copies_have_equal_features(tmp_path):
@@ -242,8 +242,10 @@ def test_of_more_than_a_thousand_records_each_is_judged_by_itself(tmp_path):
     save_picture(tmp_path / "a.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     records = [Record("broken.jpg" if i == 1500 else "a.jpg", ("what?",), "red", id=i) for i in range(2000)]
-    some, skipped, _ = encode(tiny_model(), records, tmp_path)
+    records[1700] = records[1700]._replace(turns=("what?", "red") * 25 + ("what?",))
+    some, skipped, noted = encode(tiny_model(), records, tmp_path)
     assert sum(skipped.values()) == 1 and {r.id for r in some.records} == set(range(2000)) - {1500}
+    assert list(noted.values()) == [1] and len(some.records[1699].turns) < 51
 
 
 def test_words_that_the_tokenizer_has_no_token_for_are_noted_but_trained(tmp_path):
@@ -288,6 +290,7 @@ def test_what_only_spaces_case_or_composition_make_different_is_not_noted(tmp_pa
         _, skipped, noted = encode(model, [Record("a.jpg", ("what?",), answer) for answer in answers], tmp_path)
         assert not skipped and not noted
     assert data.letters("Cafe\u0301 !") == data.letters("caf\u00e9!") != data.letters("cafe!")
+    assert data.letters("x²") != data.letters("x2")
 
 
 def test_a_text_that_the_tokenizer_takes_for_the_end_of_the_text_is_left_out(tmp_path):

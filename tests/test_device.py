@@ -181,14 +181,14 @@ def test_the_exercises_keep_to_the_gpu(model_on_gpu, name):
 
 def test_a_picture_that_can_be_read_again_is_encoded_on_the_gpu(home, model_on_gpu, tmp_path, monkeypatch):
     """The row of a picture that was away is done by itself, into a file where others stand already."""
-    names, real, away = [f"{i}.png" for i in range(3)], data.load_pixels, [True]
+    names, real, away = [f"{i}.png" for i in range(3)], data.Pictures.open, [True]
 
-    def away_at_first(model, pictures, name):
+    def away_at_first(pictures, name):
         if name == names[1] and away:
-            return None, "away"
-        return real(model, pictures, name)
+            raise UserError("away")
+        return real(pictures, name)
 
-    monkeypatch.setattr(data, "load_pixels", away_at_first)
+    monkeypatch.setattr(data.Pictures, "open", away_at_first)
     records, pictures = [data.Record(name, (), "red") for name in names], data.Pictures(home[0])
     with pretend.gpu():
         first, second = Counter(), Counter()

@@ -120,7 +120,7 @@ def test_choices_are_a_list_of_texts_for_each_answer(tmp_path):
     unknown = {"image": "a.jpg", "question": "What?", "choices": [["a", "b"]]}
     assert read(tmp_path, [unknown], answered=False)[0] == [Record("a.jpg", ("What?",), "", choices=("a", "b"))]
     good = {"image": "a.jpg", "conversations": CHAT}
-    for choices in (["a", "b"], [["a", "b"]], [["a", "b"], "cd"], [["a", "b"], ["c", 4]], 7, {"a": 1, "b": 2},
+    for choices in (["a", "b"], [["a", "b"]], [["a", "b"], ["d"], []], [["a", "b"], "cd"], [["a", "b"], ["c", 4]], 7, {"a": 1, "b": 2},
                     [["a", "b"], ["d", ""]], [["a", "c"], ["d", "e"]], [["a", "b", "b"], ["d", "e"]]):
         records, skipped = read(tmp_path, [item(choices), good])
         assert len(records) == 1 and sum(skipped.values()) == 1 and "choice" in next(iter(skipped)), choices
@@ -128,7 +128,6 @@ def test_choices_are_a_list_of_texts_for_each_answer(tmp_path):
 
 @pytest.mark.parametrize("item, reason", [
     ({"conversations": CHAT}, "no picture"),
-    ({"image": "", "conversations": CHAT}, "no picture"),
     ({"image": 7, "conversations": CHAT}, "no text"),
     ({"image": ["a.jpg"], "conversations": CHAT}, "no text"),
     ({"image": "\ud800.jpg", "conversations": CHAT}, "no text"),
@@ -140,7 +139,6 @@ def test_choices_are_a_list_of_texts_for_each_answer(tmp_path):
     ({"image": "a.jpg", "caption": "a cat"}, "captions, for --stage 1"),
     ({"image": "a.jpg", "conversations": turns("<image>", "a cat")}, "captions, for --stage 1"),
     ({"image": "a.jpg"}, 'no known kind: it needs "image" with .* and has image'),
-    ({"image": "a.jpg", "text": "a cat", "conversations": []}, "has image, text, conversations"),
     ({"images": [], "annotations": []}, "has images, annotations .*published.py"),
     (["a.jpg"], "no object"), ("a.jpg", "no object"), (7, "no object"), (None, "no object"),
     ({"image": "a.jpg", "conversations": turns("What?", 5)}, "another type"),
@@ -148,6 +146,7 @@ def test_choices_are_a_list_of_texts_for_each_answer(tmp_path):
     ({"image": "a.jpg", "conversations": [{"value": "What?"}]}, "lacks a field"),
     ({"image": "a.jpg", "question": ["What?"], "answer": "a cat"}, "another type"),
     ({"image": "a.jpg", "question": "How many?", "answer": 0}, "another type"),
+    ({"image": "a.jpg", "conversations": CHAT, "question": "What?", "answer": "a cat"}, "has both"),
     ({"image": "a.jpg", "conversations": CHAT[::-1]}, "alternate"),
     ({"image": "a.jpg", "conversations": turns("What?", "a cat", "", "here")}, "are empty"),
     ({"image": "a.jpg", "conversations": turns("What?", "", "Where?", "here")}, "are empty"),
@@ -210,12 +209,10 @@ def test_a_list_that_is_cut_off_or_has_a_slip_is_not_read_as_json_lines(tmp_path
 
 
 def test_json_lines_end_at_line_feeds_alone_and_a_broken_one_is_counted(tmp_path):
-    marks = "\u2028\x85\u2029"
-    lines = [json.dumps({"image": "a.jpg", "caption": f"a{mark}cat"}, ensure_ascii=False) for mark in marks]
+    lines = [json.dumps({"image": "a.jpg", "caption": f"a{c}cat"}, ensure_ascii=False) for c in "\u2028\x85\u2029"]
     records, skipped = read(tmp_path, "\ufeff" + "\r\n".join(lines) + "\n\n" + lines[0][:-3], 1)
     assert len(records) == 3 and skipped == {"a line that is not JSON": 1}
-    records, _ = read(tmp_path, json.dumps({"image": "a.jpg", "conversations": CHAT}))
-    assert len(records) == 1  # one line alone
+    assert len(read(tmp_path, json.dumps({"image": "a.jpg", "conversations": CHAT}))[0]) == 1  # one line alone
     item = {"image": "a.jpg", "conversations": turns("What is\u2028it?", "A\u2028cat.")}
     assert read(tmp_path, json.dumps(item, ensure_ascii=False))[0][0].answer == "A\u2028cat."
 
@@ -300,18 +297,15 @@ def test_a_picture_name_cannot_leave_its_place(tmp_path, name):
     (tmp_path / "in").mkdir()
     (tmp_path / "1.jpg").write_bytes(jpeg())
     for images in (tmp_path / "in", write_zip(tmp_path / "images.zip", [name])):
-        for call in (Pictures(images).find, Pictures(images).open):
-            with pytest.raises(UserError, match="not inside --images"):
-                call(name)
+        with pytest.raises(UserError, match="not inside --images"):
+            Pictures(images).open(name)
 
 
 def test_a_broken_zip_and_broken_members_are_told(tmp_path, monkeypatch):
     content = write_zip(tmp_path / "a.zip", ["1.jpg", "2.jpg"]).read_bytes()
     (tmp_path / "cut.zip").write_bytes(content[:-30])
-    (tmp_path / "text.zip").write_text("no zip")
-    for name in ("cut.zip", "text.zip"):
-        with pytest.raises(UserError, match=f"{name}: is neither a folder nor a whole zip archive"):
-            Pictures(tmp_path / name)
+    with pytest.raises(UserError, match="cut.zip: is neither a folder nor a whole zip archive"):
+        Pictures(tmp_path / "cut.zip")
     (tmp_path / "b.zip").write_bytes(content.replace(jpeg(), jpeg()[:-1] + b"x", 1))
     with pytest.raises(UserError, match="can't be opened .*CRC"):
         Pictures(tmp_path / "b.zip").open("1.jpg")
@@ -334,8 +328,7 @@ def test_pictures_of_any_mode_become_rgb_from_a_path_or_a_file(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (8, 8)).save(path)
     assert data.load_image(path).mode == data.load_image(str(path)).mode == "RGB"
-    with open(path, "rb") as file:
-        assert data.load_image(file).tobytes() == data.load_image(path).tobytes()
+    assert data.load_image(io.BytesIO(path.read_bytes())).tobytes() == data.load_image(path).tobytes()
 
 
 def test_gray_of_16_bits_in_a_png_keeps_its_shades_and_other_gray_of_many_bits_is_left_out(tmp_path):

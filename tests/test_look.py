@@ -2,17 +2,15 @@
 
 import copy
 import json
-import tarfile
-import zipfile
+import math
+import random
 
 import pytest
 import torch
 from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_model
-from PIL import Image
-from test_data import save_picture
+from PIL import Image, ImageDraw
 from torch import nn
 
-import data
 import lmeye
 import look
 from lmeye import CHECKPOINT, LMEye, Settings
@@ -22,23 +20,41 @@ QUESTION, ANSWER = "what color is it?", "red"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a picture and, below out/, untrained checkpoints of all three interactions and of stage 1."""
+    """A folder with two pictures and, below out/, untrained checkpoints of all variants and of stage 1."""
     folder = tmp_path_factory.mktemp("look")
-    save_picture(folder / "red.jpg", "red")
+    Image.new("RGB", (40, 30), "red").save(folder / "red.png")
+    Image.new("RGB", (40, 30), "blue").save(folder / "blue.png")
     settings = Settings("llm+clip", save_llm(folder / "llm"), save_clip(folder / "clip"))
     for name, stage in (("stage1", 1), ("stage2-norequest", 2), ("stage2-static", 2), ("stage2", 2)):
-        settings.variant = name.partition("-")[2] or "full"
+        settings.variant = name.partition("-")[2] or "lmeye"
         LMEye.from_settings(settings).save(folder / "out" / "llm+clip" / name / CHECKPOINT, stage)
     return folder
 
 
-def flags(folder):
-    return ["--llm", folder / "llm", "--clip", f"local-dir:{folder / 'clip'}"]
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn from here on: ("text", place, text, color) or ("bar", box, color)."""
+    found, text, rectangle = [], ImageDraw.ImageDraw.text, ImageDraw.ImageDraw.rectangle
+
+    def note_text(self, place, written, color=None, *rest):
+        found.append(("text", place, written, color))
+        text(self, place, written, color, *rest)
+
+    def note_bar(self, box, color=None, *rest):
+        found.append(("bar", box, color))
+        rectangle(self, box, color, *rest)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note_text)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", note_bar)
+    return found
+
+
+def texts(drawn):
+    return [item[2] for item in drawn if item[0] == "text"]
 
 
 def write_log(path, lines):
-    """A log.csv with (step, loss, val_loss) in each line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A log.csv with (step, loss, val_loss) in each line; the shuffled loss is one more."""
     rows = [f"{step},{loss},{val},{val},0.001,0.5,0,1000,1.0" for step, loss, val in lines]
     header = "step,loss,val_loss,val_loss_shuffled,lr,grad_norm,skipped,tokens_per_second,seconds"
     path.write_text("\n".join([header, *rows]))
@@ -46,28 +62,23 @@ def write_log(path, lines):
 
 
 def write_answers(path, rows):
-    """An answers.jsonl with (image, answer, truth, category) in each line."""
+    """An answers.jsonl as sample.py writes it, with (image, turns, answer, truth) in each line."""
     lines = []
-    for image, answer, truth, category in rows:
-        lines.append(json.dumps({"image": str(image), "question": "what is it?", "answer": answer, "truth": truth,
-                                 "category": category}))
+    for image, turns, answer, truth in rows:
+        line = {"id": None, "image": image, "question": turns[-1] if turns else None, "turns": turns,
+                "answer": answer, "blind": "", "truth": truth, "category": "all",
+                "right": truth and answer == truth, "blind_right": truth and False}
+        lines.append(json.dumps(line))
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def colors(page):
-    return {color for _, color in page.getcolors(page.width * page.height)}
-
-
-def rgb(name):
-    return Image.new("RGB", (1, 1), name).getpixel((0, 0))
-
-
-# ---- Looking into an answer ----------------------------------------------------------------------------------
+# ---- Looking into an answer --------------------------------------------------------------------------------
 
 
 class PlainViT(nn.Module):
-    """An image tower like CLIP's ViT with 2 × 4 places; its feature depends on each place as much as `weights` say."""
+    """An image tower like CLIP's ViT with 2 × 4 places; each counts as much as `weights` say."""
     grid_size = (2, 4)
 
     def __init__(self, weights):
@@ -82,7 +93,7 @@ class PlainViT(nn.Module):
 
 
 class OnePlaceResNet(nn.Module):
-    """An image tower like CLIP's ResNet: maps of 16, 8, 7 and 3 pixels; the feature depends on a place of the third."""
+    """An image tower like CLIP's ResNet: it looks at a place of the third of its maps, of 7 pixels."""
 
     def __init__(self, place):
         super().__init__()
@@ -98,66 +109,52 @@ class OnePlaceResNet(nn.Module):
         return self.layer4(x * only).sum((2, 3)) @ self.proj
 
 
-def test_saliency_finds_the_one_place_that_a_planted_tower_looks_at():
+def test_saliency_finds_the_one_place_that_a_resnet_looks_at_and_other_towers_are_refused():
+    model, picture, expected = tiny_model(), Image.new("RGB", (32, 32), "red"), torch.zeros(7, 7)
+    model.clip.visual, expected[5, 2] = OnePlaceResNet((5, 2)), 1
+    assert torch.equal(look.saliency(model, picture, QUESTION, ANSWER), expected)
+    model.clip.visual = nn.Flatten()
+    with pytest.raises(lmeye.UserError, match="ViT and ResNet"):
+        look.saliency(model, picture, QUESTION, ANSWER)
+
+
+@pytest.fixture
+def four_colors():
+    """A model with a PlainViT, and a picture of four colors."""
     model, picture = tiny_model(), Image.new("RGB", (32, 32), "red")
-    for place in (1, 6):
-        model.clip.visual = PlainViT([float(i == place) for i in range(8)])
-        found = look.saliency(model, picture, QUESTION, ANSWER)
-        expected = torch.zeros(2, 4)
-        expected[place // 4, place % 4] = 1
-        assert torch.equal(found, expected)
-    model.clip.visual = OnePlaceResNet((5, 2))
-    found = look.saliency(model, picture, QUESTION, ANSWER)
-    expected = torch.zeros(7, 7)
-    expected[5, 2] = 1
-    assert torch.equal(found, expected)
-
-
-EIGHT = [0.0, 0.2, 1.0, -0.7, 0.4, -0.1, 0.5, 0.3]  # weights of a PlainViT
-
-
-def picture_of_four():
-    picture = Image.new("RGB", (32, 32), "red")
     picture.paste("blue", (16, 0, 32, 16))
     picture.paste("white", (0, 16, 16, 32))
-    return picture
+    model.clip.visual = PlainViT([0.0, 0.2, 1.0, -0.7, 0.4, -0.1, 0.5, 0.3])
+    return model, picture
 
 
-def test_saliency_is_what_a_small_change_of_each_place_does_to_log_p():
+def test_saliency_is_what_a_small_change_of_each_place_does_to_log_p(four_colors):
     """Against finite differences: input × gradient is the slope along a place's own values."""
-    model, picture, slopes = tiny_model(), picture_of_four(), []
-    model.clip.visual = PlainViT(EIGHT)
+    (model, picture), slopes = four_colors, []
     pixels = model.preprocess(picture)[None]
     for place in range(8):
         ends = []
         for share in (0.99, 1.01):
             scale = torch.ones(9, 1)
             scale[1 + place] = share
-            hook = model.clip.visual.ln_pre.register_forward_hook(lambda layer, inputs, output: output * scale)
+            hook = model.clip.visual.ln_pre.register_forward_hook(lambda layer, inputs, x: x * scale)
             ends.append(look.log_p(model, model.encode_image(pixels), QUESTION, ANSWER))
             hook.remove()
         slopes.append(abs(ends[1] - ends[0]))
     expected = torch.tensor(slopes).view(2, 4) / max(slopes)
     assert expected.min() < 0.01 and 0.1 < expected.median() < 0.9
-    torch.testing.assert_close(look.saliency(model, picture, QUESTION, ANSWER), expected, rtol=0.05, atol=0.02)
+    found = look.saliency(model, picture, QUESTION, ANSWER)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
-def test_small_gradients_do_not_vanish_in_fp16():
-    model, picture = tiny_model(), picture_of_four()
-    model.clip.visual = PlainViT(EIGHT)
+def test_small_gradients_do_not_vanish_in_fp16(four_colors):
+    model, picture = four_colors
     with torch.no_grad():
         for layer in (model.align, model.decompose):
             layer.weight *= 1e-6
     expected = look.saliency(model, picture, QUESTION, ANSWER)
     model.llm.half(), model.clip.half()
     torch.testing.assert_close(look.saliency(model, picture, QUESTION, ANSWER), expected, rtol=0.1, atol=0.05)
-
-
-def test_another_image_tower_is_refused_with_its_reason():
-    model = tiny_model()
-    model.clip.visual = nn.Flatten()
-    with pytest.raises(lmeye.UserError, match="ViT and ResNet"):
-        look.saliency(model, Image.new("RGB", (32, 32)), QUESTION, ANSWER)
 
 
 def test_leave_one_out_equals_removing_a_feature_by_hand():
@@ -175,257 +172,143 @@ def test_leave_one_out_equals_removing_a_feature_by_hand():
     assert look.log_p(model, f, QUESTION, ANSWER) == whole  # nothing of it stays in the model
 
 
-def test_log_p_is_of_the_whole_answer_and_its_end():
-    model, f = tiny_model(), torch.randn(1, 24)
-    end = model.score(f, [QUESTION], [[ANSWER]]).item()  # without the end
-    assert look.log_p(model, f, QUESTION, ANSWER) < end
-    n = len(model.token_ids(None, [ANSWER])[1][0])
-    per_token = model.loss(f, [QUESTION], [ANSWER]).item()
-    assert look.log_p(model, f, QUESTION, ANSWER) == pytest.approx(-n * per_token, rel=1e-5)
-
-
-def test_baselines_are_the_model_without_its_request_its_rivals_and_blind(folder):
+def test_a_model_is_compared_with_itself_without_its_request_the_controls_and_blind(folder):
     runs = folder / "out" / "llm+clip"
-    _, settings, _, _ = lmeye.read_adapter(runs / "stage2" / CHECKPOINT)
-    model = LMEye.from_settings(settings)
+    model = LMEye.from_settings(lmeye.read_adapter(runs / "stage2" / CHECKPOINT)[1])
     model.load(runs / "stage2" / CHECKPOINT)
     f, gray = torch.randn(1, 24), torch.randn(1, 24)
-    found = look.baselines(model, runs / "stage2" / CHECKPOINT, f, gray)
-    assert [name for name, _, _ in found] == ["full", "full, its request set to zero", "norequest, as trained",
+    found = look.compared_with(model, runs / "stage2" / CHECKPOINT, f, gray)
+    assert [name for name, _, _ in found] == ["lmeye", "the same, its request zero", "norequest, as trained",
                                               "static, as trained", "blind: a gray picture"]
     said = [look.log_p(other, seen, QUESTION, ANSWER) for _, other, seen in found]
-    assert said[0] == look.log_p(model, f, QUESTION, ANSWER) and said[4] == look.log_p(model, gray, QUESTION, ANSWER)
+    tokens = len(model.answer_ids([ANSWER])[0])  # with its end
+    plain = [-tokens * lmeye.plain_loss(model, x, QUESTION, ANSWER)[0].item() for x in (f, gray)]
+    assert [said[0], said[4]] == pytest.approx(plain, rel=1e-5) and abs(said[0] - said[1]) > 1e-3
     for i, name in ((2, "norequest"), (3, "static")):
-        rival = LMEye.from_settings(lmeye.read_adapter(runs / f"stage2-{name}" / CHECKPOINT)[1])
-        rival.load(runs / f"stage2-{name}" / CHECKPOINT)
-        assert said[i] == pytest.approx(look.log_p(rival, f, QUESTION, ANSWER), abs=1e-5)
-    assert model.settings.variant == "full"
+        control = LMEye.from_settings(lmeye.read_adapter(runs / f"stage2-{name}" / CHECKPOINT)[1])
+        control.load(runs / f"stage2-{name}" / CHECKPOINT)
+        assert said[i] == pytest.approx(look.log_p(control, f, QUESTION, ANSWER), abs=1e-5)
     with torch.no_grad():
         model.request.weight.zero_(), model.request.bias.zero_()
-    assert said[1] == pytest.approx(look.log_p(model, f, QUESTION, ANSWER), abs=1e-5) and said[1] != said[0]
+    assert said[1] == pytest.approx(look.log_p(model, f, QUESTION, ANSWER), abs=1e-5)
 
 
-@pytest.mark.parametrize("more", ((), ("where is it?",)))
-def test_answer_draws_one_picture(folder, tmp_path, more):
-    result = run("look.py", "answer", "red.jpg", QUESTION, *more, *flags(folder), "--out", tmp_path / "look.png",
-                 cwd=folder)
-    assert result.returncode == 0 and result.stdout == f"{tmp_path / 'look.png'}\n", result.stderr
-    page = Image.open(tmp_path / "look.png")
-    assert page.format == "PNG" and page.size == (848, 530)
-    red = page.getpixel((148, 158))  # the middle of the picture at the left
-    assert red[0] > 240 and max(red[1:]) < 15
-    assert {rgb(look.GREEN), rgb(look.BLUE)} <= colors(page)
+def test_the_page_of_an_answer_has_its_numbers_and_its_bars_have_one_scale(folder, drawn, monkeypatch):
+    monkeypatch.setattr(look, "leave_one_out", lambda model, f, question, answer: {
+        QUESTION: [0.5, -1.0, 0.0, 0.0, 0.0], look.SECOND: [2.0, 0.0, 0.0, 0.0, -0.25]}[question])
+    result = run("look.py", "answer", "red.png", QUESTION, "--png", "page.png", cwd=folder)
+    assert result.returncode == 0 and result.stdout == "page.png\n", result.stderr
+    page = Image.open(folder / "page.png")
+    assert page.format == "PNG" and page.getpixel((148, 158)) == (255, 0, 0)  # the picture
+    said = texts(drawn)
+    assert said.count("f1: +0.50") == said.count("f2: -1.00") == said.count("f5: -0.25") == 1
+    bars = [item[1] for item in drawn if item[0] == "bar" and item[2] == look.BLUE]
+    zeros = [look.MIDDLE + 80] * 5 + [look.RIGHT + 80] * 5
+    ends = [box[0] + box[2] - zero - zero for box, zero in zip(bars, zeros)]
+    assert [end / 37.5 for end in ends] == [0.5, -1, 0, 0, 0, 2, 0, 0, 0, -0.25]
+    model, _ = look.sample.load_trained(folder / "out" / "llm+clip" / "stage2" / CHECKPOINT)
+    f = model.encode_image(model.preprocess(Image.open(folder / "red.png"))[None])
+    answer = model.generate(f, [QUESTION])[0]
+    p = math.exp(look.log_p(model, f, QUESTION, answer))
+    below = said.index("answers, and p of the first one")
+    assert said[below + 1].startswith(f"lmeye: {answer}"[:40]) and said[below + 2] == f"{p:.2f}"
 
 
-def test_a_checkpoint_that_is_named_answers_and_static_has_no_features_to_leave_out(folder, tmp_path):
-    checkpoint = folder / "out" / "llm+clip" / "stage2-static" / CHECKPOINT
-    result = run("look.py", "answer", "red.jpg", QUESTION, *flags(folder), "--checkpoint", checkpoint, "--out",
-                 tmp_path / "look.png", cwd=folder)
-    assert result.returncode == 0, result.stderr
-    assert rgb(look.BLUE) not in colors(Image.open(tmp_path / "look.png"))
+@pytest.mark.parametrize("mistake", [
+    ["nowhere.png", QUESTION], ["red.png", QUESTION, "--checkpoint", "nowhere"],
+    ["red.png", QUESTION, "--checkpoint", f"out/llm+clip/stage1/{CHECKPOINT}"], ["red.png", "red " * 5000]])
+def test_mistakes_in_looking_are_told_and_nothing_is_drawn(folder, mistake):
+    result = run("look.py", "answer", *mistake, "--png", "none.png", cwd=folder)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and not (folder / "none.png").exists()
 
 
-def test_mistakes_in_looking_end_in_one_line(folder, tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    own, stage1 = flags(folder), folder / "out" / "llm+clip" / "stage1" / CHECKPOINT
-    for mistake in (
-        ["red.jpg", "red.jpg", *own],  # two pictures
-        ["red.jpg", "", *own],
-        ["red.jpg", QUESTION, " ", *own],
-        ["red.jpg", QUESTION],  # models of one's own, not named
-        ["red.jpg", QUESTION, *own, "--checkpoint", stage1],  # captions only
-        ["red.jpg", QUESTION, *own, "--checkpoint", "nowhere"],
-        ["red.jpg", "red " * 5000, *own],  # longer than the context
-        [tmp_path / "broken.jpg", QUESTION, *own],
-        ["nowhere.jpg", QUESTION, *own],
-    ):
-        result = run("look.py", "answer", *mistake, "--out", tmp_path / "look.png", cwd=folder)
-        assert fails_in_one_line(result), (mistake, result.stderr)
-        assert not (tmp_path / "look.png").exists()
-    nothing = run("look.py", "answer", folder / "red.jpg", QUESTION, cwd=tmp_path)
-    assert fails_in_one_line(nothing) and "train.py --stage 1" in nothing.stderr
+# ---- Logs --------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_that_is_there_is_never_written_over(folder, tmp_path):
-    log = write_log(tmp_path / "log.csv", [(1, 2.0, 2.0), (2, 1.0, "")])
-    answers = write_answers(tmp_path / "answers.jsonl", [(folder / "red.jpg", "a", "b", "all")])
-    names = {"loss.png": ["curve", log], "sheet.png": ["sheet", answers], "failures.png": ["sheet", answers, "--wrong"],
-             "mine.png": ["curve", log, "mine.png"], "logs.png": ["logs", log, log],
-             "look.png": ["answer", folder / "red.jpg", QUESTION, *flags(folder)]}
-    for name, command in names.items():
-        (tmp_path / name).write_bytes(b"precious")
-        result = run("look.py", *command, cwd=tmp_path)
-        assert fails_in_one_line(result) and name in result.stderr and "there already" in result.stderr, result.stderr
-        assert (tmp_path / name).read_bytes() == b"precious"
-        with pytest.raises(lmeye.UserError, match="there already"):
-            look.save(Image.new("RGB", (2, 2)), tmp_path / name)
-        assert (tmp_path / name).read_bytes() == b"precious"
-    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
-    assert fails_in_one_line(run("look.py", "curve", log, "link.png", cwd=tmp_path))
+def test_the_losses_of_two_runs_are_drawn_on_the_same_named_axes(tmp_path, drawn):
+    mine = write_log(tmp_path / "mine.csv", [(1, 3.0, ""), (2, 2.0, 2.5), (3, "nan", "inf"), (4, 0.0, "")])
+    other = write_log(tmp_path / "other.csv", [(1, 8.0, ""), (5, 1.0, 0.5)])
+    result = run("look.py", "logs", mine, other, cwd=tmp_path)
+    assert result.returncode == 0 and "4 losses that are not finite" in result.stderr
+    assert f"{mine}: val_loss 2.5000 at step 2\n" in result.stdout
+    assert f"{other}: loss 1.0000 at step 5\n" in result.stdout
+    said = texts(drawn)
+    assert "step" in said and "loss of a token (logarithmic)" in said
+    assert [text for text in said if text.endswith(("loss", "shuffled"))] == [
+        f"{path}: {column}" for path in (other, mine) for column in ("loss", "val_loss", "val_loss_shuffled")]
+    for mark in ("1", "2", "3", "4", "5", "0.5", "8"):  # the losses' axis: 0.5, 1, 2, 4, 8
+        assert mark in said
+    assert Image.open(tmp_path / "logs.png").format == "PNG"
 
 
-# ---- Curves --------------------------------------------------------------------------------------------------
+# ---- Sheets ------------------------------------------------------------------------------------------------
 
 
-def test_a_point_stands_where_its_numbers_say():
-    assert look.position(15, 10, 20, log=False) == 0.5 and look.position(10, 1, 100, log=True) == pytest.approx(0.5)
-    assert look.marks(0, 8, log=False) == [0, 2, 4, 6, 8]
-    assert look.marks(1, 81, log=True) == pytest.approx([1, 3, 9, 27, 81])
-    page = look.draw_curves([look.Curve("a", look.BLUE, [(0, 100), (10, 10), (20, 1)])], "step", log_y=True)
-    blue = rgb(look.BLUE)
-    left, right, top, bottom = 60, 770, 42, 420
-    for x, y in ((left, top), ((left + right) // 2, (top + bottom) // 2), (right, bottom)):
-        assert page.getpixel((x, y)) == blue
-    assert page.getpixel((left, bottom)) != blue and page.getpixel((right, top)) != blue
-
-
-def test_pages_stand_beside_and_below_each_other():
-    pages = [Image.new("RGB", (3, 2), color) for color in ("red", "green", "blue")]
-    whole = look.tile(pages)
-    assert whole.size == (6, 4)
-    colors = [whole.getpixel(place) for place in ((0, 0), (2, 1), (3, 0), (2, 2), (5, 3))]
-    assert colors == [(255, 0, 0), (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]
-
-
-def test_the_losses_of_a_run_are_drawn(tmp_path):
-    log = write_log(tmp_path / "log.csv", [(1, 3.0, ""), (2, 2.0, 2.5), (3, 1.5, ""), (4, "nan", 2.0), (5, 0.0, "inf")])
-    result = run("look.py", "curve", log, cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout == f"{tmp_path / 'loss.png'}\n"
-    assert "4 losses that are not finite" in result.stderr
-    page = Image.open(tmp_path / "loss.png")
-    assert page.format == "PNG" and page.size == (800, 480)
-    assert {rgb(look.BLUE), rgb(look.RED), rgb("#7f7f7f")} <= colors(page)
-    assert look.read_log(log)["loss"] == [(1, 3), (2, 2), (3, 1.5)]
-    assert look.read_log(log)["val_loss"] == [(2, 2.5), (4, 2)]
-
-
-def test_a_log_is_laid_over_another(tmp_path):
-    mine = write_log(tmp_path / "mine" / "log.csv", [(1, 3.0, ""), (2, 2.0, 2.5)])
-    reference = write_log(tmp_path / "reference" / "log.csv", [(1, 3.0, ""), (4, 1.0, 0.5)])
-    result = run("look.py", "logs", mine, reference, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert f"{mine}: val_loss 2.5000 at step 2" in result.stdout
-    assert f"{reference}: val_loss 0.5000 at step 4" in result.stdout
-    page = Image.open(tmp_path / "logs.png")
-    found = colors(page)
-    assert {rgb(look.BLUE), rgb(look.RED), rgb(look.LIGHT_BLUE), rgb(look.LIGHT_RED)} <= found
-    below = [y for y in range(page.height) for x in range(page.width) if page.getpixel((x, y)) == rgb(look.RED)]
-    above = [y for y in range(page.height) for x in range(page.width) if page.getpixel((x, y)) == rgb(look.BLUE)]
-    assert max(below) > max(above)  # the reference has the lower loss, on the same axes
-
-
-COLUMNS = b"step,loss,val_loss,val_loss_shuffled\n"
-
-
-@pytest.mark.parametrize("content", [b"", b"step,loss\n1,2\n", b"a picture", COLUMNS + b"1,two,,\n", COLUMNS + b"1\n",
-                                     COLUMNS + b"1,nan,,\n", b"\xff\xfe\x00"])
-def test_what_is_no_log_is_told_in_one_line(tmp_path, content):
-    path = tmp_path / "log.csv"
-    path.write_bytes(content)
-    result = run("look.py", "curve", path, cwd=tmp_path)
-    assert fails_in_one_line(result) and "log.csv" in result.stderr, result.stderr
-    assert not (tmp_path / "loss.png").exists()
-
-
-# ---- Differences with their intervals ------------------------------------------------------------------------
-
-
-def test_differences_stand_where_their_numbers_say(tmp_path):
-    tables = tmp_path / "tables.md"
-    tables.write_text("| | color | all |\n|---|---|---|\n| full | 90.0 ± 1.0 | 80.0 ± 1.0 |\n\n"
-                      "| | color | all |\n|---|---|---|\n| full − static | 20.0 ± 5.0 | -10.0 ± 4.0 |\n\n"
-                      "| | the trap: right | the trap: says yes |\n|---|---|---|\n| full − static | 30.0 ± 10.0 | 1.0 ± 1.0 |\n")
-    rows = look.read_differences(tables)
-    assert rows == {"full − static": {"color": (20, 5), "all": (-10, 4), "the trap": (30, 10)}}
-    page = look.draw_differences(rows)
-    zero = next(x for x in range(120, page.width) if page.getpixel((x, page.height - 40)) == (0, 0, 0))
-    blue = [(x, y) for x in range(120, page.width) for y in range(58, page.height - 36)
-            if page.getpixel((x, y)) == (0x1F, 0x77, 0xB4)]
-    third = (page.height - 40 - 58) / 3
-    per_point = (page.width - 110 - 20) / 60  # from -20 to 40
-    for i, (low, high) in enumerate(((15, 25), (-14, -6), (20, 40))):
-        of_group = [x for x, y in blue if third * i <= y - 58 < third * (i + 1)]
-        assert abs((min(of_group) - zero) / per_point - low) < 0.3 and abs((max(of_group) - zero) / per_point - high) < 0.3
-    png = tmp_path / "out.png"
-    assert run("tests/lab/look.py", "differences", tables, png).stdout.split() == [str(png)]
-    again = run("tests/lab/look.py", "differences", tables, png)
-    assert fails_in_one_line(again) and "already" in again.stderr
-
-
-@pytest.mark.parametrize("content, told", [("| | all |\n| full | 1.0 |\n", "holds no rows"),
-                                           ("| | all |\n|---|---|\n| full − static | 1.0 |\n", "line 3: 1.0 is no mean")])
-def test_what_has_no_differences_is_told_in_one_line(tmp_path, content, told):
-    (tmp_path / "tables.md").write_text(content)
-    result = run("tests/lab/look.py", "differences", tmp_path / "tables.md", tmp_path / "x.png")
-    assert fails_in_one_line(result) and told in result.stderr
-
-
-def test_more_rows_than_colors_are_drawn():
-    rows = {f"full − {i}": {"all": look.Interval(i, 1.0)} for i in range(10)}  # as boards have
-    assert look.draw_differences(rows).height > look.draw_differences({"full − 0": rows["full − 0"]}).height
-
-
-# ---- Sheets of answers ---------------------------------------------------------------------------------------
-
-
-def test_a_sheet_shows_twelve_pictures_with_their_answers(tmp_path):
-    save_picture(tmp_path / "a.png", "blue")
-    answers = write_answers(tmp_path / "answers.jsonl", [("a.png", "red", "red", "all")] * 15)
-    result = run("look.py", "sheet", answers, cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout == f"{tmp_path / 'sheet.png'}\n", result.stderr
+def test_a_sheet_has_a_chats_last_question_whole_and_the_truth_where_it_differs(folder, tmp_path, drawn):
+    long = "what " + "very " * 60 + "last?"
+    write_answers(tmp_path / "run" / "evaluation" / "answers.jsonl", [
+        ("blue.png", ["earlier?", "before", long], "yes", "no"), ("red.png", ["asked?"], "right", "right"),
+        ("red.png", ["unknown?"], "said", None), ("red.png", [], "a caption", None)])
+    result = run("look.py", "sheet", tmp_path / "run", "--images", folder, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout == "sheet.png\n", result.stderr
+    said = texts(drawn)
+    assert f"earlier? / before / {long}" in " ".join(said) and "(caption)" in said and "right" in said
+    assert [text for text in said if text.startswith("truth")] == ["truth: no"]
     page = Image.open(tmp_path / "sheet.png")
-    assert page.width == 868 and page.height == 10 + 3 * (192 + 20 + 16 * 2)
-    for row in range(3):
-        for column in range(4):
-            assert page.getpixel((116 + 212 * column, 106 + 244 * row)) == (0, 0, 255)
-    assert rgb(look.RED) not in colors(page)  # no truth is shown, where all are right
+    assert all(x + 190 < page.width and y + 14 < page.height for _, (x, y), *_ in drawn)  # nothing is cut off
+    drawn.clear()
+    result = run("look.py", "sheet", tmp_path / "run", "--wrong", "--images", folder, cwd=tmp_path)
+    assert result.stdout == "1 of 4 answers are wrong\nsheet.png\n" and "truth: no" in texts(drawn)
+    assert "said" not in texts(drawn) and "right" not in texts(drawn)  # of one nobody knows, one is right
 
 
-def test_failures_are_drawn_by_category_and_counted(tmp_path):
-    save_picture(tmp_path / "a.png", "blue")
-    save_picture(tmp_path / "b.png", "yellow")
-    rows = [("a.png", "red", "blue", "color")] * 6 + [("b.png", "Yes", "yes", "yes/no")] * 3
-    rows += [("b.png", "no", "yes", "yes/no"), ("b.png", "no", "", "not known")]
-    answers = write_answers(tmp_path / "answers.jsonl", rows)
-    result = run("look.py", "sheet", answers, "--wrong", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"color: 6 failures\nyes/no: 1 failures\n{tmp_path / 'failures.png'}\n"
-    page = Image.open(tmp_path / "failures.png")
-    drawn = [page.getpixel((116 + 212 * (i % 4), 106 + (page.height - 10) // 2 * (i // 4))) for i in range(6)]
-    assert drawn == [(0, 0, 255)] * 4 + [(255, 255, 0), (255, 255, 255)]  # four of color, one of yes/no, no more
-    assert rgb(look.RED) in colors(page)
-    right = write_answers(tmp_path / "right.jsonl", [("a.png", "red", "red", "color")])
-    result = run("look.py", "sheet", right, "none.png", "--wrong", cwd=tmp_path)
-    assert result.returncode == 0 and "nothing to draw" in result.stdout and not (tmp_path / "none.png").exists()
+def test_the_key_tells_who_gave_which_answer_and_the_sheet_does_not(folder, tmp_path, drawn):
+    for run_name in ("mine", "theirs"):
+        answers = [f"{run_name} {i}" for i in range(20)] + ["same"] * 5
+        rows = [("red.png", [f"question {i}?"], answer, "x") for i, answer in enumerate(answers)]
+        write_answers(tmp_path / run_name / "answers.jsonl", rows)
+    result = run("look.py", "compare", "mine", "theirs", "--images", folder, "--number", 16, cwd=tmp_path)
+    assert result.returncode == 0 and "the two differ on 20 of 25 questions" in result.stdout, result.stderr
+    key = json.loads((tmp_path / "compare.key.json").read_text())
+    said = texts(drawn)
+    assert len(key) == 16 and len(said) == 48
+    for entry, question, a, b in zip(key, said[0::3], said[1::3], said[2::3]):
+        number, i = question.split()[0].rstrip("."), question.split()[2].rstrip("?")
+        assert entry["number"] == int(number)
+        assert (a, b) == (f"A: {entry['A']} {i}", f"B: {entry['B']} {i}")
+        assert {entry["A"], entry["B"]} == {"mine", "theirs"}
+    answers = [look.read_answers(tmp_path / name) for name in ("mine", "theirs")]
+    _, key = look.pair_blindly(*answers, ("mine", "theirs"), 20, random.Random(0))
+    assert {entry["A"] for entry in key} == {"mine", "theirs"}
+    write_answers(tmp_path / "theirs" / "answers.jsonl", rows[:-1])
+    other = run("look.py", "compare", "mine", "theirs", "--images", folder, cwd=tmp_path)
+    assert other.returncode == 2 and "not asked the same" in other.stderr
 
 
-def test_pictures_are_read_in_place_as_an_evaluation_names_them(tmp_path):
-    for name, color in (("red", "red"), ("blue", "blue"), ("a: b", "white")):
-        save_picture(tmp_path / f"{name}.png", color)
-    with zipfile.ZipFile(tmp_path / "x: y.zip", "w") as archive:
-        archive.write(tmp_path / "red.png", "deep/red: one.png")
-    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
-        archive.add(tmp_path / "blue.png", "key.png")
-    members = [data.Member(str(tmp_path / "x: y.zip"), "deep/red: one.png"), tmp_path / "a: b.png"]
-    with tarfile.open(tmp_path / "shard.tar") as archive:
-        info = archive.getmember("key.png")
-    members.append(data.Member(str(tmp_path / "shard.tar"), "key.png", info.offset_data, info.size))
-    for member, color in zip(members, ("red", "white", "blue")):
-        found = look.find_picture(str(member))
-        assert str(found) == str(member) and data.load_image(found).getpixel((5, 5)) == rgb(color)
+def test_a_picture_or_key_that_is_there_is_renamed_and_not_written_over(folder, tmp_path):
+    log = write_log(tmp_path / "log.csv", [(1, 2.0, 2.0), (2, 1.0, "")])
+    for name, answer in (("a", "yes"), ("b", "no")):
+        write_answers(tmp_path / name / "answers.jsonl", [("red.png", ["q?"], answer, "x")])
+    files = {"logs.png": ["logs", log], "sheet.png": ["sheet", "a", "--images", folder],
+             "compare.png": ["compare", "a", "b", "--images", folder]}
+    for name, command in files.items():
+        kept = [tmp_path / name] + [tmp_path / "compare.key.json"] * (name == "compare.png")
+        for path in kept:
+            path.write_bytes(b"precious")
+        for n in (1, 2):
+            result = run("look.py", *command, cwd=tmp_path)
+            assert result.returncode == 0 and f"{name}.{n}" in result.stderr, result.stderr
+        for path in kept:
+            assert path.with_name(f"{path.name}.1").read_bytes() == b"precious" != path.read_bytes()
 
 
-@pytest.mark.parametrize("content", [
-    "", "{}", "[1]", "no json", '{"image": 1, "question": "", "answer": "", "truth": "", "category": ""}',
-    '{"image": "nowhere.png", "question": "", "answer": "a", "truth": "", "category": ""}'])
-def test_what_is_no_file_of_answers_is_told_in_one_line(tmp_path, content):
-    (tmp_path / "answers.jsonl").write_text(content)
-    result = run("look.py", "sheet", "answers.jsonl", cwd=tmp_path)
-    assert fails_in_one_line(result), result.stderr
-    assert not (tmp_path / "sheet.png").exists()
+HEAD = "step,loss,val_loss,val_loss_shuffled\n"
 
 
-def test_no_command_is_told():
-    result = run("look.py")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "answer, curve, logs, differences or sheet" in result.stderr
+@pytest.mark.parametrize("command, content", [
+    ("logs", ""), ("logs", "step,loss\n1,2\n"), ("logs", HEAD + "1,two,,\n"), ("logs", HEAD + "1,nan,,\n"),
+    ("sheet", ""), ("sheet", "{}"), ("sheet", "[1]"), ("sheet", "no json"), ("sheet", '{"turns": []}')])
+def test_what_is_no_log_and_no_file_of_answers_is_told_in_one_line(tmp_path, command, content):
+    (tmp_path / "file").write_text(content)
+    result = run("look.py", command, "file", "--png", "none.png", cwd=tmp_path)
+    assert fails_in_one_line(result) and "file" in result.stderr and not (tmp_path / "none.png").exists()

@@ -31,7 +31,7 @@ aten = torch.ops.aten
 META = torch.device("meta")
 BLOCK = 512  # bytes: CUDA's allocator hands out multiples
 NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
-             "detach", "lift_fresh", "is_same_size", "_local_scalar_dense")  # what computes nothing, beside views
+             "detach", "lift_fresh", "is_same_size", "_local_scalar_dense")  # these compute nothing, as views
 
 
 class Account(TorchDispatchMode):
@@ -148,7 +148,7 @@ def evaluation(account, model, weights, stage, max_batch_tokens, question, answe
     tasks = [(min(64, pairs), question, model), (prompts, question + sample.MAX_TOKENS, first_token)]
     if stage == 2:
         def four_choices(f, _):
-            return model.score(f, [""] * len(f), [[""] * 4] * len(f))
+            return model.score(f, [""] * len(f), [["red"] * 4] * len(f))
 
         tasks.append((max(1, pairs // 4), question, four_choices))
     peaks = []

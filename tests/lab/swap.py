@@ -1,12 +1,12 @@
 """Whose answer does a model give if another question's request is swapped in?
 
-    python tests/lab/swap.py out/ablation/s*/lmeye-0/mini/stage2
+    python tests/lab/swap.py out/ablation/s*/lmeye/seed0/mini/stage2
 
-Every held-out picture of the miniature is asked its six questions about an attribute. Into the answer to one goes
-the request that another question made of the same picture; or the v that another picture gave to its own question
-of the same kind. Nothing else that the model reads changes. The other is drawn among those with another true
-answer. The table tells whose true answer was given, in percent; of several runs, of a set of frozen models each, it
-has the mean with its 95% interval.
+Every held-out picture of the miniature is asked its six questions about an attribute. Into the answer to one
+goes the request that another question made of the same picture; or the v that another picture gave to its own
+question of the same kind. Nothing else that the model reads changes. The other is drawn among those that have
+another true answer. The table tells whose true answer is given, in percent. Of several runs, each of its own set
+of frozen models, it has the mean with its 95% interval.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def draw_others(groups, truths, rng):
 
 
 def whose_truth(texts, truths, of_other):
-    """The percentages of texts that tell their own record's truth, the other's, or neither's; all arrays (R,)."""
+    """The percentages of texts (R,) that tell their own record's truth, the other's, or neither's."""
     own, other = texts == truths, texts == of_other
     return dict(zip(COLUMNS, (100 * told.mean() for told in (own, other, ~own & ~other))))
 
@@ -79,7 +79,8 @@ def measure(run, mini):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run of stage 2")
     parser.add_argument("--mini", help="the folder of its miniature (default: the one that the run is in)")
     args = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python tests/lab/table.py [--blind] lmeye="s*/mini/stage2" norequest="s*/mini/stage2-norequest"
 
-Each row is NAME=PATTERN. The pattern, in quotes, finds folders of runs or of evaluations, or answers.jsonl files.
-What the first part with a * finds, here s0, s1, …, is a set of frozen models. Runs of one set, which differ in
-their seed, are averaged first: means and intervals are over sets, for these differ more than seeds do. Below stand
+Each row is NAME=PATTERN. The pattern, in quotes, finds folders of runs or evaluations, or their answers.jsonl.
+What its first part with a * finds, here s0, s1, …, is a set of frozen models. Runs of one set, which differ in
+their seed, are averaged first: means and intervals are over sets, which differ more than seeds do. Below stand
 the differences between the first row and each other, set by set: what makes one set harder drops out of them.
 """
 
@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from lmeye import UserError, printable, run_main
 from look import questions, read_answers
 
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5%, of 2 to 10 values; too wide for more
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of 2 to 10 values; for more, too wide
 
 
 def read_row(pattern, asked):
@@ -38,8 +38,8 @@ def read_row(pattern, asked):
 
 
 def percent_right(runs, field="right"):
-    """The answers of the runs of a set → {category: percent right}, where "all" holds every answer. One of which
-    nobody knows whether it is right does not count."""
+    """The answers of the runs of a set → {category: percent right}, where "all" holds every answer. One does
+    not count if nobody knows whether it is right."""
     hits = {}
     for answers in runs:
         for answer in answers:
@@ -50,7 +50,7 @@ def percent_right(runs, field="right"):
 
 
 def mean_and_interval(values):
-    """"96.6 ± 1.2": the mean, and half the width of its 95% interval by Student's t, which one value has not."""
+    """"96.6 ± 1.2": the mean, and half the width of its 95% interval by Student's t. One value has none."""
     text = f"{statistics.mean(values):.1f}"
     if len(values) > 1:
         t = STUDENT[min(len(values), 10) - 2]
@@ -71,7 +71,8 @@ def print_table(rows, columns):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("rows", nargs="+", metavar="NAME=PATTERN")
     parser.add_argument("--blind", action="store_true", help="one more row: the first, shown other pictures")
     args = parser.parse_args()
