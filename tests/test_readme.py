@@ -25,8 +25,16 @@ def test_the_python_of_the_readme_runs_and_does_the_steps_of_plain_loss(tmp_path
     shapes.draw(shapes.SCENES[0], random.Random(0)).save("out/mini/examples/1.png")
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     assert len(block.splitlines()) <= 22
+    seen, logits_of = [], lmeye.LMEye.logits
+
+    def logits_seen(model, h):
+        seen.append(logits_of(model, h))
+        return seen[-1]
+
+    monkeypatch.setattr(lmeye.LMEye, "logits", logits_seen)
     names = {}
     exec(block, names)
+    first_word = seen[-1]  # those before are of `generate`
 
     question, f = "what shape is it?", names["f"]
     _, logits, h = lmeye.plain_loss(model, f, question, "circle")
@@ -34,6 +42,7 @@ def test_the_python_of_the_readme_runs_and_does_the_steps_of_plain_loss(tmp_path
     x, _, cache = model.read_prompt(f, *model.tokenize([question], [""])[:2])
     assert torch.allclose(names["img_d"], x[:, :1], atol=1e-5)
     assert cache.get_seq_length() == names["prompt"].shape[1]
+    assert torch.allclose(first_word, logits[:1], atol=1e-4)
     assert names["word"].item() == logits[0].argmax().item()
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == str(model.generate(f, [question]))
@@ -61,6 +70,8 @@ def test_the_flags_of_the_readme_exist():
         assert f'"{flag}"' in known, flag
 
 
-def test_the_readme_names_every_preset_and_every_variant():
-    for name in (*lmeye.PRESETS, *lmeye.VARIANTS):
-        assert name in README, name
+def test_the_readme_names_every_preset_and_every_control():
+    for name in lmeye.PRESETS:
+        assert f"--preset {name}" in README or f"`{name}`" in README, name
+    for name in lmeye.VARIANTS[1:]:
+        assert f"`--variant {name} " in README, name
