@@ -110,7 +110,8 @@ def encode_images(model, pictures, names, folder=None):
 
     They are kept in a file in `folder`, or in a temporary one. At first each row is NaN. This means "not done
     yet": rows of NaN are encoded whenever the file is used. So a pass that was killed goes on after its last
-    batch, a picture that was away is tried again, and a finished file costs nothing.
+    batch, and what could not be read is tried again. The file belongs to these very pictures: where one is
+    added or replaced, all are encoded again, into another file.
     """
     if folder is None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -201,13 +202,15 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
     quiet = None if len(records) > 20_000 else True  # None: a bar on terminals only
     for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=quiet):
         whole = records[start:start + 1000]
-        part = [record._replace(turns=record.turns[-MAX_TURNS:]) for record in whole]
+        part = [record if record.choices else record._replace(turns=record.turns[-MAX_TURNS:])
+                for record in whole]
         answers = model.answer_ids([record.answer for record in part])
         questions = [[]] * len(part)
         if part[0].turns:
             questions = model.question_ids([record.question for record in part])
         for before, record, question, answer in zip(whole, part, questions, answers):
-            # What is too long loses its oldest turns first. Choices are only compared with the whole prompt.
+            # What is too long loses its oldest turns first; a record with choices is skipped, for its choices
+            # would be compared by another prompt than others'.
             choices = model.answer_ids(record.choices) if record.choices else []
             room = model.max_text_tokens - max(map(len, [answer, *choices]))
             while len(question) > room and len(record.turns) > 1 and not choices:
@@ -222,7 +225,7 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
             if len(record.turns) < len(before.turns):
                 noted["prompts without the oldest turns of a long dialogue"] += 1
             if model.tokenizer.unk_token_id in answer[:-1]:  # the last is eos, which may be the same token
-                noted["words in an answer that the language model has no token for"] += 1
+                noted["answers with words that the language model has no token for"] += 1
             elif letters(model.decode(answer)) != letters(record.answer):
                 noted["answers of which the tokenizer loses or changes letters"] += 1
             kept.append(record)
@@ -329,6 +332,9 @@ def batches(dataset, size, max_batch_tokens, seed):
 # ---- Records: reading a data file --------------------------------------------------------------------------
 
 
+MALFORMED = "a record that is no object, lacks a field, has one twice, or one of another type"
+
+
 def read_records(path, pictures, stage, answered=True):
     """A data file, or a folder of a.jpg beside a.txt → (list of Record, Counter of why items are left out).
 
@@ -342,11 +348,11 @@ def read_records(path, pictures, stage, answered=True):
             found = read_item(item, stage, answered, skipped)
             pictures.find(item.get("image"))
             records += found
-        except UserError as reason:  # what has one reason is counted together, with the first one's name
-            example = f"{reason} (as with {str(item.get('image'))[:100]})"
-            skipped[examples.setdefault(str(reason), example)] += 1
-        except (AttributeError, KeyError, TypeError):
-            skipped["a record that is no object, lacks a field, has one twice, or one of another type"] += 1
+        except (UserError, AttributeError, KeyError, TypeError) as error:
+            # What has one reason is counted together, with the first one's name.
+            reason = str(error) if isinstance(error, UserError) else MALFORMED
+            name = item.get("image") if isinstance(item, dict) else item
+            skipped[examples.setdefault(reason, f"{reason} (as with {str(name)[:100]})")] += 1
     if not records:
         why = most_frequent(skipped) or "it holds none"
         raise UserError(f"{path}: not one of {len(items):,} records can be used for stage {stage}: {why}")
@@ -354,14 +360,14 @@ def read_records(path, pictures, stage, answered=True):
 
 
 def read_json(path, skipped):
-    """The items of a JSON list or of JSON Lines. UserError if a list is broken."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        try:
-            return json.loads(text, object_pairs_hook=read_object)
-        except (ValueError, RecursionError) as error:
+    """The items of a JSON list, of JSON Lines, or of a single record. UserError if a list is broken."""
+    text, items = read_text(path), []
+    try:
+        content = json.loads(text, object_pairs_hook=read_object)
+        return content if isinstance(content, list) else [content]
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
             raise UserError(f"{path}: is broken JSON, or cut off ({error})") from error
-    items = []
     for line in text.split("\n"):  # at nothing else: U+2028 may stand in a text
         try:
             items += [json.loads(line, object_pairs_hook=read_object)] if line.strip() else []
@@ -402,8 +408,12 @@ def read_folder(folder, skipped):
     for path in files:
         stem, ending = path.with_suffix(""), path.suffix.lower()
         if ending in ENDINGS and counts[stem] == 1:
-            items.append({"image": path.relative_to(folder).as_posix(), "caption": read_text(beside[stem])})
             used.add(stem)
+            try:
+                caption = read_text(beside[stem])
+                items.append({"image": path.relative_to(folder).as_posix(), "caption": caption})
+            except UserError:
+                skipped["a .txt that is no UTF-8 text"] += 1
         elif ending in ENDINGS:
             skipped["a picture without a .txt beside it, or with two, as a.txt and a.TXT"] += 1
         elif ending != ".txt":
@@ -434,10 +444,10 @@ def read_item(item, stage, answered, skipped):
     record = Record(item.get("image"), (), "", category, item.get("id"))
 
     # Stage 1 wants a caption. LLaVA writes one as the answer to "describe the picture".
-    described = speakers == ["human", "gpt"]
+    described = speakers == ["human", "gpt"] and "question" not in item
     if stage == 1:
         caption = " ".join((item.get("caption") or "").split()) or (texts[1] if described else "")
-        if not caption and "caption" not in item and not described:
+        if "caption" not in item and not described:
             raise UserError("questions, for --stage 2")
         if not is_text(caption):
             raise UserError("an empty or unreadable text")
@@ -597,7 +607,8 @@ def load_image(source):
     except UnidentifiedImageError as error:
         raise UserError(f"{where}no picture that can be read (HEIC, for one, has to be converted)") from error
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
-        raise UserError(f"{where}a picture that can't be read ({type(error).__name__}: {error})") from error
+        fault = re.sub(r"\d+", "…", str(error))  # so that faults of one kind are counted together
+        raise UserError(f"{where}a picture that can't be read ({type(error).__name__}: {fault})") from error
 
 
 def to_rgb(image):

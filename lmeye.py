@@ -780,6 +780,24 @@ def printable(text):
     return "".join(c for c in " ".join(text.split()) if c.isprintable() or c in "\u200c\u200d")
 
 
+class Output:
+    """Standard output or error. Where nobody reads it any more (`| head`, a `tee` that Ctrl-C ended, a terminal
+    that is gone) nothing more is written, and no error ends the program."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # from now on, all goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def show_library_notes():
     """Print what transformers and open_clip warn of, once each and in one line, and when positions are
     resized. (transformers' list of missing weights is left out: load_llm refuses those.)"""
@@ -802,9 +820,12 @@ def show_library_notes():
 def run_main(main):
     """Run a program's `main()`. UserErrors, files' errors, no memory left: a line, status 2; Ctrl-C: 130."""
     show_library_notes()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # for letters that a terminal lacks; and each line appears at once
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)  # a service may have none
+        if hasattr(stream, "reconfigure"):  # for letters that a terminal lacks
+            stream.reconfigure(errors="backslashreplace")
+        if stream:
+            setattr(sys, name, Output(stream))
     try:
         main()
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:

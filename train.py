@@ -357,24 +357,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-class Output:
-    """Standard output or error for a long run. Where nobody reads it any more (`| head`, a `tee` that Ctrl-C
-    ended, a terminal that is gone) nothing more is written, and no error ends the run."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:  # from now on, all goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 def lock(folder):
     """Keep other runs out of a folder until the `with` block ends, or the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -446,8 +428,6 @@ def parse_args():
 
 
 def main():
-    if sys.stdout and sys.stderr:  # a service may have none
-        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     args = parse_args()
     settings = sample.settings_from({name: getattr(args, name) for name in vars(Settings())}, args.out)
     device, dtype = lmeye.device_and_dtype(settings.precision)

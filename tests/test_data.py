@@ -254,7 +254,7 @@ def test_words_that_the_tokenizer_has_no_token_for_are_noted_but_trained(tmp_pat
     model = tiny_model()
     some, skipped, noted = encode(model, records, tmp_path)
     assert len(some.records) == 4 and not skipped
-    assert noted == {"words in an answer that the language model has no token for": 2}
+    assert noted == {"answers with words that the language model has no token for": 2}
     model.tokenizer.unk_token = model.tokenizer.eos_token  # one token for both, as OPT has it
     assert not encode(model, records[:1], tmp_path)[2]
 

@@ -72,7 +72,16 @@ def test_a_question_with_its_answer_is_the_same_in_short(tmp_path):
     short = {"image": "a.jpg", "question": "What? ", "answer": "A cat.", "category": "pet", "id": 7}
     long = {"image": "a.jpg", "conversations": CHAT, "category": "pet", "id": 7}
     assert read(tmp_path, [short])[0] == read(tmp_path, [long])[0] == [Record("a.jpg", ("What?",), "A cat.", "pet", 7)]
-    assert read(tmp_path, [short], 1)[0] == read(tmp_path, [long], 1)[0]
+    assert read(tmp_path, [long], 1)[0] == [Record("a.jpg", (), "A cat.", "pet", 7)]  # it may describe the picture
+    with pytest.raises(UserError, match="questions, for --stage 2"):  # "red" is no caption
+        read(tmp_path, [short], 1)
+
+
+def test_a_file_of_one_record_may_be_written_over_several_lines(tmp_path):
+    path = write(tmp_path / "one.json", json.dumps({"image": "a.jpg", "caption": "A cat."}, indent=2))
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg")
+    records, skipped = read_records(path, data.open_pictures(path), 1)
+    assert [r.answer for r in records] == ["A cat."] and not skipped
 
 
 def test_a_record_with_a_caption_and_a_conversation_serves_both_stages(tmp_path):
@@ -255,8 +264,8 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
     with pytest.raises(UserError, match="captions, for --stage 1"):
         read_records(folder, data.open_pictures(folder), 2)
     (folder / "a.txt").write_bytes(b"f\xfcr")
-    with pytest.raises(UserError, match="a.txt: is not UTF-8"):
-        read_records(folder, data.open_pictures(folder), 1)
+    records, skipped = read_records(folder, data.open_pictures(folder), 1)
+    assert len(records) == 3 and skipped["a .txt that is no UTF-8 text"] == 1
 
 
 def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):
