@@ -821,11 +821,10 @@ def run_main(main):
     """Run a program's `main()`. UserErrors, files' errors, no memory left: a line, status 2; Ctrl-C: 130."""
     show_library_notes()
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)  # a service may have none
+        stream = getattr(sys, name) or open(os.devnull, "w")  # a service has none
         if hasattr(stream, "reconfigure"):  # for letters that a terminal lacks
             stream.reconfigure(errors="backslashreplace")
-        if stream:
-            setattr(sys, name, Output(stream))
+        setattr(sys, name, Output(stream))
     try:
         main()
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
