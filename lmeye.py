@@ -340,7 +340,8 @@ class LMEye(nn.Module):
         """f (B, C), B questions, B lists of K texts → log p of each text as answer, (B, K): the sum over its
         tokens, without eos. For a mean, divide by their number."""
         K = len(choices[0])
-        if isinstance(questions, str) or any(len(row) != K or isinstance(row, str) for row in choices):
+        lists = isinstance(questions, list) and all(isinstance(row, (list, tuple)) for row in choices)
+        if not lists or any(len(row) != K for row in choices):
             raise UserError("score takes a list of questions, and for each a list of K choices")
         every_question = [question for question in questions for _ in range(K)]
         every_choice = [choice for row in choices for choice in row]
@@ -420,7 +421,7 @@ class LMEye(nn.Module):
         """Let exactly the tensors of this stage be trained → {name: parameter}.
 
             stage 1              align, img
-            stage 2              request, decompose, transmit, img_d; with train_align all of these
+            stage 2              request, decompose, transmit, img_d; with train_align align, img as well
             stage 2, norequest   the same without request
             stage 2, static      align, img: there is nothing else
         """
@@ -452,7 +453,7 @@ class LMEye(nn.Module):
         for name in shapes | needed:
             if shapes.get(name) != needed.get(name):
                 raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, not "
-                                f"{needed.get(name)}: other --n-features, --n-slots or --n-image-tokens?")
+                                f"{needed.get(name)}: another --variant, or other --n-… flags?")
         self.load_state_dict(tensors, strict=False)  # the frozen models are not in the file
         return stage
 
@@ -565,8 +566,8 @@ def device_and_dtype(precision):
 
 def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, if
-    weights are missing (transformers would make them up), compressed or ignored, or if the tokenizer does not
-    fit the model."""
+    weights are missing (transformers would make them up), compressed or ignored by their layer, or if the
+    tokenizer does not fit the model."""
     first = name.split("/")[0]  # where it is a folder here, the name is no hub name but a path with a slip
     is_hub_name = name.count("/") == 1 and first not in ("", ".", "..", "~") and not Path(first).is_dir()
     if not (Path(name).is_dir() or is_hub_name):
@@ -585,6 +586,8 @@ def load_llm(name, device, dtype):
                    if layer and list(module.parameters(recurse=False)))
     ignored = sorted(found["unexpected_keys"])
     wrong = [key for key in ignored if key.startswith(layers)]
+    if getattr(llm.config, "quantization_config", None):  # computing with fewer bits is not exact
+        wrong.append("quantization_config")
     wrong += sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if wrong:
         raise UserError(f"--llm {name}: {len(wrong)} weights are missing, of another shape, ignored by their "
@@ -670,11 +673,13 @@ def check_llm(model):
     lmeye.settings = replace(model.settings, variant="lmeye")
     try:
         fault = find_fault(lmeye)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a foreign model may raise anything
+        if is_memory_full(error):
+            raise
         error = f"{type(error).__name__}: {printable(str(error))[:300]}"
         fault = f"it can't be run on vectors with a cache ({error})"
+    for p in model.adapter(2).values():
+        p.requires_grad_()  # as before
     if fault:
         raise UserError(f"--llm {model.settings.llm}: this kind of language model can't be used: {fault}")
 
@@ -781,8 +786,8 @@ def printable(text):
 
 
 class Output:
-    """Standard output or error. Where nobody reads it any more (`| head`, a `tee` that Ctrl-C ended, a terminal
-    that is gone) nothing more is written, and no error ends the program."""
+    """Standard output or error. Where nobody reads it any more (`| head`, a `tee` that Ctrl-C ended, a closed
+    terminal) nothing more is written, and no error ends the program."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -796,6 +801,10 @@ class Output:
             self.stream.flush()
         except OSError:  # from now on, all goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def is_memory_full(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def show_library_notes():
@@ -828,8 +837,7 @@ def run_main(main):
     try:
         main()
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        full = full or "can't allocate memory" in str(error)
+        full = is_memory_full(error)
         if isinstance(error, RuntimeError) and not full:  # a mistake of this program
             raise
         advice = "out of memory; lower --max-batch-tokens, or take smaller models: " if full else ""

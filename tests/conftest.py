@@ -5,6 +5,7 @@ import faulthandler
 import importlib
 import io
 import json
+import logging
 import os
 import shutil
 import sys
@@ -179,6 +180,7 @@ def run(program, *flags, cwd=".", stdin=""):
             lmeye.run_main(main)
         except SystemExit as end:
             status = end.code or 0
+    logging.disable(logging.NOTSET)  # a program may have switched it off, for itself
     return Result(status, out.getvalue(), err.getvalue())
 
 
