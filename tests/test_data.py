@@ -253,8 +253,10 @@ def test_words_that_the_tokenizer_has_no_token_for_are_noted_but_trained(tmp_pat
     records = [Record("a.jpg", ("what?",), answer) for answer in ("red", "a pizza", "Red circle", "pizza")]
     model = tiny_model()
     some, skipped, noted = encode(model, records, tmp_path)
-    assert len(some.records) == 4 and not skipped
-    assert noted == {"answers with words that the language model has no token for": 2}
+    assert len(some.records) == 3 and skipped == {"an answer or choice that the language model has no token for": 1}
+    assert noted == {"answers with words that the language model has no token for": 1}
+    _, _, noted = encode(model, [Record("a.jpg", ("what pizza?",), "red")], tmp_path)
+    assert noted == {"questions with words that the language model has no token for": 1}
     model.tokenizer.unk_token = model.tokenizer.eos_token  # one token for both, as OPT has it
     assert not encode(model, records[:1], tmp_path)[2]
 

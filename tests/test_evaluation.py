@@ -59,10 +59,10 @@ def test_unicode_may_write_letters_in_two_ways_and_a_tokenizer_may_change_the_tr
     model.tokenizer.unk_token = model.tokenizer.eos_token  # as in OPT: each answer ends with the unknown word
     assert sample.is_right(model, Record("a.jpg", ("q",), "cafe\u0301"), "caf\u00e9")
     assert sample.is_right(model, Record("a.jpg", ("q",), "STRASSE"), "straße")
-    monkeypatch.setattr(model, "decode", lambda ids: "no , it is n't" if len(ids) > 3 else "other")
-    assert sample.is_right(model, Record("a.jpg", ("q",), "no it is not"), "No , it is n't")
-    assert not sample.is_right(model, Record("a.jpg", ("q",), "no it is not"), "other")
     assert sample.is_right(model, Record("a.jpg", ("q",), " pizza"), "pizza ")
+    monkeypatch.setattr(model, "decode", lambda ids: "no , it is" if len(ids) > 2 else "n")
+    assert sample.is_right(model, Record("a.jpg", ("q",), "No, it is"), "no , it is")
+    assert not sample.is_right(model, Record("a.jpg", ("q",), "no"), "n")  # a letter was lost
 
 
 def test_a_truth_of_unknown_words_is_not_what_remains_without_them():
