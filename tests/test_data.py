@@ -440,3 +440,24 @@ def test_the_order_of_batches_depends_on_seed_and_epoch_alone():
     first, again, other = ([next(plan).tolist() for _ in range(20)] for plan in (first, again, other))
     assert first == again != other and first[:10] != first[10:]
     assert sorted(sum(first[:10], [])) == sorted(sum(first[10:], [])) == list(range(100))
+
+
+def test_a_file_of_features_that_was_cut_off_is_begun_anew(tmp_path):
+    """Lengthened by zeros it would hold features of no picture."""
+    model, names = tiny_model(), [f"{i}.png" for i in range(4)]
+    for i, name in enumerate(names):
+        save_picture(tmp_path / name, ("red", "green", "blue", "white")[i])
+    pictures = data.Pictures(tmp_path)
+    whole = np.array(data.encode_images(model, pictures, names, tmp_path / "features")[0])
+    path, = (tmp_path / "features").glob("*.f16")
+    path.write_bytes(path.read_bytes()[:100])
+    again, unreadable = data.encode_images(model, pictures, names, tmp_path / "features")
+    assert np.array_equal(again, whole) and not unreadable
+
+
+def test_choices_that_the_tokenizer_makes_equal_are_left_out(tmp_path):
+    save_picture(tmp_path / "a.jpg")
+    records = [Record("a.jpg", ("what?",), "red pizza", choices=("red pizza", "red pasta")),
+               Record("a.jpg", ("what?",), "red", choices=("red", "blue"))]
+    some, skipped, _ = encode(tiny_model(), records, tmp_path)
+    assert some.records == records[1:] and skipped == {"choices that the tokenizer does not tell apart": 1}

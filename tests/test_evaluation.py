@@ -268,3 +268,14 @@ def test_of_one_picture_blind_is_no_control_and_that_is_told(tmp_path, capsys):
     model = tiny_model()
     sample.evaluate(model, dataset(model, [Record("a.jpg", ("what?",), "red")]), tmp_path / "e")
     assert "no other can be shown" in capsys.readouterr().err
+
+
+def test_copies_are_one_picture_to_intervals_and_to_blind(tmp_path, capsys):
+    """Twelve names of one picture are no evidence of twelve."""
+    model = tiny_model()
+    records = [Record(f"{i}.jpg", ("what color is it?",), "red") for i in range(12)]
+    tokens = list(zip(model.question_ids([r.question for r in records]), model.answer_ids(["red"] * 12)))
+    features = np.ones((12, model.align.in_features), np.float16)
+    scores = sample.evaluate(model, data.Dataset(records, tokens, features, np.arange(12)), tmp_path / "evaluation")
+    assert scores["all"]["n"] == 12 and scores["all"]["interval"] is None
+    assert "no other can be shown" in capsys.readouterr().err

@@ -655,3 +655,39 @@ def test_weights_in_several_files_are_found_and_a_missing_one_is_named(tmp_path)
     (tmp_path / "parts" / index["weight_map"]["lm_head.weight"]).unlink()
     with pytest.raises(UserError, match="can't be loaded"):
         load(tmp_path / "parts", clip)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    """transformers without peft takes the weights alone, without a word."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    (llm / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge it into the weights"):
+        load(llm, clip)
+
+
+def test_a_layer_that_a_block_lacks_is_refused(tmp_path):
+    """As of a Qwen 3 file under a Llama's configuration."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    change_weights(llm, lambda weights: weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
+    with pytest.raises(UserError, match="ignored by their layer.*q_norm"):
+        load(llm, clip)
+
+
+def test_the_context_is_the_shortest_length_that_the_configuration_names():
+    assert model_with(random_llm("mpt", {**RIGHT["mpt"], "max_seq_len": 64})).context == 64
+    phi3 = random_llm("phi3", {**SIZE, "max_position_embeddings": 64})  # whose class has an original length of 4,096
+    assert model_with(phi3).context == 64
+
+
+def test_a_checkpoint_knows_other_rotations_and_another_activation(tmp_path):
+    """The same weights compute something else by them."""
+    model = model_with(random_llm("llama", SIZE))
+    model.save(tmp_path / "a.safetensors", 2)
+    other = random_llm("llama", {**SIZE, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}})
+    with pytest.raises(UserError, match="the weights of .* are others"):
+        model_with(other).load(tmp_path / "a.safetensors")
+    for block in model.clip.visual.transformer.resblocks:
+        block.mlp.gelu = open_clip.transformer.QuickGELU()
+    quick = LMEye(model.settings, model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer)
+    with pytest.raises(UserError, match="the activation functions of .* are others"):
+        quick.load(tmp_path / "a.safetensors")

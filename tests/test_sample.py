@@ -346,3 +346,13 @@ def test_ctrl_c_after_the_imports_is_what_it_was(monkeypatch):
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
     after = signal.signal(signal.SIGINT, before)
     assert after is before
+
+
+def test_a_second_picture_is_not_taken_for_a_question_and_flags_are_not_empty(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    result = run("sample.py", "a.png", "b.png", cwd=tmp_path)
+    assert fails_in_one_line(result) and "b.png is a file, not a question" in result.stderr
+    for flag in ("--data", "--checkpoint", "--out"):
+        result = run("sample.py", "a.png", "what?", flag, "", cwd=tmp_path)
+        assert result.returncode == 2 and f"{flag} has to name something" in result.stderr
