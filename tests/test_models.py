@@ -337,6 +337,21 @@ def test_a_cache_that_goes_on_wrongly_at_its_end_is_refused(monkeypatch):
         lmeye.check_llm(model)
 
 
+def test_a_request_from_a_wrong_state_is_refused_however_little_the_answer_depends_on_it(monkeypatch):
+    model = tiny_model()
+    real = model.run_llm
+    model.transmit.weight.data.mul_(1e-6)
+
+    def run_llm(x, mask, cache=None):
+        h, after = real(x, mask, cache)
+        at_img_d = cache is not None and x.shape[1] == 1
+        return (h.roll(1, -1) if at_img_d else h), after
+
+    monkeypatch.setattr(model, "run_llm", run_llm)
+    with pytest.raises(UserError, match=NUMBERS):
+        lmeye.check_llm(model)
+
+
 def test_a_model_that_does_not_read_the_cache_is_refused(monkeypatch):
     """Base models swallow arguments that they don't know."""
     model = tiny_model()
