@@ -137,6 +137,22 @@ def test_a_pass_that_was_killed_goes_on_after_its_last_batch_and_ends_bit_for_bi
     assert all(map(torch.equal, seen[3:5], seen[5:]))  # the first three batches were kept, the others are the same
 
 
+@pytest.mark.parametrize("lost", (slice(0, 5), slice(5, None)))
+def test_a_row_of_which_only_a_part_was_written_is_encoded_again(tmp_path, lost):
+    """Where the computer itself stopped, any part of the file may be missing."""
+    model, names = tiny_model(), ["red.png", "green.png", "blue.png"]
+    for name in names:
+        save_picture(tmp_path / name, name.removesuffix(".png"))
+    whole, _ = data.encode_images(model, Pictures(tmp_path), names, tmp_path / "features")
+    file, = (tmp_path / "features").glob("*.f16")
+    written = np.memmap(file, np.float16, "r+", shape=whole.shape)
+    expected = np.array(whole)
+    written[1, lost] = np.nan
+    written.flush()
+    again, unreadable = data.encode_images(model, Pictures(tmp_path), names, tmp_path / "features")
+    assert again.tobytes() == expected.tobytes() and not unreadable
+
+
 def test_whatever_stands_beside_a_picture_its_copies_have_equal_features(tmp_path):
     """Libraries compute few rows in another order than many, and round differently."""
     model, names = tiny_model(), [f"{i}.png" for i in range(40)]
