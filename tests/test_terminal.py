@@ -28,6 +28,7 @@ def child(program, cwd, flags, output):
     """A program in a process and session of its own that writes into a file, a pipe or a terminal."""
     os.chdir(cwd)
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever was ignored where the tests were started
     is_terminal = output.startswith("/dev/")
     os.dup2(os.open(output, os.O_RDWR if is_terminal else os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(1, 2)
