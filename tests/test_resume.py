@@ -172,6 +172,19 @@ def test_a_run_goes_on_from_another_folder_where_its_files_have_other_names(home
     assert mine.keys() == whole.keys() and all(torch.equal(mine[name], whole[name]) for name in whole)
 
 
+def test_an_evaluation_that_failed_is_made_by_resume(home, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    flags, folder = stage(home, 1), tmp_path / "llm+clip" / "stage1"
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "summarize", full)
+        assert run("train.py", *flags, "--out", tmp_path, cwd=home).returncode == 2
+    assert (folder / train.STATE).is_file()
+    assert run("train.py", *flags, "--out", tmp_path, "--resume", cwd=home).returncode == 0
+    assert json.loads((folder / "run.json").read_text())["scores"] and not (folder / train.STATE).exists()
+
+
 @pytest.fixture(autouse=True)
 def states_are_saved_often(monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
