@@ -129,7 +129,7 @@ def encode_images(model, pictures, names, folder=None):
             return None, str(reason)
 
     with FileLock(f"{path}.lock"):  # two programs may want the same features
-        if not path.is_file():
+        if not path.is_file() or path.stat().st_size != 2 * shape[0] * shape[1]:  # or it was cut off
             write_atomically(path, np.full(shape, np.nan, np.float16))
         features = np.memmap(path, np.float16, "r+", shape=shape)
         todo = np.flatnonzero(np.isnan(features.sum(1, dtype=np.float32)))
@@ -224,10 +224,12 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
                 continue
             if len(record.turns) < len(before.turns):
                 noted["prompts without the oldest turns of a long dialogue"] += 1
-            if model.tokenizer.unk_token_id in answer[:-1]:  # the last is eos, which may be the same token
-                noted["answers with words that the language model has no token for"] += 1
-            elif letters(model.decode(answer)) != letters(record.answer):
-                noted["answers of which the tokenizer loses or changes letters"] += 1
+            loss = lost(model, answer[:-1], record.answer)  # the last is eos
+            if loss:
+                noted[f"answers {loss}"] += 1
+            loss = lost(model, question, QUESTION + record.question) if record.turns else ""
+            if loss:
+                noted[f"questions {loss}"] += 1
             kept.append(record)
             tokens.append((np.array(question, np.int32), np.array(answer, np.int32)))
             picture.append(row[record.image])
@@ -241,14 +243,27 @@ def unfit(model, record, question, answers, room):
     eos = model.tokenizer.eos_token_id
     if eos in question or any(eos in ids[:-1] for ids in answers):  # some tokenizers read "</s>" so
         return "a text in which the tokenizer reads the end of a text"
-    if any(len(ids) == 1 for ids in answers[0 if record.answer else 1:]):  # eos alone
+    known = answers if record.answer else answers[1:]
+    if not all(model.decode(ids) for ids in known):  # eos alone, or a space
         return "an answer or choice that the language model has no token for"
+    if len(set(map(tuple, answers[1:]))) < len(record.choices):
+        return "choices that the tokenizer does not tell apart"
     return "longer than the language model's context" if len(question) > room else ""
 
 
+def lost(model, ids, text):
+    """What the tokenizer loses of a text, in words, or ""."""
+    if model.tokenizer.unk_token_id in ids:
+        return "with words that the language model has no token for"
+    if letters(model.decode(ids)) != letters(text):
+        return "of which the tokenizer loses or changes letters"
+    return ""
+
+
 def letters(text):
-    """A text without what a tokenizer may change: case, spaces, and how accents are composed."""
-    return "".join(unicodedata.normalize("NFC", text).casefold().split())
+    """Letters and digits of a text, without case, however accents are composed. A tokenizer may change the
+    rest: the miniature's drops every question mark."""
+    return "".join(c for c in unicodedata.normalize("NFC", text).casefold() if c.isalnum())
 
 
 def hold_out(dataset, most=500):
@@ -482,7 +497,8 @@ def check_choices(choices, answer):
     """UserError unless the choices are texts, each once, with the answer among them. [] stands for none."""
     if not isinstance(choices, list) or not all(map(is_text, choices)):
         raise UserError('"choices" that are not one list of texts for each answer')
-    if len(set(choices)) < len(choices) or (choices and answer and answer not in choices):
+    distinct = {choice.casefold().strip() for choice in choices}
+    if len(distinct) < len(choices) or (choices and answer and answer not in choices):
         raise UserError("an answer that is not one of its choices, or a choice that is there twice")
 
 
@@ -593,29 +609,35 @@ def tidy(name):
 def load_image(source):
     """A path or a binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is
     transparent. UserError, which begins with the path, if it can't be read."""
-    where = f"{source}: " if isinstance(source, (str, Path)) else ""
-    if where and not os.path.isfile(source):  # a pipe would be waited for
-        raise UserError(f"{where}no such picture")
+    if isinstance(source, (str, Path)):
+        if not os.path.isfile(source):  # a pipe would be waited for
+            raise UserError(f"{source}: no such picture")
+        try:
+            with open(source, "rb") as file:  # Pillow maps a path into memory, and then turns it wrongly
+                return load_image(file)
+        except UserError as reason:
+            raise UserError(f"{source}: {reason}") from reason
     try:
         with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
                 raise UserError("a picture with too many pixels, or too narrow")
             image.load()
             return to_rgb(image)
-    except UserError as reason:
-        raise UserError(f"{where}{reason}") from reason
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{where}no picture that can be read (HEIC, for one, has to be converted)") from error
+        raise UserError("no picture that can be read (HEIC, for one, has to be converted)") from error
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
         fault = re.sub(r"\d+", "…", str(error))  # so that faults of one kind are counted together
-        raise UserError(f"{where}a picture that can't be read ({type(error).__name__}: {fault})") from error
+        raise UserError(f"a picture that can't be read ({type(error).__name__}: {fault})") from error
 
 
 def to_rgb(image):
     """A picture of any mode, as Pillow opened it → RGB."""
     many_bits = image.mode.startswith(("I", "F"))
-    if many_bits and image.format != "PNG":
-        raise UserError("gray of more than 8 bits, of a range that Pillow does not tell: save it as PNG")
+    deep = image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8  # in colors, too
+    if (many_bits and image.format != "PNG") or deep:
+        raise UserError("more than 8 bits, of a range that Pillow does not tell: save it as PNG")
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # at EXIF that it can't read, or can't write back when the picture is turned

@@ -443,7 +443,7 @@ class LMEye(nn.Module):
         """Load a checkpoint into this model → its stage. UserError if it belongs to other models."""
         stage, saved, theirs, tensors = read_adapter(path)
         for part, numbers in self.identity.items():
-            rounding = 0 if part == "token ids" else 0.01  # weights may be in bf16 here, in fp32 there
+            rounding = 0.01 if part in ("weights", "pixels") else 0  # bf16 here, perhaps, and fp32 there
             same_size = len(theirs.get(part, ())) == len(numbers)
             if not (same_size and np.allclose(theirs[part], numbers, rtol=rounding, atol=1e-6)):
                 raise UserError(f"{path}: was trained with --llm {saved.llm} --clip {saved.clip}; the {part} "
@@ -536,19 +536,25 @@ def context_length(llm):
     for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind of layer
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
             original = rope.get("original_max_position_embeddings") or original
-    return original or getattr(config, "max_position_embeddings", None) or 2048
+    lengths = [original]
+    lengths += [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return min([length for length in lengths if length], default=2048)
 
 
 def identity(model):
-    """Numbers that tell frozen models apart, {what: list}: two of each weight, pixels of a picture as it is
-    preprocessed, the tokens of a text."""
+    """Numbers that tell frozen models apart, {what: list}: two of each weight (and of the frequencies that
+    rotate positions), CLIP's activations, pixels of a preprocessed picture, tokens of a text."""
+    kinds = {type(module).__name__ for module in model.clip.modules()}
+    functions = " ".join(sorted(kind for kind in kinds if "GELU" in kind))
     weights = []
-    for p in (*model.llm.parameters(), *model.clip.parameters()):
+    rotations = [p for name, p in model.llm.named_buffers() if name.endswith("inv_freq")]
+    for p in (*model.llm.parameters(), *rotations, *model.clip.parameters()):
         weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())
     picture = Image.linear_gradient("L").resize((256, 128)).convert("RGB")
     pixels = model.preprocess(picture)  # (3, side, side)
     step = max(1, pixels.shape[-1] // 4)
     return {"weights": torch.cat(weights).tolist(),
+            "activation functions": list(functions.encode()),
             "pixels": pixels[:, ::step, ::step].flatten().tolist(),
             "token ids": model.ids_of(["Image: how many red things are there?\n3, or: none!"])[0]}
 
@@ -568,6 +574,8 @@ def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, if
     weights are missing (transformers would make them up), compressed or ignored by their layer, or if the
     tokenizer does not fit the model."""
+    if Path(name, "adapter_config.json").is_file():  # transformers would leave it out without a word
+        raise UserError(f"--llm {name}: holds an adapter (PEFT, LoRA): merge it into the weights first")
     first = name.split("/")[0]  # where it is a folder here, the name is no hub name but a path with a slip
     is_hub_name = name.count("/") == 1 and first not in ("", ".", "..", "~") and not Path(first).is_dir()
     if not (Path(name).is_dir() or is_hub_name):
@@ -582,10 +590,11 @@ def load_llm(name, device, dtype):
     # transformers ignores weights that have no place in the model. Inside a layer that exists, this means
     # that it computes something else than it should: a bias that config.json does not name, the scales of
     # compressed weights, LoRA's matrices. (Names come with the base model's prefix or without it.)
-    layers = tuple(f"{layer}." for layer, module in (*llm.named_modules(), *llm.base_model.named_modules())
+    modules = dict((*llm.named_modules(), *llm.base_model.named_modules()))
+    layers = tuple(f"{layer}." for layer, module in modules.items()
                    if layer and list(module.parameters(recurse=False)))
     ignored = sorted(found["unexpected_keys"])
-    wrong = [key for key in ignored if key.startswith(layers)]
+    wrong = [key for key in ignored if key.startswith(layers) or is_layer_of_block(key, modules)]
     if getattr(llm.config, "quantization_config", None):  # computing with fewer bits is not exact
         wrong.append("quantization_config")
     wrong += sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
@@ -603,6 +612,12 @@ def load_llm(name, device, dtype):
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with "
                         f"{tokenizer.eos_token} as end of text, the model {embeddings}; are all files there?")
     return llm.to(device), tokenizer
+
+
+def is_layer_of_block(key, modules):
+    """Whether a weight belongs to a layer (q_norm) that a block of the model (layers.0.self_attn) lacks."""
+    block = key.rsplit(".", 2)[0]
+    return key.endswith(".weight") and block in modules and any(part.isdigit() for part in block.split("."))
 
 
 def load_clip(name, device, dtype):

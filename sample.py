@@ -89,11 +89,14 @@ def chat(model, f, options):
             line = input("question (an empty line ends) > " if on_terminal else "")
         except EOFError:
             return
-        question = line.encode("utf-8", "replace").decode().strip()
+        question = line.strip()
         if not question and on_terminal:
             return
         if not question:
             note("an empty line was skipped")
+            continue
+        if not data.is_text(question):
+            note("a line that is not UTF-8 text was skipped")
             continue
         note_unknown_words(model, question)
         if not fits(model, question):
@@ -116,7 +119,7 @@ def fits(model, question):
 def note_unknown_words(model, text):
     """Tell which words the tokenizer has no token for. (Those of large models have one for any.)"""
     words = text.split()
-    unknown = [word for word, ids in zip(words, model.ids_of(words)) if model.tokenizer.unk_token_id in ids]
+    unknown = [word for word, ids in zip(words, model.ids_of(words)) if data.lost(model, ids, word)]
     if unknown:
         note(f"the language model does not know: {' '.join(unknown)}")
 
@@ -150,7 +153,7 @@ def evaluate(model, dataset, folder, max_batch_tokens=4096):
     `summarize`. Blind is the same model, shown other records' pictures: what is still right was not seen.
     """
     model.eval()
-    if len(set(dataset.picture)) == 1:
+    if len(set(data.first_copies(dataset))) == 1:
         note("of one picture no other can be shown, so blind sees it as well")
     lines = [answer_line(model, record) for record in dataset.records]
     clip = predict(model, dataset, lines, False, max_batch_tokens)
@@ -240,8 +243,8 @@ def is_right(model, record, text):
     if not record.turns or not record.answer:
         return None
     truths, ids = [record.answer], model.answer_ids([record.answer])[0]
-    if model.tokenizer.unk_token_id not in ids[:-1]:  # eos, the last, is the unknown word of some
-        truths.append(model.decode(ids))
+    if not record.choices and not data.lost(model, ids[:-1], record.answer):
+        truths.append(model.decode(ids))  # other spaces, or accents composed otherwise
     return plain(text) in [plain(truth) for truth in truths]
 
 
@@ -266,7 +269,7 @@ def summarize(dataset, lines, clip, blind_clip):
     """{row: scores} of the table: the percentage of right answers, in each category and in all; the same if
     choices are ranked by log p a token. Captions have "score", their CLIPScore, in the place of "percent"."""
     scores = defaultdict(list)  # of each row: (picture, score, score when blind) of each record that counts
-    for i, (line, picture) in enumerate(zip(lines, dataset.picture)):
+    for i, (line, picture) in enumerate(zip(lines, data.first_copies(dataset))):
         name = line["category"]  # "all" where the data file has none
         if name in OWN_ROWS or name.startswith('"'):  # it must not be mixed into a row of this program
             name = f'"{name}"'
@@ -422,6 +425,10 @@ def parse_args():
     flag("--max-batch-tokens", type=int, default=4096, help="with --data: bounds the memory (default: 4096)")
     args = parser.parse_args()
 
+    for name in ("checkpoint", "out", "llm", "clip", "data", "images"):
+        if getattr(args, name) == "":
+            parser.error(f"--{name} has to name something")
+    args.out = os.path.expanduser(args.out)
     if bool(args.inputs) == bool(args.data):
         parser.error("either a picture is needed, or --data")
     for name, low, high in (("max_tokens", 1, 10 ** 6), ("temperature", 0, 100), ("top_k", 0, 10 ** 6),
@@ -439,6 +446,8 @@ def parse_args():
     if len(args.inputs) > 2:
         raise UserError('too many words: quote the question, as in  python sample.py cat.jpg "what is it?"')
     args.picture, args.question = (args.inputs + [None, None])[:2]
+    if args.question is not None and os.path.isfile(args.question):
+        raise UserError(f"{args.question} is a file, not a question: ask about one picture at a time")
     if args.question is not None and not data.is_text(args.question.strip()):
         raise UserError("the question is empty or unreadable")
     return args

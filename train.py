@@ -421,8 +421,9 @@ def parse_args():
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}, which is missing")
     if args.train_align and (args.stage == 1 or args.variant == "static"):
         parser.error("--train-align would do nothing: stage 1, and stage 2 of static, train align anyway")
-    if not args.out:
-        parser.error("--out has to name a folder")
+    for name in ("data", "images", "val", "val_images", "llm", "clip", "out", "init"):
+        if getattr(args, name) == "":  # as a shell's variable that is not set
+            parser.error(f"--{name.replace('_', '-')} has to name something")
     args.out = os.path.expanduser(args.out)  # a shell leaves the ~ of --out=~/runs as it is
     return args
 

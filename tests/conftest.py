@@ -87,6 +87,13 @@ def tiny_clip(vocabulary):
     return open_clip.CLIP(**config).eval(), config
 
 
+@pytest.fixture(autouse=True)
+def logging_is_on():
+    """Programs may switch it off for themselves, and here all run in one process."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.fixture
 def folders(tmp_path):
     """(--llm, --clip): folders of a tiny OPT and a tiny CLIP, which speak the miniature's words."""
@@ -180,7 +187,6 @@ def run(program, *flags, cwd=".", stdin=""):
             lmeye.run_main(main)
         except SystemExit as end:
             status = end.code or 0
-    logging.disable(logging.NOTSET)  # a program may have switched it off, for itself
     return Result(status, out.getvalue(), err.getvalue())
 
 

@@ -137,6 +137,22 @@ def test_a_pass_that_was_killed_goes_on_after_its_last_batch_and_ends_bit_for_bi
     assert all(map(torch.equal, seen[3:5], seen[5:]))  # the first three batches were kept, the others are the same
 
 
+@pytest.mark.parametrize("lost", (slice(0, 5), slice(5, None)))
+def test_a_row_of_which_only_a_part_was_written_is_encoded_again(tmp_path, lost):
+    """Where the computer itself stopped, any part of the file may be missing."""
+    model, names = tiny_model(), ["red.png", "green.png", "blue.png"]
+    for name in names:
+        save_picture(tmp_path / name, name.removesuffix(".png"))
+    whole, _ = data.encode_images(model, Pictures(tmp_path), names, tmp_path / "features")
+    file, = (tmp_path / "features").glob("*.f16")
+    written = np.memmap(file, np.float16, "r+", shape=whole.shape)
+    expected = np.array(whole)
+    written[1, lost] = np.nan
+    written.flush()
+    again, unreadable = data.encode_images(model, Pictures(tmp_path), names, tmp_path / "features")
+    assert again.tobytes() == expected.tobytes() and not unreadable
+
+
 def test_whatever_stands_beside_a_picture_its_copies_have_equal_features(tmp_path):
     """Libraries compute few rows in another order than many, and round differently."""
     model, names = tiny_model(), [f"{i}.png" for i in range(40)]
@@ -253,8 +269,10 @@ def test_words_that_the_tokenizer_has_no_token_for_are_noted_but_trained(tmp_pat
     records = [Record("a.jpg", ("what?",), answer) for answer in ("red", "a pizza", "Red circle", "pizza")]
     model = tiny_model()
     some, skipped, noted = encode(model, records, tmp_path)
-    assert len(some.records) == 4 and not skipped
-    assert noted == {"answers with words that the language model has no token for": 2}
+    assert len(some.records) == 3 and skipped == {"an answer or choice that the language model has no token for": 1}
+    assert noted == {"answers with words that the language model has no token for": 1}
+    _, _, noted = encode(model, [Record("a.jpg", ("what pizza?",), "red")], tmp_path)
+    assert noted == {"questions with words that the language model has no token for": 1}
     model.tokenizer.unk_token = model.tokenizer.eos_token  # one token for both, as OPT has it
     assert not encode(model, records[:1], tmp_path)[2]
 
@@ -438,3 +456,24 @@ def test_the_order_of_batches_depends_on_seed_and_epoch_alone():
     first, again, other = ([next(plan).tolist() for _ in range(20)] for plan in (first, again, other))
     assert first == again != other and first[:10] != first[10:]
     assert sorted(sum(first[:10], [])) == sorted(sum(first[10:], [])) == list(range(100))
+
+
+def test_a_file_of_features_that_was_cut_off_is_begun_anew(tmp_path):
+    """Lengthened by zeros it would hold features of no picture."""
+    model, names = tiny_model(), [f"{i}.png" for i in range(4)]
+    for i, name in enumerate(names):
+        save_picture(tmp_path / name, ("red", "green", "blue", "white")[i])
+    pictures = data.Pictures(tmp_path)
+    whole = np.array(data.encode_images(model, pictures, names, tmp_path / "features")[0])
+    path, = (tmp_path / "features").glob("*.f16")
+    path.write_bytes(path.read_bytes()[:100])
+    again, unreadable = data.encode_images(model, pictures, names, tmp_path / "features")
+    assert np.array_equal(again, whole) and not unreadable
+
+
+def test_choices_that_the_tokenizer_makes_equal_are_left_out(tmp_path):
+    save_picture(tmp_path / "a.jpg")
+    records = [Record("a.jpg", ("what?",), "red pizza", choices=("red pizza", "red pasta")),
+               Record("a.jpg", ("what?",), "red", choices=("red", "blue"))]
+    some, skipped, _ = encode(tiny_model(), records, tmp_path)
+    assert some.records == records[1:] and skipped == {"choices that the tokenizer does not tell apart": 1}

@@ -349,7 +349,7 @@ def test_gray_of_16_bits_in_a_png_keeps_its_shades_and_other_gray_of_many_bits_i
     for kind in ("uint16", "int32", "float32"):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / f"{kind}.tif")
     for name in ("a.pgm", "uint16.tif", "int32.tif", "float32.tif"):
-        with pytest.raises(UserError, match=f"{name}: gray of more than 8 bits"):
+        with pytest.raises(UserError, match=f"{name}: more than 8 bits"):
             data.load_image(tmp_path / name)
 
 
@@ -428,3 +428,23 @@ def test_published_data_is_found_or_the_commands_that_fetch_it_are_told(tmp_path
     for name in files:
         (home / name).touch()
     assert data.published_data(stage, tmp_path / "my out") == tuple(Path(home, name) for name in files)
+
+
+def test_a_turned_tiff_is_the_same_by_its_path_and_from_a_file(tmp_path):
+    """Pillow maps an uncompressed TIFF into memory by its path, and after turning reads it by the wrong width."""
+    picture = Image.effect_noise((40, 24), 90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture.save(tmp_path / "a.tif", exif=exif)
+    with open(tmp_path / "a.tif", "rb") as file:
+        turned = data.load_image(file)
+    assert turned.size == (24, 40)
+    assert data.load_image(tmp_path / "a.tif").tobytes() == turned.tobytes()
+    assert turned.tobytes() == picture.transpose(Image.Transpose.ROTATE_270).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("choices", [["red", "Red"], ["red", "red "]])
+def test_choices_that_are_one_answer_are_refused(tmp_path, choices):
+    item = {"image": "a.jpg", "question": "What?", "answer": "red", "choices": [choices]}
+    with pytest.raises(UserError, match="a choice that is there twice"):
+        read(tmp_path, [item])

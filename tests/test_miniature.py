@@ -175,6 +175,31 @@ def test_train_takes_these_files_and_validates_on_what_was_held_out(made, stage,
     assert (made.parent / PRESETS["mini"].llm.removeprefix("out/")).is_dir()
 
 
+def test_at_first_use_train_makes_a_miniature_with_its_own_seed_and_folder(tmp_path, monkeypatch):
+    started = []
+
+    class Program:
+        def __init__(self, words):
+            started.append(list(map(str, words)))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(train.subprocess, "Popen", Program)
+    args, settings = SimpleNamespace(out=str(tmp_path), seed=7), PRESETS["mini"]
+    train.make_miniature(args, settings)
+    assert started == [[sys.executable, str(SCRIPT), "--out", str(tmp_path), "--seed", "7"]]
+    Path(tmp_path, "mini", "llm").mkdir(parents=True)
+    train.make_miniature(args, settings)  # it is there
+    assert len(started) == 1
+
+
 def test_a_recipe_is_that_of_the_language_model(made):
     config = transformers.AutoConfig.from_pretrained(made / "llm")
     assert (config.hidden_size, config.num_hidden_layers) == (32, 1)

@@ -309,17 +309,43 @@ def test_a_fault_is_not_taken_for_rounding(name):
         lmeye.check_llm(model)
 
 
+def test_a_cache_that_cannot_be_shortened_is_refused(monkeypatch):
+    """Its request is right, and the answer goes on from a wrong beginning: only the logits can tell."""
+    def crop(cache, n):  # forgets the first -n tokens in place of the last
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[..., -n:, :], layer.values[..., -n:, :]
+
+    monkeypatch.setattr(transformers.DynamicCache, "crop", crop)
+    with pytest.raises(UserError, match=NUMBERS):
+        lmeye.check_llm(tiny_model())
+
+
 def test_a_cache_that_goes_on_wrongly_at_its_end_is_refused(monkeypatch):
-    """Where no other row of the comparison looks: behind what is compared with padding or another end."""
+    """As above, but only the states of the answer's last two tokens are wrong, and those of one record."""
     model = tiny_model()
     real = model.run_llm
 
     def run_llm(x, mask, cache=None):
         h, after = real(x, mask, cache)
-        if cache is not None:
+        if cache is not None and x.shape[1] > 1:  # not <img-d> alone
             h = h.clone()
-            h[0, -2:] += 1  # the first row's places 8 and 9
+            h[1, -2:] += 1
         return h, after
+
+    monkeypatch.setattr(model, "run_llm", run_llm)
+    with pytest.raises(UserError, match=NUMBERS):
+        lmeye.check_llm(model)
+
+
+def test_a_request_from_a_wrong_state_is_refused_however_little_the_answer_depends_on_it(monkeypatch):
+    model = tiny_model()
+    real = model.run_llm
+    model.transmit.weight.data.mul_(1e-6)
+
+    def run_llm(x, mask, cache=None):
+        h, after = real(x, mask, cache)
+        at_img_d = cache is not None and x.shape[1] == 1
+        return (h.roll(1, -1) if at_img_d else h), after
 
     monkeypatch.setattr(model, "run_llm", run_llm)
     with pytest.raises(UserError, match=NUMBERS):
@@ -445,6 +471,23 @@ def test_a_text_tower_of_another_library_is_refused(tmp_path):
 
 def load(llm, clip):
     return LMEye.from_settings(Settings(llm=str(llm), clip=str(clip), precision="fp32"))
+
+
+def test_a_model_is_checked_when_it_is_loaded_also_for_the_controls(tmp_path):
+    """Both checks compare numbers, so nothing else would tell: a wrong model trains and answers, only worse."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    for variant in lmeye.VARIANTS:
+        LMEye.from_settings(Settings(llm=str(llm), clip=clip, precision="fp32", variant=variant))
+    config_file = tmp_path / "clip" / "open_clip_config.json"
+    config = json.loads(config_file.read_text())
+    config["model_cfg"]["text_cfg"]["pool_type"] = "first"
+    config_file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="--clip .*not read at the end of a text"):
+        load(llm, clip)
+    random_llm("granite", WRONG["granite"][0]).save_pretrained(llm)
+    for variant in lmeye.VARIANTS:
+        with pytest.raises(UserError, match=f"--llm .*{HEAD}"):
+            LMEye.from_settings(Settings(llm=str(llm), clip=save_clip(tmp_path / variant), precision="fp32", variant=variant))
 
 
 def llama_folder(folder):
@@ -655,3 +698,39 @@ def test_weights_in_several_files_are_found_and_a_missing_one_is_named(tmp_path)
     (tmp_path / "parts" / index["weight_map"]["lm_head.weight"]).unlink()
     with pytest.raises(UserError, match="can't be loaded"):
         load(tmp_path / "parts", clip)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    """transformers without peft takes the weights alone, without a word."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    (llm / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge it into the weights"):
+        load(llm, clip)
+
+
+def test_a_layer_that_a_block_lacks_is_refused(tmp_path):
+    """As of a Qwen 3 file under a Llama's configuration."""
+    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+    change_weights(llm, lambda weights: weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
+    with pytest.raises(UserError, match="ignored by their layer.*q_norm"):
+        load(llm, clip)
+
+
+def test_the_context_is_the_shortest_length_that_the_configuration_names():
+    assert model_with(random_llm("mpt", {**RIGHT["mpt"], "max_seq_len": 64})).context == 64
+    phi3 = random_llm("phi3", {**SIZE, "max_position_embeddings": 64})  # whose class has an original length of 4,096
+    assert model_with(phi3).context == 64
+
+
+def test_a_checkpoint_knows_other_rotations_and_another_activation(tmp_path):
+    """The same weights compute something else by them."""
+    model = model_with(random_llm("llama", SIZE))
+    model.save(tmp_path / "a.safetensors", 2)
+    other = random_llm("llama", {**SIZE, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}})
+    with pytest.raises(UserError, match="the weights of .* are others"):
+        model_with(other).load(tmp_path / "a.safetensors")
+    for block in model.clip.visual.transformer.resblocks:
+        block.mlp.gelu = open_clip.transformer.QuickGELU()
+    quick = LMEye(model.settings, model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer)
+    with pytest.raises(UserError, match="the activation functions of .* are others"):
+        quick.load(tmp_path / "a.safetensors")

@@ -571,10 +571,11 @@ def test_vqas_results_file_has_every_question_once(tmp_path):
 
 def test_cocos_results_file_has_every_picture_and_one_of_two_ids_as_well(tmp_path):
     captions = write(tmp_path / "c.json", {"annotations": [], "images": [
-        {"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}]})
+        {"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"},
+        {"id": 2, "file_name": "b.jpg"}]})  # the same row again
     rows = [spoken("a.jpg", None, "A cat.", "blind")] * 5 + [spoken("b.jpg", "What?", "an answer",
                                                                     image="b.jpg")]
     (results,), notes = converted("results-coco", write_lines(tmp_path / "answers.jsonl", rows), captions)
     assert results == [{"image_id": 1, "caption": "A cat."}, {"image_id": 2, "caption": ""},
                        {"image_id": 3, "caption": "A cat."}]
-    assert notes == {"a picture without a caption": 1}
+    assert notes == {"a picture without a caption": 2}

@@ -40,13 +40,13 @@ def test_the_python_of_the_readme_runs_and_does_the_steps_of_plain_loss(tmp_path
     _, logits, h = lmeye.plain_loss(model, f, question, "circle")
     assert torch.allclose(names["h"], h, atol=1e-5)
     x, _, cache = model.read_prompt(f, *model.tokenize([question], [""])[:2])
-    assert torch.allclose(names["img_d"], x[:, :1], atol=1e-5)
+    assert torch.allclose(names["told"], x[:, :1], atol=1e-5)
     assert cache.get_seq_length() == names["prompt"].shape[1]
     assert torch.allclose(first_word, logits[:1], atol=1e-4)
     assert names["word"].item() == logits[0].argmax().item()
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == str(model.generate(f, [question]))
-    assert [line.split()[0] for line in printed[1:7]] == ["f", "img", "h", "r", "v", "img_d"]
+    assert [line.split()[0] for line in printed[1:7]] == ["f", "seen", "h", "r", "v", "told"]
 
 
 def test_the_readme_is_short_and_its_lines_are():

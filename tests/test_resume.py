@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fails_in_one_line, run, save_clip, save_llm, tiny_model
@@ -171,6 +172,19 @@ def test_a_run_goes_on_from_another_folder_where_its_files_have_other_names(home
     assert mine.keys() == whole.keys() and all(torch.equal(mine[name], whole[name]) for name in whole)
 
 
+def test_an_evaluation_that_failed_is_made_by_resume(home, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    flags, folder = stage(home, 1), tmp_path / "llm+clip" / "stage1"
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "summarize", full)
+        assert run("train.py", *flags, "--out", tmp_path, cwd=home).returncode == 2
+    assert (folder / train.STATE).is_file()
+    assert run("train.py", *flags, "--out", tmp_path, "--resume", cwd=home).returncode == 0
+    assert json.loads((folder / "run.json").read_text())["scores"] and not (folder / train.STATE).exists()
+
+
 @pytest.fixture(autouse=True)
 def states_are_saved_often(monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
@@ -307,12 +321,17 @@ def test_a_run_cannot_be_resumed_on_other_data(tmp_path, monkeypatch):
         train.train_adapter(tiny_model(), 2, other, None, tmp_path / "a", 6, 4, 1e-2, resume=True)
 
 
-def test_a_run_cannot_be_resumed_with_other_validation_data(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", (0, 2))
+def test_a_run_cannot_be_resumed_with_other_validation_data(tmp_path, monkeypatch, before):
     """What is the best adapter, and the log, would mix two measures."""
-    interrupt(tmp_path / "a", monkeypatch)
     some = dataset(tiny_model(), 2)
+    val = some.take(np.arange(before)) if before else None
+    given = (tmp_path / "a", 6, 4, 1e-2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(3, patch)
+        train.train_adapter(tiny_model(), 2, some, val, *given)
     with pytest.raises(UserError, match="other settings: hash of the val data"):
-        train.train_adapter(tiny_model(), 2, some, some, tmp_path / "a", 6, 4, 1e-2, resume=True)
+        train.train_adapter(tiny_model(), 2, some, some, *given, resume=True)
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_the_state_before_still_loads(tmp_path, monkeypatch):
@@ -368,7 +387,7 @@ def test_after_many_steps_that_are_not_finite_the_run_stops_with_advice(tmp_path
         start(model, tmp_path / "a", steps=100)
 
 
-@pytest.mark.parametrize("bad, fails", (((6,), False), ((5, 6), True), ((3, 4), False)))
+@pytest.mark.parametrize("bad, fails", (((6,), False), ((5, 6), True), ((3, 4), False), ((2, 6), False)))
 def test_a_run_whose_last_steps_are_not_finite_is_no_success(tmp_path, monkeypatch, bad, fails):
     """A single one may be of fp16's scaler."""
     model = tiny_model()
@@ -395,6 +414,21 @@ def test_steps_that_are_not_finite_are_counted_on_after_an_interruption(tmp_path
         with pytest.raises(error):
             start(model, tmp_path / "a", steps=100, resume=True)
     assert len(calls) == 16 + 6
+
+
+def test_the_factor_that_a_scaler_has_lowered_is_kept_over_an_interruption(tmp_path, monkeypatch):
+    """In fp16, another factor rounds other gradients to zero."""
+    factors = []
+    for resume, step in ((False, 3), (True, 2)):
+        model = tiny_model()
+        model.llm.half()
+        if not resume:
+            break_losses(model, (2,), monkeypatch)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(step, patch)
+            start(model, tmp_path / "a", steps=9, resume=resume)
+        factors.append(torch.load(tmp_path / "a" / train.STATE, weights_only=True)["scaler"]["scale"])
+    assert factors == [2.0 ** 15] * 2
 
 
 def test_a_gpu_that_is_too_small_is_told_in_one_line_and_the_run_goes_on(home, tmp_path, monkeypatch):

@@ -105,6 +105,16 @@ def test_words_that_a_tokenizer_joins_later_are_written_once_and_right(pieces, c
     assert capsys.readouterr().out == pieces[-1] + "\n"
 
 
+def test_an_answer_is_one_line_without_what_a_terminal_would_obey(capsys):
+    """Joiners stay, which belong to the letters of some languages."""
+    model = SimpleNamespace(stream=lambda f, questions, **options: iter([torch.tensor([0])]),
+                            decode=lambda ids: "a \x1b[2Jred\x9b\ncup\u202e क्\u200cष")
+    assert sample.write_answer(model, None, "?", {}) == "a [2Jred cup क्\u200cष"
+    sample.note("\x1b]0;title\x07one\ntwo")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("a [2Jred cup क्\u200cष\n", "note: ]0;titleone two\n")
+
+
 def test_a_stage_1_checkpoint_writes_captions_and_says_so(home, streams):
     checkpoint = ["--checkpoint", f"out/llm+clip/stage1/{CHECKPOINT}"]
     caption = run("sample.py", PICTURE, *checkpoint, cwd=home)
@@ -346,3 +356,13 @@ def test_ctrl_c_after_the_imports_is_what_it_was(monkeypatch):
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
     after = signal.signal(signal.SIGINT, before)
     assert after is before
+
+
+def test_a_second_picture_is_not_taken_for_a_question_and_flags_are_not_empty(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    result = run("sample.py", "a.png", "b.png", cwd=tmp_path)
+    assert fails_in_one_line(result) and "b.png is a file, not a question" in result.stderr
+    for flag in ("--data", "--checkpoint", "--out"):
+        result = run("sample.py", "a.png", "what?", flag, "", cwd=tmp_path)
+        assert result.returncode == 2 and f"{flag} has to name something" in result.stderr

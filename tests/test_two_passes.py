@@ -140,16 +140,17 @@ def test_the_size_of_chunks_changes_no_loss_and_no_gradient(at_once, monkeypatch
         assert (gradient - expected[name]).norm() < 1e-6 * expected[name].norm(), name
 
 
-def test_the_gradient_of_a_scaled_loss_is_exact_where_half_precision_ends():
+@pytest.mark.parametrize("n_tokens", (1, 500))  # by which a step divides its loss; with 1 the factor is the largest
+def test_the_gradient_of_a_scaled_loss_is_exact_where_half_precision_ends(n_tokens):
     """A scaler multiplies the loss by 65,536, which fp16 can't hold: the factor must meet the gradient in fp32."""
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 30, bias=False).half().requires_grad_(False)
     h = torch.randn(5, 8).half().requires_grad_()
     targets = torch.randint(30, (5,))
-    (65_536 * lmeye.chunked_cross_entropy(h, targets, head).sum() / 500).backward()
+    (65_536 * lmeye.chunked_cross_entropy(h, targets, head).sum() / n_tokens).backward()
     exact = h.detach().float().requires_grad_()
     F.cross_entropy(exact @ head.weight.float().T, targets, reduction="sum").backward()
-    assert torch.allclose(h.grad.float() * 500 / 65_536, exact.grad, rtol=5e-3, atol=1e-3)
+    assert torch.allclose(h.grad.float() * n_tokens / 65_536, exact.grad, rtol=5e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
