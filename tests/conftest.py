@@ -29,7 +29,7 @@ import shapes
 from lmeye import LMEye, Settings
 
 
-LIMIT = 300  # seconds of a test; most take less than one
+LIMIT = 900  # seconds of a test; most take less than one
 if "LMEYE_ALL" in os.environ or "LMEYE_FUZZ" in os.environ:
     LIMIT = 3600
 
