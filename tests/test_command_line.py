@@ -17,6 +17,7 @@ from conftest import ROOT, fails_in_one_line, opt_tokenizer, run, save_clip, sav
 from test_data import save_picture
 from test_resume import stop_at
 
+import data
 import lmeye
 import sample
 import train
@@ -168,6 +169,9 @@ def test_small_data_of_ones_own_works_by_itself(trained, tmp_path, monkeypatch):
     asked, real = [], train.train_adapter
 
     def first_step_only(model, stage, train, val, folder, steps, *given):
+        batch_size, _, max_batch_tokens = given[:3]
+        batches = len(data.plan_epoch(train, batch_size, max_batch_tokens, 0, 0))
+        assert steps % batches == 0  # whole epochs of the batches that there are
         asked.append((steps, len(train.records), len(set(val.picture))))
         real(model, stage, train, val, folder, 1, *given)
 
@@ -182,6 +186,8 @@ def test_small_data_of_ones_own_works_by_itself(trained, tmp_path, monkeypatch):
         assert f"{records} records to train on, {n} to validate on" in told
         scores = made(tmp_path / "out", f"stage{stage}") / "evaluation/scores.json"
         assert found["scores"][row]["n"] == n and found["scores"] == json.loads(scores.read_text())
+    trains("--stage", 1, *models, "--data", "captions.json", "--max-batch-tokens", 30, "--out", "few", cwd=tmp_path)
+    assert asked[0][0] > 500  # of more, smaller batches
 
 
 def test_by_default_whole_epochs_make_500_steps_at_least():
