@@ -142,6 +142,7 @@ class LMEye(nn.Module):
         self.settings, self.preprocess = settings, preprocess  # PIL picture → pixels (3, side, side)
         self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
         self.llm = llm.requires_grad_(False).eval()
+        self.llm_takes = set(inspect.signature(llm.base_model.forward).parameters)
         self.clip = clip.requires_grad_(False).eval()
         self.clip_text = getattr(clip, "text", clip)  # open_clip.CLIP has the text layers itself
         check_settings(self)
@@ -270,9 +271,8 @@ class LMEye(nn.Module):
         """
         if cache is None:
             cache = transformers.DynamicCache()  # keeps all keys, also of sliding windows: it can be cropped
-        accepted = inspect.signature(self.llm.base_model.forward).parameters
-        options = {"past_key_values" if "past_key_values" in accepted else "cache": cache}
-        if "position_ids" in accepted:
+        options = {"past_key_values" if "past_key_values" in self.llm_takes else "cache": cache}
+        if "position_ids" in self.llm_takes:
             options["position_ids"] = (mask.cumsum(1)[:, -x.shape[1]:] - 1).clamp(min=0)
         x = x.to(self.llm.dtype)
         output = self.llm.base_model(inputs_embeds=x, attention_mask=mask, use_cache=True, **options)

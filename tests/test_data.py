@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
+from benchmark import llava_like_lengths
 from data import Pictures, Record
 from lmeye import UserError
 
@@ -418,19 +419,6 @@ def test_shuffled_records_have_some_other_picture_and_records_of_one_picture_the
     assert (other.picture != some.picture).all() and set(other.picture) == set(some.picture)
     assert len(set(zip(some.picture, other.picture))) == 60 and other.records == some.records
     assert np.array_equal(data.shuffled(some).picture, other.picture)
-
-
-def llava_like_lengths(n):
-    """Conversations of some turns, whose prompts grow, and single long answers: about as in LLaVA-Instruct-150K."""
-    rng, lengths = np.random.default_rng(0), []
-    while len(lengths) < n:
-        prompt = 0
-        for _ in range(rng.integers(1, 8)):
-            question, answer = rng.integers(7, 22), int(rng.lognormal(3.3, 0.7)) + 2
-            lengths.append((prompt + question, answer))
-            prompt += question + answer
-        lengths.append((rng.integers(10, 30), max(20, int(rng.normal(130, 40)))))
-    return lengths
 
 
 @pytest.mark.parametrize("size, tokens", [(16, math.inf), (64, math.inf), (64, 4096), (1000, 4096)])
