@@ -15,8 +15,7 @@ Both models are frozen; four linear layers and two vectors are trained. Stage 1,
 `align` and `img` on captions, [bos]Image:<img> {caption}[eos], where nothing is asked. Stage 2 trains the
 others on questions. "Frozen" means that weights don't change. It does not stop gradients: they pass from the
 loss through the LM, `transmit` and CLIP's text transformer to `request`, and through the LM's first pass to
-img_d. Where nothing before is trained, none are computed: in CLIP's picture tower, and while `align` is
-frozen in the LM's reading of the words before <img-d>.
+img_d.
 
 Axes in the shape comments, with the sizes of OPT-1.3b and CLIP ViT-L/14:
     B   records of a batch                     T   tokens; T' those of the answer
@@ -518,12 +517,9 @@ def collate(question_ids, answer_ids):
 
 def pad(rows, side):
     """Token ids of B texts of any lengths → (ids, mask), both (B, longest)."""
-    longest = max(len(row) for row in rows)
-    ids, mask = np.zeros((2, len(rows), longest), np.int64)
-    for i, row in enumerate(rows):
-        places = slice(len(row)) if side == "right" else slice(longest - len(row), longest)
-        ids[i, places], mask[i, places] = row, 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    return [nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side=side) for part in (ids, masks)]
 
 
 def context_length(llm):
@@ -536,9 +532,8 @@ def context_length(llm):
     for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind of layer
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
             original = rope.get("original_max_position_embeddings") or original
-    lengths = [original]
-    lengths += [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    return min([length for length in lengths if length], default=2048)
+    lengths = [original, getattr(config, "max_position_embeddings", None), getattr(config, "max_seq_len", None)]
+    return min(filter(None, lengths), default=2048)
 
 
 def identity(model):
@@ -571,13 +566,12 @@ def device_and_dtype(precision):
 
 
 def load_llm(name, device, dtype):
-    """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, if
-    weights are missing (transformers would make them up), compressed or ignored by their layer, or if the
-    tokenizer does not fit the model."""
+    """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, or
+    where transformers would go on without a word: with weights made up or left out, or another tokenizer."""
     if Path(name, "adapter_config.json").is_file():  # transformers would leave it out without a word
         raise UserError(f"--llm {name}: holds an adapter (PEFT, LoRA): merge it into the weights first")
-    first = name.split("/")[0]  # where it is a folder here, the name is no hub name but a path with a slip
-    is_hub_name = name.count("/") == 1 and first not in ("", ".", "..", "~") and not Path(first).is_dir()
+    # A name whose first part is a folder here is not asked for at the hub: it is a path with a slip.
+    is_hub_name = name.count("/") == 1 and not Path(name).parent.is_dir()
     if not (Path(name).is_dir() or is_hub_name):
         raise UserError(f"--llm {name}: no such folder, and not a hub name as facebook/opt-1.3b is")
     try:
@@ -693,8 +687,6 @@ def check_llm(model):
             raise
         error = f"{type(error).__name__}: {printable(str(error))[:300]}"
         fault = f"it can't be run on vectors with a cache ({error})"
-    for p in model.adapter(2).values():
-        p.requires_grad_()  # as before
     if fault:
         raise UserError(f"--llm {model.settings.llm}: this kind of language model can't be used: {fault}")
 
@@ -727,7 +719,7 @@ def find_fault(model):
         if not same(mine, llm(inputs_embeds=x).logits, llm.dtype):
             return "its head alone does not give its logits"
 
-    trained, asked = list(model.set_trained(2).values()), []  # asked: the states at <img-d>
+    asked = []  # the states at <img-d>
     with model.request.register_forward_pre_hook(lambda layer, inputs: asked.append(inputs[0].detach())):
         states, targets = model.answer_states(f, model.tokenize(questions, answers))
     logits = model.logits(states.detach())
@@ -736,9 +728,8 @@ def find_fault(model):
     if not (same(asked[0], plain_h, llm.dtype) and same(*centred, llm.dtype)):
         return "padding, its cache or later words change its numbers"
     loss = chunked_cross_entropy(states, targets, head).sum()
-    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-    finite = all(g is None or g.isfinite().all() for g in gradients)
-    return None if finite else "its gradients are not finite"
+    gradients = torch.autograd.grad(loss, list(model.adapter(2).values()))
+    return None if all(g.isfinite().all() for g in gradients) else "its gradients are not finite"
 
 
 def same(mine, theirs, dtype):
@@ -851,9 +842,9 @@ def run_main(main):
         setattr(sys, name, Output(stream))
     try:
         main()
-    except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         full = is_memory_full(error)
-        if isinstance(error, RuntimeError) and not full:  # a mistake of this program
+        if not (full or isinstance(error, (UserError, OSError, UnicodeError))):  # a mistake of this program
             raise
         advice = "out of memory; lower --max-batch-tokens, or take smaller models: " if full else ""
         print(f"{Path(sys.argv[0]).name}: {advice}{printable(str(error))}", file=sys.stderr)
