@@ -66,6 +66,7 @@ MAX_NORM = 1.0  # of a step's gradient
 MAX_BAD_STEPS = 20  # in a row whose loss or gradient is not finite, before the run gives up
 SAVE_EVERY = 200  # steps; the state is saved at each validation as well
 STATE = "state.pt"  # in the folder of a run that is not complete
+START = "hash of the weights at the start"  # in its recipe
 
 
 # ---- The loop -----------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
 
     with stop_signals() as stop, tqdm(total=steps, initial=start, desc=f"stage {stage}", disable=None) as bar:
         for step in range(start, steps):
-            run.start_clock()
+            began = time.perf_counter()
             rate = learning_rate(step, steps, lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -125,7 +126,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             scaler.update()  # in fp16 a step may not be finite: the scaler then lowers its factor
             optimizer.zero_grad()
             n_read = sum(tokens.lengths().sum().item() for _, tokens in batches)
-            run.note_step(step + 1, loss, norm, finite, n_read)
+            run.note_step(step + 1, loss, norm, finite, n_read, time.perf_counter() - began)
 
             # A language model guesses well without looking. So the validation loss is measured with the
             # pictures shuffled, too: while both are the same, nothing was learned from pictures.
@@ -143,16 +144,13 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
             if tenth or (step + 1) % SAVE_EVERY == 0 or stop.is_set():
                 run.save_state(step + 1)
             if line:
-                bar.write(line + (own_words(model, val, run.n_validations()) if validated else ""))
+                bar.write(line + (own_words(model, val, 10 * (step + 1) // steps) if validated else ""))
             if stop.is_set():
-                raise KeyboardInterrupt(f"stopped after step {step + 1:,} of {steps:,}; to go on:  {go_on()}")
+                words = [word for word in sys.argv if word != "--resume"]
+                raise KeyboardInterrupt(f"stopped after step {step + 1:,} of {steps:,}; to go on:  "
+                                        + shlex.join(["python", *words, "--resume"]))
             bar.update()
     print(f"stage {stage}: {steps:,} steps in {run.log['seconds']:.0f} s: {folder / CHECKPOINT}")
-
-
-def go_on():
-    """The command that goes on with this run."""
-    return shlex.join(["python", *[word for word in sys.argv if word != "--resume"], "--resume"])
 
 
 def is_due(done, steps, parts):
@@ -208,12 +206,11 @@ def own_words(model, val, turn):
     questions = [val.records[i].question for i in rows]
     if not val.records[0].turns:  # of captions one will do
         rows, questions = rows[:1], None
-    lines = []
+    said = ""
     for i, text in zip(rows, model.generate(val.f(rows), questions, max_tokens=32)):
-        record = val.records[i]
-        question, truth = record.question or "caption:", record.answer or "unknown"
-        lines.append("\n    " + lmeye.printable(f"{question} → {text} (truth: {truth})"))
-    return "".join(lines)
+        question, truth = val.records[i].question or "caption:", val.records[i].answer
+        said += "\n    " + lmeye.printable(f"{question} → {text} (truth: {truth})")
+    return said
 
 
 # ---- Keeping a run: its log, its state, how it stops and goes on --------------------------------
@@ -221,9 +218,6 @@ def own_words(model, val, turn):
 
 class Run:
     """What a run has been so far: the log, in memory and in log.csv, and the state, in STATE."""
-
-    COLUMNS = ("step", "loss", "val_loss", "val_loss_shuffled", "lr", "grad_norm", "skipped",
-               "tokens_per_second", "seconds")
 
     def __init__(self, folder, stage, steps, model, optimizer, scaler, recipe):
         self.folder, self.stage, self.steps = folder, stage, steps
@@ -252,11 +246,14 @@ class Run:
                             "begins, and this one is kept under another name") from error
         for name, here in self.recipe.items():
             there = saved.get(name)
+            if here != there and name == START:
+                before = json.loads((self.folder / "run.json").read_text("utf-8")).get("started from")
+                raise UserError(f"{path}: is of a run that started from other weights ({before}, at that time): "
+                                "name them by --init (a stage 1 that was trained again is kept as stage1.1), or "
+                                "leave --resume out to begin anew")
             if here != there:
                 raise UserError(f"{path}: is of a run with other settings: {name} was {there}, is {here} now")
-        with torch.no_grad():
-            for name, p in self.model.adapter(self.stage).items():
-                p.copy_(state["adapter"][name])
+        self.model.load_state_dict(state["adapter"], strict=False)  # without the frozen models
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.log = state["log"]
@@ -270,14 +267,11 @@ class Run:
                     "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, stream)
         lmeye.write_atomically(self.folder / STATE, stream.getvalue())
 
-    def start_clock(self):
-        self.began = time.perf_counter()
-
-    def note_step(self, done, loss, norm, finite, tokens):
+    def note_step(self, done, loss, norm, finite, tokens, seconds):
         """Note a step. UserError after many in a row that were not finite, or if the last two were not."""
         now, log = time.perf_counter(), self.log
-        log["seconds"] += now - self.clock
-        log["seconds in steps"] += now - self.began
+        log["seconds"] += now - self.clock  # with what was done between two steps, as validations
+        log["seconds in steps"] += seconds
         log["tokens"] += tokens
         self.clock = now
         if finite:
@@ -300,14 +294,14 @@ class Run:
         loss = float(np.mean(log["losses"] or [math.nan]))  # NaN: no step since the last line was finite
         norm = float(np.mean(log["norms"] or [math.nan]))
         speed = round(log["tokens"] / log["seconds in steps"])
-        line = {"step": done, "loss": round(loss, 4), "lr": float(f"{rate:.3g}"),
-                "grad_norm": float(f"{norm:.3g}"), "skipped": log["skipped"], "tokens_per_second": speed,
-                "seconds": round(log["seconds"], 1)}
+        line = {"step": done, "loss": round(loss, 4), "val_loss": "", "val_loss_shuffled": "",
+                "lr": float(f"{rate:.3g}"), "grad_norm": float(f"{norm:.3g}"), "skipped": log["skipped"],
+                "tokens_per_second": speed, "seconds": round(log["seconds"], 1)}
         line |= {name: round(value, 4) for name, value in validated.items()}
         log["lines"].append(line)
         log.update({"losses": [], "norms": [], "tokens": 0, "seconds in steps": 0.0})
         table = io.StringIO()
-        writer = csv.DictWriter(table, self.COLUMNS)
+        writer = csv.DictWriter(table, line.keys())
         writer.writeheader()
         writer.writerows(log["lines"])
         lmeye.write_atomically(self.folder / "log.csv", table.getvalue().encode())
@@ -318,9 +312,6 @@ class Run:
             text += (f"\n    val loss {validated['val_loss']:.3f}, with the pictures shuffled "
                      f"{validated['val_loss_shuffled']:.3f}")
         return text
-
-    def n_validations(self):
-        return sum("val_loss" in line for line in self.log["lines"])
 
     def keep_best(self, val_loss):
         """Write best.safetensors if this validation loss is the lowest so far."""
@@ -339,7 +330,7 @@ def describe(model, stage, train, val):
             "Q": settings.n_slots, "P": settings.n_image_tokens, "dropout": settings.dropout,
             "models": sum(model.identity["weights"]), "hash of the data": train.fingerprint(),
             "hash of the val data": val.fingerprint() if val else None,
-            "hash of the weights at the start": start.hexdigest()}
+            START: start.hexdigest()}
 
 
 @contextlib.contextmanager
@@ -411,9 +402,13 @@ def parse_args():
     add("--init", metavar="FILE", help="the adapter to start from (default: for stage 2 that of stage 1)")
     add("--resume", action="store_true", help="go on with a run that was interrupted, exactly")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "max_batch_tokens", "accumulate", "lr"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} has to be above zero")
+    above_zero = ("steps", "batch_size", "max_batch_tokens", "accumulate", "lr")
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in above_zero and value is not None and not 0 < value < math.inf:
+            parser.error(f"{flag} has to be above zero")
+        if value == "":  # as a shell's variable that is not set
+            parser.error(f"{flag} has to name something")
     if not 0 <= args.seed <= 10 ** 9:
         parser.error("--seed has to be from 0 to 1000000000")
     for name, needed in (("images", "data"), ("val", "data"), ("val_images", "val")):
@@ -421,9 +416,6 @@ def parse_args():
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}, which is missing")
     if args.train_align and (args.stage == 1 or args.variant == "static"):
         parser.error("--train-align would do nothing: stage 1, and stage 2 of static, train align anyway")
-    for name in ("data", "images", "val", "val_images", "llm", "clip", "out", "init"):
-        if getattr(args, name) == "":  # as a shell's variable that is not set
-            parser.error(f"--{name.replace('_', '-')} has to name something")
     args.out = os.path.expanduser(args.out)  # a shell leaves the ~ of --out=~/runs as it is
     return args
 
@@ -432,12 +424,9 @@ def main():
     args = parse_args()
     settings = sample.settings_from({name: getattr(args, name) for name in vars(Settings())}, args.out)
     device, dtype = lmeye.device_and_dtype(settings.precision)
-    models = f"{settings.llm} and {settings.clip}"
-    if settings.preset in PRESETS:
-        models = f"preset {settings.preset}"
-    chosen = args.preset or args.llm or args.clip or device.type == "cuda"
-    print(f"{models}{'' if chosen else ' (no CUDA GPU was found)'}, on {device.type}, frozen weights in "
-          f"{str(dtype).partition('.')[2]}", flush=True)
+    where = "cuda" if device.type == "cuda" else "cpu (no CUDA GPU was found)"
+    print(f"models: {settings.preset}, on {where}, frozen weights in {str(dtype).removeprefix('torch.')}",
+          flush=True)
 
     home = Path(args.out, settings.preset)
     folder = home / run_name(args.stage, settings.variant, args.train_align)
@@ -536,7 +525,7 @@ def train_stage(args, settings, home, folder, init):
           f"{steps:,} steps ({epochs:g} epochs) at a learning rate of {lr:g}", flush=True)
 
     about = {"command": shlex.join(["python", *sys.argv]), "settings": vars(settings),
-             "started from": str(init), "data": str(path), "images": str(images), "val": str(val_path),
+             "started from": str(init or "new layers"), "data": str(path), "images": str(images), "val": str(val_path),
              "records": n_train, "val records": n_val, "skipped": dict(skipped), "noted": dict(noted),
              "epochs": epochs, "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
              "versions": {module.__name__: module.__version__ for module in (torch, transformers, open_clip)}}

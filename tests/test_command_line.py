@@ -225,7 +225,7 @@ def test_without_data_a_gpu_names_the_commands_that_fetch_it(trained, tmp_path, 
     one = run("train.py", "--stage", 1, "--out", "big", cwd=tmp_path)
     start = made(trained / "out", "stage1") / CHECKPOINT
     two = run("train.py", "--stage", 2, "--init", start, "--out", "big", cwd=tmp_path)
-    assert "preset opt-1.3b, on cuda, frozen weights in bfloat16" in one.stdout
+    assert "models: opt-1.3b, on cuda, frozen weights in bfloat16" in one.stdout
     first, second = "big/data/llava-cc3m-595k", "big/data/llava-instruct-150k"
     assert fails_in_one_line(one) and fails_in_one_line(two)
     assert f"chat.json and images.zip into {first}" in one.stderr and f"into {second}" in two.stderr
@@ -282,7 +282,7 @@ def test_what_a_run_was_started_from_belongs_to_what_resume_compares(trained, tm
         stop_at(2, patch)
         assert run("train.py", *command, one, cwd=trained).returncode == 130
     refused = run("train.py", *command, other, "--resume", cwd=trained)
-    assert fails_in_one_line(refused) and "weights at the start" in refused.stderr
+    assert fails_in_one_line(refused) and f"from other weights ({one}, at that time): name them by --init" in refused.stderr
     trains(*command, tmp_path / "copy.safetensors", "--resume", cwd=trained)
 
 
