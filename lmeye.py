@@ -532,8 +532,8 @@ def context_length(llm):
     for rope in (ropes, *ropes.values()):  # one for all layers, or one for each kind of layer
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
             original = rope.get("original_max_position_embeddings") or original
-    lengths = [original, getattr(config, "max_position_embeddings", None), getattr(config, "max_seq_len", None)]
-    return min(filter(None, lengths), default=2048)
+    lengths = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return min(filter(None, [original, *lengths]), default=2048)
 
 
 def identity(model):
@@ -547,7 +547,7 @@ def identity(model):
         weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())
     picture = Image.linear_gradient("L").resize((256, 128)).convert("RGB")
     pixels = model.preprocess(picture)  # (3, side, side)
-    step = max(1, pixels.shape[-1] // 4)
+    step = pixels.shape[-1] // 4
     return {"weights": torch.cat(weights).tolist(),
             "activation functions": list(functions.encode()),
             "pixels": pixels[:, ::step, ::step].flatten().tolist(),

@@ -248,9 +248,8 @@ class Run:
             there = saved.get(name)
             if here != there and name == START:
                 before = json.loads((self.folder / "run.json").read_text("utf-8")).get("started from")
-                raise UserError(f"{path}: is of a run that started from other weights ({before}, at that time): "
-                                "name them by --init (a stage 1 that was trained again is kept as stage1.1), or "
-                                "leave --resume out to begin anew")
+                raise UserError(f"{path}: is of a run that started from other weights ({before}, at that "
+                                "time): name them by --init; an earlier stage 1 is kept as stage1.1")
             if here != there:
                 raise UserError(f"{path}: is of a run with other settings: {name} was {there}, is {here} now")
         self.model.load_state_dict(state["adapter"], strict=False)  # without the frozen models
@@ -525,7 +524,8 @@ def train_stage(args, settings, home, folder, init):
           f"{steps:,} steps ({epochs:g} epochs) at a learning rate of {lr:g}", flush=True)
 
     about = {"command": shlex.join(["python", *sys.argv]), "settings": vars(settings),
-             "started from": str(init or "new layers"), "data": str(path), "images": str(images), "val": str(val_path),
+             "started from": str(init or "new layers"),
+             "data": str(path), "images": str(images), "val": str(val_path),
              "records": n_train, "val records": n_val, "skipped": dict(skipped), "noted": dict(noted),
              "epochs": epochs, "device": str(model.device), "date": time.strftime("%Y-%m-%d %H:%M"),
              "versions": {module.__name__: module.__version__ for module in (torch, transformers, open_clip)}}
