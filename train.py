@@ -171,8 +171,7 @@ def suggested_lr(reach, model, dataset):
     Adam moves each weight by about the rate, and so each number of align(f) by the rate times the sum of |f|.
     For SmolLM2-135M the standard deviation is 0.136, for the miniature's CLIP the sum is 51: a reach of 40 is
     a rate of 40 · 0.136 / 51 = 0.11. There, 40 in phase 1 and 8 in phase 2 were the best of a few that were
-    tried. (Adam's steps are that long only while a gradient keeps its sign.) That they fit other models is a
-    guess.
+    tried. That they fit other models is a guess.
     """
     size = dataset.f(np.arange(min(1000, len(dataset.records)))).abs().sum(1).mean().item()
     return float(f"{reach * model.word_std / size:.2g}")  # two digits
@@ -185,11 +184,11 @@ def default_steps(batches, accumulate):
 
 
 @torch.no_grad()
-def mean_loss(model, dataset, max_batch_tokens, max_records=256):
-    """The loss per token of a Dataset's answers, over at most `max_records`, always the same. They are drawn
-    at random: kinds of records often come in periods, so the first or every n-th would not do."""
+def mean_loss(model, dataset, max_batch_tokens):
+    """The loss per token of a Dataset's answers, over at most 256 records, always the same. They are drawn at
+    random: kinds of records often come in periods, so the first or every n-th would not do."""
     model.eval()
-    drawn = np.random.default_rng(0).permutation(len(dataset.records))[:max_records]
+    drawn = np.random.default_rng(0).permutation(len(dataset.records))[:256]
     part = dataset.take(np.sort(drawn))
     total = count = 0
     for rows in data.plan_epoch(part, 64, max_batch_tokens, seed=0, epoch=0):

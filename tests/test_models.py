@@ -361,6 +361,22 @@ def test_a_model_that_does_not_read_the_cache_is_refused(monkeypatch):
         lmeye.check_llm(model)
 
 
+def test_a_cache_through_which_no_gradient_passes_is_refused(monkeypatch):
+    """Every number is right, and with --train-align the request would not teach `align` anything."""
+    model = tiny_model()
+    real = model.run_llm
+
+    def run_llm(x, mask, cache=None):
+        h, after = real(x, mask, cache)
+        for layer in after.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return h, after
+
+    monkeypatch.setattr(model, "run_llm", run_llm)
+    with pytest.raises(UserError, match=FAILS):
+        lmeye.check_llm(model)
+
+
 def test_states_that_overflow_are_named_as_such():
     llm = random_llm("llama", SIZE)
     llm.model.layers[0].mlp.down_proj.weight.data.fill_(30_000)
