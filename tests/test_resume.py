@@ -347,18 +347,6 @@ def test_steps_that_are_not_finite_are_counted_on_after_an_interruption(tmp_path
     assert len(calls) == 16 + 6
 
 
-def test_a_gpu_that_is_too_small_is_told_in_one_line(home, tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-    monkeypatch.setattr(lmeye.LMEye, "forward", full)
-    result = run("train.py", *stage(home, 1), cwd=tmp_path)
-    assert fails_in_one_line(result)
-    assert "lower --max-batch-tokens, or take smaller models: CUDA out of memory" in result.stderr
-
-
-
-
 def test_a_second_run_is_kept_out_by_the_program(home, tmp_path):
     with train.lock(tmp_path / "out/llm+clip"):
         assert fork(tmp_path, stage(home, 1)) == 2
