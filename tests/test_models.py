@@ -537,10 +537,9 @@ def test_weights_that_are_missing_of_another_shape_compressed_or_ignored_are_ref
 
 
 def test_a_model_that_computes_with_fewer_bits_is_refused(llm, clip):
-    change_weights(llm, in_8_bits)
     fp8 = {"quant_method": "modelopt", "quant_algo": "FP8"}
     change_json(llm / "config.json", lambda config: config.update(quantization_config=fp8))
-    with pytest.raises(UserError, match="weights are .*compressed: .*proj.weight_scale"):
+    with pytest.raises(UserError, match="compressed: quantization_config"):
         load(llm, clip)
 
 
