@@ -162,14 +162,6 @@ def model_on_gpu(home):
     return make
 
 
-def test_a_model_may_be_moved():
-    model = tiny_model()
-    with pretend.gpu():
-        model.to("cuda").set_trained(2)
-        model.loss(torch.randn(2, 24), ["what color are they?", "is it red?"], ["red", "no"]).backward()
-        assert model.generate(torch.randn(1, 24), ["is it red?"], max_tokens=2)
-
-
 @pytest.mark.parametrize("name", ["CurvedDecomposition", "TwoRounds", "EarlierRequest", "NoPictureToken"])
 def test_the_exercises_keep_to_the_gpu(model_on_gpu, name):
     with pretend.gpu():
