@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -98,6 +99,30 @@ def logging_is_on():
 def folders(tmp_path):
     """(--llm, --clip): folders of a tiny OPT and a tiny CLIP, which speak the miniature's words."""
     return save_llm(tmp_path / "llm"), save_clip(tmp_path / "clip")
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with tiny models and 20 pictures, their captions, two questions about each, some choices."""
+    home, rng = tmp_path_factory.mktemp("home"), random.Random(0)
+    save_llm(home / "llm")
+    save_clip(home / "clip")
+    captions, chats, choices = [], [], []
+    for i, scene in enumerate(rng.sample(shapes.SCENES, 20)):
+        shapes.draw(scene, rng).save(home / f"{i}.png")
+        captions.append({"image": f"{i}.png", "caption": shapes.describe(scene)})
+        conversation = []
+        for kind in ("color", "shape"):
+            question, answer = shapes.ask(scene, kind, rng)
+            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        chats.append({"image": f"{i}.png", "conversations": conversation})
+        choices.append({"image": f"{i}.png", "question": "what color?", "answer": "red",
+                        "choices": [["red", "blue thing", "green"]]})
+    files = {"captions": captions, "chats": chats, "val_captions": captions[:3], "val_chats": chats[:3],
+             "choices": choices[:3]}
+    for name, rows in files.items():
+        (home / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return home
 
 
 def save_llm(folder, seed=0):

@@ -1,6 +1,5 @@
 """A run that was killed, whenever it was, goes on and ends with the same weights and the same log, bit for bit."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -11,8 +10,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_model
-from test_data import save_picture
+from conftest import fails_in_one_line, run, tiny_model
 from test_training import dataset, log_of
 
 import lmeye
@@ -66,30 +64,10 @@ def fork(cwd, flags, where=None, n=0):
     return process.exitcode
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with tiny models, captions, chats and pictures to train on and to validate on."""
-    home = tmp_path_factory.mktemp("home")
-    save_llm(home / "llm")
-    save_clip(home / "clip")
-    colors = ("red", "green", "blue", "yellow", "white", "black")
-    for color in colors:
-        save_picture(home / f"pictures/{color}.jpg", color)
-    for name, some in (("", colors), ("val_", colors[:3])):
-        captions = [{"image": f"{color}.jpg", "caption": f"a {color} background"} for color in some]
-        chats = [{"image": f"{color}.jpg", "conversations": [
-            {"from": "human", "value": "what color is it?"}, {"from": "gpt", "value": color},
-            {"from": "human", "value": "is it red?"}, {"from": "gpt", "value": "yes"}]} for color in some]
-        for kind, rows in (("captions", captions), ("chats", chats)):
-            (home / f"{name}{kind}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return home
-
-
 def stage(home, n, *more):
     kind = ("captions", "chats")[n - 1]
     return ["--stage", str(n), "--llm", f"{home}/llm", "--clip", f"local-dir:{home}/clip", "--data", f"{home}/{kind}.jsonl",
-            "--images", f"{home}/pictures", "--val", f"{home}/val_{kind}.jsonl", "--steps", "9", "--batch-size", "4",
-            "--dropout", "0.5", *more]
+            "--val", f"{home}/val_{kind}.jsonl", "--steps", "9", "--batch-size", "4", "--dropout", "0.5", *more]
 
 
 def results(folder):
@@ -129,12 +107,12 @@ def test_killed_at_many_moments_weights_and_log_are_those_of_an_unbroken_run(hom
 
 
 def test_a_run_goes_on_from_another_folder_where_its_files_have_other_names(home, tmp_path, monkeypatch):
-    flags = ["--stage", 1, "--llm", "llm", "--clip", "local-dir:clip", "--data", "captions.jsonl", "--images", "pictures",
+    flags = ["--stage", 1, "--llm", "llm", "--clip", "local-dir:clip", "--data", "captions.jsonl",
              "--steps", 6, "--batch-size", 2, "--out"]
     with monkeypatch.context() as patch:
         stop_at(3, patch)
         assert run("train.py", *flags, tmp_path / "out", cwd=home).returncode == 130
-    elsewhere = [f"{home}/{flag}" if str(flag) in ("llm", "captions.jsonl", "pictures") else flag for flag in flags]
+    elsewhere = [f"{home}/{flag}" if str(flag) in ("llm", "captions.jsonl") else flag for flag in flags]
     elsewhere[5] = f"local-dir:{home}/clip"
     result = run("train.py", *elsewhere, tmp_path / "out", "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
