@@ -148,15 +148,6 @@ def opt_tokenizer(folder):
     return True
 
 
-def save_opt(folder):
-    """A folder as of facebook/opt-1.3b, in small: with OPT's own tokenizer where it is at hand."""
-    if not opt_tokenizer(folder):
-        return save_llm(folder)
-    torch.manual_seed(0)
-    tiny_llm("opt", 50272, pad_token_id=1, bos_token_id=2, eos_token_id=2).save_pretrained(folder)
-    return str(folder)
-
-
 def save_clip(folder, seed=0):
     torch.manual_seed(seed)
     tokenizer = shapes.build_tokenizer(ends=True)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pkgutil
 import random
 import signal
 import sys
@@ -14,7 +15,6 @@ from conftest import fails_in_one_line, run, tiny_model
 from test_training import dataset, log_of
 
 import lmeye
-import sample
 import train
 from lmeye import CHECKPOINT, UserError
 
@@ -40,9 +40,8 @@ def child(cwd, flags, where, n):
     os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     if where:
-        module, _, name = where.rpartition(".")
-        owner = eval(module, {"torch": torch, "os": os, "train": train, "sample": sample, "pathlib": __import__("pathlib"),
-                              "safetensors": __import__("safetensors.torch")})
+        owner, _, name = where.rpartition(".")
+        owner = pkgutil.resolve_name(owner)
         real, calls = getattr(owner, name), []
 
         def kill(*args, **kwargs):
@@ -71,15 +70,15 @@ def stage(home, n, *more):
 
 
 def results(folder):
-    """What a run leaves: the bytes of its adapters and of its answers, and its log without the columns that a clock decides."""
-    found = {}
-    for path in sorted(Path(folder, "out/llm+clip").glob("stage*/*.safetensors")):
-        found[f"{path.parent.name}/{path.name}"] = path.read_bytes()
-    for path in sorted(Path(folder, "out/llm+clip").glob("stage*/log.csv")):
+    """What a run leaves: the bytes of adapters and answers, and its log without the columns that a clock decides."""
+    folder, found = Path(folder, "out/llm+clip"), {}
+    for path in [*folder.glob("stage*/*.safetensors"), *folder.glob("stage*/evaluation/answers.jsonl")]:
+        found[str(path.relative_to(folder))] = path.read_bytes()
+    for path in folder.glob("stage*/log.csv"):
         rows = log_of(path.parent)
-        found[path.parent.name] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
-    for path in sorted(Path(folder, "out/llm+clip").glob("stage*/evaluation/answers.jsonl")):
-        found[f"{path.parts[-3]}/evaluation"] = path.read_bytes()
+        for row in rows:
+            del row["seconds"], row["tokens_per_second"]
+        found[path.parent.name] = rows
     return found
 
 

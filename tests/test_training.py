@@ -19,11 +19,19 @@ from lmeye import CHECKPOINT, read_adapter
 def dataset(model, stage, n=4):
     """n records with features of their own and different answers."""
     answers = ["red", "two small", "yes", "at the left", "blue", "no", "three", "ring"][:n]
-    records = [data.Record(f"{i}.jpg", ("what color is it?",) if stage == 2 else (), a) for i, a in enumerate(answers)]
-    features = np.random.default_rng(2).normal(size=(n, model.clip.visual.output_dim)).astype(np.float16)
-    questions = model.question_ids([r.question for r in records]) if stage == 2 else [[]] * n
-    tokens = list(zip(questions, model.answer_ids(answers)))
-    return data.Dataset(records, tokens, features, np.arange(n))
+    turns, question = (), []
+    if stage == 2:
+        turns = ("what color is it?",)
+        question = model.question_ids(turns)[0]
+    records = [data.Record(f"{i}.jpg", turns, answer) for i, answer in enumerate(answers)]
+    tokens = [(question, ids) for ids in model.answer_ids(answers)]
+    features = np.random.default_rng(2).normal(size=(n, model.clip.visual.output_dim))
+    return data.Dataset(records, tokens, features.astype(np.float16), np.arange(n))
+
+
+def texts(some):
+    """The questions and the answers of a Dataset."""
+    return [record.question for record in some.records], [record.answer for record in some.records]
 
 
 def hashes(model):
@@ -72,8 +80,8 @@ def test_four_examples_are_learned_by_heart(tmp_path, stage):
     model = tiny_model(n_slots=4, seed=1)
     train_briefly(model, stage, tmp_path / "run", steps=1200, lr=3e-2)
     some = dataset(model, stage)
-    questions = [r.question for r in some.records] if stage == 2 else None
-    assert model.generate(some.f(range(4)), questions, max_tokens=8) == [r.answer for r in some.records]
+    questions, answers = texts(some)
+    assert model.generate(some.f(range(4)), questions if stage == 2 else None, max_tokens=8) == answers
     rows = log_of(tmp_path / "run")
     assert float(rows[-1]["loss"]) < 0.2 * float(rows[0]["loss"])
 
@@ -112,7 +120,7 @@ def test_loss_and_norm_in_the_log_are_those_of_two_whole_passes(tmp_path):
     model = tiny_model()
     model.set_trained(2)
     some = dataset(model, 2)
-    plain = plain_loss(model, some.f(range(4)), [r.question for r in some.records], [r.answer for r in some.records])
+    plain = plain_loss(model, some.f(range(4)), *texts(some))
     norm = torch.cat([g.flatten() for g in gradients(model, plain).values()]).norm().item()
     train_briefly(tiny_model(), 2, tmp_path / "run", steps=1, batch_size=2, accumulate=2)
     row, = log_of(tmp_path / "run")
@@ -178,7 +186,12 @@ def test_the_default_rate_follows_the_spread_of_words_and_the_size_of_features()
 
 def test_the_rates_of_a_run_are_those(tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a)))
+
+    def note(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
     train_briefly(tiny_model(), 2, tmp_path / "run", steps=5, lr=2.0)
     assert rates == [train.learning_rate(step, 5, 2.0) for step in range(5)]
 
@@ -214,27 +227,31 @@ def test_a_run_says_how_it_was_trained_and_what_its_numbers_are(tmp_path):
     assert float(rows[-1]["val_loss_shuffled"]) == pytest.approx(train.mean_loss(model, data.shuffled(some), 4096), abs=1e-4)
 
 
-def test_the_mean_loss_is_over_records_of_all_kinds(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kinds", [
+    np.arange(1000) % 2, np.arange(1000) % 4, np.arange(1000) % 7, np.arange(1000) // 250])
+def test_the_mean_loss_is_over_records_of_all_kinds(monkeypatch, kinds):
     """Records come in periods: two of VCR's to each question, seven of the miniature's to each picture.
     Or in blocks: first all questions of one kind, then those of another."""
     model, seen = tiny_model(), []
-    monkeypatch.setattr(model, "forward", lambda f, tokens: seen.extend(tokens.question[:, -1].tolist()) or torch.ones(()))
-    orders = [[i % period for i in range(1000)] for period in (2, 4, 7)]
-    orders += [[i // 250 for i in range(1000)]]
-    for order in orders:
-        kinds = [np.array([5 + kind]) for kind in order]
-        dataset = data.Dataset([data.Record("", ("?",), "")] * 1000, [(kind, kind) for kind in kinds], np.zeros((1, 24), np.float16), np.zeros(1000, int))
-        seen.clear()
-        train.mean_loss(model, dataset, 4096)
-        counts, n = np.bincount(seen)[5:], len(set(order))
-        assert len(seen) == 256 and len(counts) == n and counts.min() > 0.6 * 256 / n
+
+    def forward(f, tokens):
+        seen.extend(tokens.question[:, 0].tolist())
+        return torch.ones(())
+
+    monkeypatch.setattr(model, "forward", forward)
+    records = [data.Record("", ("?",), "")] * 1000
+    features = np.zeros((1, 24), np.float16)
+    some = data.Dataset(records, [([kind], [1]) for kind in kinds], features, np.zeros(1000, int))
+    train.mean_loss(model, some, 4096)
+    counts = np.bincount(seen)
+    assert len(seen) == 256 and len(counts) == len(set(kinds))
+    assert counts.min() > 0.6 * 256 / len(counts)
 
 
 def test_the_mean_loss_is_over_tokens_in_batches_of_any_size_and_without_dropout():
     model = tiny_model(dropout=0.5)
     some = dataset(model, 2, n=8)
-    questions, answers = zip(*[(record.question, record.answer) for record in some.records])
-    whole = model.loss(some.f(range(8)), questions, answers).item()
+    whole = model.loss(some.f(range(8)), *texts(some)).item()
     for most in (1, 20, 4096):
         assert train.mean_loss(model.train(), some, most) == pytest.approx(whole, rel=1e-4)
 
@@ -251,8 +268,11 @@ def test_question_answer_and_truth_that_a_validation_prints_are_of_one_picture(m
 
     monkeypatch.setattr(model, "generate", generate)
     for turn, rows in ((0, (0, 2)), (1, (1,)), (2, (0, 2))):
-        said = [f"    what {i}? → what {i}? {some.features[some.picture[i], 0]:.2f} (truth: {records[i].answer})" for i in rows]
-        assert train.own_words(model, some, turn) == "".join(f"\n{line}" for line in said)
+        said = ""
+        for i in rows:
+            seen = some.features[some.picture[i], 0]
+            said += f"\n    what {i}? → what {i}? {seen:.2f} (truth: {records[i].answer})"
+        assert train.own_words(model, some, turn) == said
 
 
 def test_dropout_falls_on_the_decomposed_features_alone_and_only_in_training(monkeypatch):
