@@ -188,7 +188,8 @@ def test_the_rival_that_is_named_is_trained_and_asked(home, tmp_path, monkeypatc
     for program in (train, sample):  # `main` puts the rival there: this puts LMEye back
         monkeypatch.setattr(program, "LMEye", LMEye)
     models = ("--llm", "llm", "--clip", "local-dir:clip")
-    LMEye.from_settings(lmeye.Settings("tiny", str(home / "llm"), str(home / "clip"))).save(tmp_path / "phase-1", 1)
+    settings = lmeye.Settings("tiny", str(home / "llm"), str(home / "clip"))
+    LMEye.from_settings(settings).save(tmp_path / "phase-1", 1)
     curved = ("rivals.py", "--rival", "CurvedDecomposition", "--out", tmp_path)
     flags = ("--stage", 2, "--data", "chats.jsonl", "--steps", 1, "--init", tmp_path / "phase-1")
     result = run(*curved, *flags, *models, cwd=home)

@@ -21,7 +21,7 @@ ENDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 @pytest.fixture(scope="module")
 def llm(home):
     """The model's folder, beside the pictures, captions and chats of `home`."""
-    texts = (home / "captions.jsonl").read_text().splitlines() + (home / "chats.jsonl").read_text().splitlines()
+    texts = [(home / name).read_text() for name in ("captions.jsonl", "chats.jsonl")]
     words = tokenizers.Tokenizer(tokenizers.models.BPE())
     words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = tokenizers.decoders.ByteLevel()

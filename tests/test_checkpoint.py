@@ -16,7 +16,8 @@ from lmeye import LMEye, UserError
 
 def same_but(model, **parts):
     """LMEye between the same frozen models, but for some parts."""
-    known = {name: getattr(model, name) for name in ("llm", "tokenizer", "clip", "preprocess", "clip_tokenizer")}
+    names = ("llm", "tokenizer", "clip", "preprocess", "clip_tokenizer")
+    known = {name: getattr(model, name) for name in names}
     return LMEye(model.settings, **(known | parts))
 
 

@@ -457,7 +457,8 @@ def test_a_model_is_checked_when_it_is_loaded_also_for_the_controls(tmp_path, ll
     """Both checks compare numbers, so nothing else would tell: a wrong model trains and answers, only worse."""
     for variant in lmeye.VARIANTS:
         LMEye.from_settings(Settings(llm=str(llm), clip=clip, precision="fp32", variant=variant))
-    change_json(tmp_path / "clip" / "open_clip_config.json", lambda config: config["model_cfg"]["text_cfg"].update(pool_type="first"))
+    config_file = tmp_path / "clip" / "open_clip_config.json"
+    change_json(config_file, lambda config: config["model_cfg"]["text_cfg"].update(pool_type="first"))
     with pytest.raises(UserError, match="--clip .*not read at the end of a text"):
         load(llm, clip)
     random_llm("granite", **WRONG["granite"][0]).save_pretrained(llm)
@@ -508,8 +509,10 @@ def without_prefix(weights):
 
 def with_biases(weights):
     """Biases of a model whose config.json does not name them."""
-    biases = {name.replace(".weight", ".bias"): tensor[:, 0].clone() for name, tensor in weights.items() if "proj" in name}
-    return weights | biases
+    for name, tensor in list(weights.items()):
+        if "proj" in name:
+            weights[name.replace(".weight", ".bias")] = tensor[:, 0].clone()
+    return weights
 
 
 def with_lora(weights):
@@ -545,16 +548,17 @@ def test_a_model_that_computes_with_fewer_bits_is_refused(llm, clip):
 
 def test_tensors_that_belong_to_no_layer_of_the_model_are_passed_over_and_told(llm, clip, capsys):
     """Old files hold what is computed today, others a tower for pictures or a head that predicts further tokens."""
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "vision_tower.fc1.weight": torch.ones(2, 2),
-            "model.layers.0.self_attn.masked_bias": torch.ones(1), "model.layers.2.input_layernorm.weight": torch.ones(3)}
-    change_weights(llm, lambda weights: weights | more)
+    more = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.masked_bias",
+            "vision_tower.fc1.weight", "model.layers.2.input_layernorm.weight")
+    change_weights(llm, lambda weights: weights | {name: torch.ones(3) for name in more})
     load(llm, clip)
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
     assert len(notes) == 1 and f"note: --llm {llm}: 3 weights of the file are not used: " in notes[0]
 
 
 @pytest.mark.parametrize("rope, said", [
-    ({"factor": 4.0}, "rope"), ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "attn_factor": 2.0}, "attn_factor")])
+    ({"factor": 4.0}, "rope"),
+    ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "attn_factor": 2.0}, "attn_factor")])
 def test_what_a_library_warns_of_while_it_loads_is_passed_on_in_a_line(llm, clip, capsys, rope, said):
     """It ignores a scaling of positions that it can't read, and the numbers are others."""
     config = json.loads((llm / "config.json").read_text())

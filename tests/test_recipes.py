@@ -158,10 +158,16 @@ def test_both_programs_print_their_tables_of_a_run_of_the_miniature(tmp_path, mo
         "100.0 | 0.0 | 0.0 |", "0.0 | 100.0 | 0.0 |", "0.0 | 100.0 | 0.0 |", "0.0 | 0.0 | 100.0 |",
         "0.0 | 100.0 | 0.0 |"]
     linear, probed = probe.linear, []
-    monkeypatch.setattr(probe, "linear", lambda x, labels, *rest: probed.append(labels) or linear(x, labels, *rest))
+
+    def note(x, labels, picture):
+        probed.append(labels)
+        return linear(x, labels, picture)
+
+    monkeypatch.setattr(probe, "linear", note)
     result = run("probe.py", "mini/stage2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert [labels[6] for labels in probed[1:7]] == list(shapes.HELD_OUT[60])  # of the second picture's first question
+    second = [labels[6] for labels in probed[1:7]]  # of the first question about the second picture
+    assert second == list(shapes.HELD_OUT[60])
     request, untrained = [line for line in result.stdout.splitlines() if line.startswith("| request")]
     assert request.split(" | ", 1)[1] != untrained.split(" | ", 1)[1]
     LMEye.from_settings(replace(settings, variant="static")).save(mini / "stage2-static" / CHECKPOINT, 2)

@@ -65,12 +65,13 @@ def fork(cwd, flags, where=None, n=0):
 
 def stage(home, n, *more):
     kind = ("captions", "chats")[n - 1]
-    return ["--stage", str(n), "--llm", f"{home}/llm", "--clip", f"local-dir:{home}/clip", "--data", f"{home}/{kind}.jsonl",
-            "--val", f"{home}/val_{kind}.jsonl", "--steps", "9", "--batch-size", "4", "--dropout", "0.5", *more]
+    return ["--stage", str(n), "--llm", f"{home}/llm", "--clip", f"local-dir:{home}/clip",
+            "--data", f"{home}/{kind}.jsonl", "--val", f"{home}/val_{kind}.jsonl",
+            "--steps", "9", "--batch-size", "4", "--dropout", "0.5", *more]
 
 
 def results(folder):
-    """What a run leaves: the bytes of adapters and answers, and its log without the columns that a clock decides."""
+    """What a run leaves: the bytes of adapters and answers, the log without the columns that a clock decides."""
     folder, found = Path(folder, "out/llm+clip"), {}
     for path in [*folder.glob("stage*/*.safetensors"), *folder.glob("stage*/evaluation/answers.jsonl")]:
         found[str(path.relative_to(folder))] = path.read_bytes()
@@ -116,7 +117,8 @@ def test_a_run_goes_on_from_another_folder_where_its_files_have_other_names(home
     result = run("train.py", *elsewhere, tmp_path / "out", "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert run("train.py", *flags, tmp_path / "whole", cwd=home).returncode == 0
-    mine, whole = (lmeye.read_adapter(tmp_path / f"{out}/llm+clip/stage1/{CHECKPOINT}")[3] for out in ("out", "whole"))
+    paths = [tmp_path / out / "llm+clip/stage1" / CHECKPOINT for out in ("out", "whole")]
+    mine, whole = [lmeye.read_adapter(path)[3] for path in paths]
     assert mine.keys() == whole.keys() and all(torch.equal(mine[name], whole[name]) for name in whole)
 
 
@@ -251,9 +253,9 @@ def test_a_run_cannot_be_resumed_on_other_data(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(3, patch)
         train.train_adapter(tiny_model(), 2, some, some, *recipe)
-    for train_on, validate_on, named in ((other, some, "data"), (some, other, "val data"), (some, None, "val data")):
+    for given, named in (((other, some), "data"), ((some, other), "val data"), ((some, None), "val data")):
         with pytest.raises(UserError, match=f"other settings: hash of the {named} "):
-            train.train_adapter(tiny_model(), 2, train_on, validate_on, *recipe, resume=True)
+            train.train_adapter(tiny_model(), 2, *given, *recipe, resume=True)
 
 
 def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):

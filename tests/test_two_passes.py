@@ -192,10 +192,10 @@ def test_a_question_for_each_picture_is_needed(questions):
             ask(features(model), questions)
 
 
-@pytest.mark.parametrize("wrong", (dict(variant="Lmeye"), dict(dropout=1.0), dict(n_features=14), dict(n_slots=0)))
-def test_settings_out_of_range_are_named(wrong):
-    with pytest.raises(UserError, match="--" + next(iter(wrong)).replace("_", "-")):
-        tiny_model(**wrong)
+@pytest.mark.parametrize("name, wrong", [("variant", "Lmeye"), ("dropout", 1.0), ("n_features", 14), ("n_slots", 0)])
+def test_settings_out_of_range_are_named(name, wrong):
+    with pytest.raises(UserError, match="--" + name.replace("_", "-")):
+        tiny_model(**{name: wrong})
 
 
 def test_a_choice_that_does_not_fit_behind_its_question_is_refused():
