@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -100,6 +101,30 @@ def folders(tmp_path):
     return save_llm(tmp_path / "llm"), save_clip(tmp_path / "clip")
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with tiny models and 20 pictures, their captions, two questions about each, some choices."""
+    home, rng = tmp_path_factory.mktemp("home"), random.Random(0)
+    save_llm(home / "llm")
+    save_clip(home / "clip")
+    captions, chats, choices = [], [], []
+    for i, scene in enumerate(rng.sample(shapes.SCENES, 20)):
+        shapes.draw(scene, rng).save(home / f"{i}.png")
+        captions.append({"image": f"{i}.png", "caption": shapes.describe(scene)})
+        conversation = []
+        for kind in ("color", "shape"):
+            question, answer = shapes.ask(scene, kind, rng)
+            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        chats.append({"image": f"{i}.png", "conversations": conversation})
+        choices.append({"image": f"{i}.png", "question": "what color?", "answer": "red",
+                        "choices": [["red", "blue thing", "green"]]})
+    files = {"captions": captions, "chats": chats, "val_captions": captions[:3], "val_chats": chats[:3],
+             "choices": choices[:3]}
+    for name, rows in files.items():
+        (home / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return home
+
+
 def save_llm(folder, seed=0):
     torch.manual_seed(seed)
     tokenizer = shapes.build_tokenizer(ends=False)
@@ -121,15 +146,6 @@ def opt_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>", "add_bos_token": True, **ends}))
     return True
-
-
-def save_opt(folder):
-    """A folder as of facebook/opt-1.3b, in small: with OPT's own tokenizer where it is at hand."""
-    if not opt_tokenizer(folder):
-        return save_llm(folder)
-    torch.manual_seed(0)
-    tiny_llm("opt", 50272, pad_token_id=1, bos_token_id=2, eos_token_id=2).save_pretrained(folder)
-    return str(folder)
 
 
 def save_clip(folder, seed=0):

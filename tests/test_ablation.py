@@ -1,7 +1,5 @@
 """Rows of runs over sets and seeds: which commands they are made by. And the exercises' own models."""
 
-import json
-import random
 import shlex
 from pathlib import Path
 
@@ -10,11 +8,10 @@ import conftest
 import pytest
 import rivals
 import torch
-from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_model
+from conftest import fails_in_one_line, run, tiny_model
 
 import lmeye
 import sample
-import shapes
 import train
 from lmeye import LMEye
 
@@ -187,21 +184,17 @@ def test_v_is_a_sum_of_words_and_img_is_without_a_picture(monkeypatch):
     assert torch.equal(model.see(torch.randn(2, 36)), model.img.expand(2, 1, -1))
 
 
-def test_the_rival_that_is_named_is_trained_and_asked(tmp_path, monkeypatch):
+def test_the_rival_that_is_named_is_trained_and_asked(home, tmp_path, monkeypatch):
     for program in (train, sample):  # `main` puts the rival there: this puts LMEye back
         monkeypatch.setattr(program, "LMEye", LMEye)
-    scene = shapes.SCENES[0]
-    shapes.draw(scene, random.Random(0)).save(tmp_path / "a.png")
-    records = [{"image": "a.png", "question": question, "answer": "red"} for question in QUESTIONS]
-    (tmp_path / "q.json").write_text(json.dumps(records))
-    models = ["--llm", save_llm(tmp_path / "llm"), "--clip", save_clip(tmp_path / "clip")]
-    tiny = LMEye.from_settings(lmeye.Settings("tiny", models[1], models[3]))
-    tiny.save(tmp_path / "phase-1", 1)
-    curved = ("rivals.py", "--rival", "CurvedDecomposition")
-    flags = ("--stage", 2, "--data", "q.json", "--steps", 1, "--init", "phase-1")
-    result = run(*curved, *flags, *models, cwd=tmp_path)
+    models = ("--llm", "llm", "--clip", "local-dir:clip")
+    settings = lmeye.Settings("tiny", str(home / "llm"), str(home / "clip"))
+    LMEye.from_settings(settings).save(tmp_path / "phase-1", 1)
+    curved = ("rivals.py", "--rival", "CurvedDecomposition", "--out", tmp_path)
+    flags = ("--stage", 2, "--data", "chats.jsonl", "--steps", 1, "--init", tmp_path / "phase-1")
+    result = run(*curved, *flags, *models, cwd=home)
     assert result.returncode == 0, result.stderr
-    checkpoint, = tmp_path.glob(f"out/*/stage2/{lmeye.CHECKPOINT}")
+    checkpoint, = tmp_path.glob(f"*/stage2/{lmeye.CHECKPOINT}")
     assert "decompose.2.weight" in lmeye.read_adapter(checkpoint)[3]
-    result = run(*curved, "a.png", QUESTIONS[0], cwd=tmp_path)
+    result = run(*curved, "0.png", QUESTIONS[0], cwd=home)
     assert result.returncode == 0 and result.stdout.strip(), result.stderr

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import benchmark
-import measure
 import on_gpu
 import train
 
@@ -61,13 +60,3 @@ def test_padding_is_what_the_batches_compute_over_what_is_real():
     lines = list(benchmark.padding(benchmark.DRY))
     by_records, by_tokens = [float(line.split()[4].rstrip(",")) for line in lines]
     assert 1 < by_tokens < 1.05 < by_records < 1.2
-
-
-def test_the_default_dtype_is_given_back_when_the_memory_does_not_suffice(monkeypatch):
-    def full(config):
-        raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", full)
-    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        measure.random_llm("tiny", torch.bfloat16, "cpu")
-    assert torch.get_default_dtype() == torch.float32

@@ -11,8 +11,14 @@ from conftest import tiny_model
 from safetensors import safe_open
 
 import lmeye
-import sample
 from lmeye import LMEye, UserError
+
+
+def same_but(model, **parts):
+    """LMEye between the same frozen models, but for some parts."""
+    names = ("llm", "tokenizer", "clip", "preprocess", "clip_tokenizer")
+    known = {name: getattr(model, name) for name in names}
+    return LMEye(model.settings, **(known | parts))
 
 
 @pytest.mark.parametrize("stage, variant", [(1, "lmeye"), (2, "lmeye"), (2, "norequest"), (2, "static")])
@@ -53,10 +59,9 @@ def test_a_file_of_another_model_is_refused_in_one_line_and_nothing_is_loaded(tm
 def test_a_file_is_refused_where_either_frozen_model_is_another_of_the_same_shape(tmp_path):
     mine, other = tiny_model(), tiny_model(seed=1)
     mine.save(tmp_path / "a.safetensors", 2)
-    for llm, clip in ((other.llm, mine.clip), (mine.llm, other.clip)):
-        mixed = LMEye(mine.settings, llm, mine.tokenizer, clip, mine.preprocess, mine.clip_tokenizer)
+    for part in (dict(llm=other.llm), dict(clip=other.clip)):
         with pytest.raises(UserError, match="are others"):
-            mixed.load(tmp_path / "a.safetensors")
+            same_but(mine, **part).load(tmp_path / "a.safetensors")
 
 
 def with_weights(model, change):
@@ -64,7 +69,7 @@ def with_weights(model, change):
     llm, clip = copy.deepcopy(model.llm), copy.deepcopy(model.clip)
     for p in (*llm.parameters(), *clip.parameters()):
         p.data = change(p.data)
-    return LMEye(model.settings, llm, model.tokenizer, clip, model.preprocess, model.clip_tokenizer)
+    return same_but(model, llm=llm, clip=clip)
 
 
 def test_rounded_weights_are_taken_for_the_same_and_those_of_a_finetuned_model_are_not(tmp_path):
@@ -99,25 +104,13 @@ def header(**changes):
     safetensors.torch.save({"a": torch.zeros(1)}, header(stage=3)),
     safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"n_features": "5"})),
     safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"folder": "/"})),
+    safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"variant": "half"})),
     safetensors.torch.save({"a": torch.zeros(1)}, header(identity={"weights": ["x"]})),
 ])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(UserError, match="is not a checkpoint of this program"):
         lmeye.read_adapter(tmp_path / "a")
-
-
-def test_a_file_whose_header_is_right_may_still_be_of_other_models(tmp_path):
-    (tmp_path / "a").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, header()))
-    with pytest.raises(UserError, match="are others"):
-        tiny_model().load(tmp_path / "a")
-
-
-def same_but(model, **parts):
-    """LMEye between the same frozen models, but for some parts."""
-    known = dict(tokenizer=model.tokenizer, clip=model.clip, preprocess=model.preprocess,
-                 clip_tokenizer=model.clip_tokenizer)
-    return LMEye(model.settings, model.llm, **(known | parts))
 
 
 def test_a_file_is_refused_behind_another_tokenizer_or_another_preprocessing(tmp_path):
@@ -176,39 +169,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"{path}: can't be written .No space left"):
         lmeye.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
-
-
-def settings_to_load(path, monkeypatch, precision=None):
-    """The settings by which sample.py loads the models of a checkpoint."""
-    named = []
-
-    def note(settings):
-        named.append(settings)
-        raise UserError("enough")
-
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="enough"):
-        patch.setattr(LMEye, "from_settings", note)
-        sample.load_trained(path, precision=precision)
-    return named[0]
-
-
-def test_a_presets_models_are_looked_for_below_the_folder_of_its_checkpoint(tmp_path, monkeypatch):
-    """That folder may have been moved, or trained into from another place."""
-    path = tmp_path / "here/mini/stage1/a.safetensors"
-    tiny_model(preset="mini", llm="elsewhere/mini/llm", clip="local-dir:elsewhere/mini/clip").save(path, 1)
-    settings = settings_to_load(path, monkeypatch)
-    assert (settings.llm, settings.clip) == (f"{tmp_path}/here/mini/llm", f"local-dir:{tmp_path}/here/mini/clip")
-
-
-def test_a_checkpoint_tells_which_layers_it_has_and_the_user_in_what_precision(tmp_path, monkeypatch):
-    other = dict(n_features=4, n_slots=3, n_image_tokens=2, variant="norequest")
-    tiny_model(preset="mini", precision="fp32", **other).save(tmp_path / "a.safetensors", 2)
-    settings = settings_to_load(tmp_path / "a.safetensors", monkeypatch, "bf16")
-    assert {name: getattr(settings, name) for name in other} == other and settings.precision == "bf16"
-    assert settings_to_load(tmp_path / "a.safetensors", monkeypatch).precision == "fp32"
-
-
-def test_a_setting_that_is_no_choice_is_named(tmp_path):
-    (tmp_path / "a").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"variant": "half"})))
-    with pytest.raises(UserError, match="variant"):
-        lmeye.read_adapter(tmp_path / "a")

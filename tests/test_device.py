@@ -5,8 +5,6 @@ waits for.
 """
 
 import functools
-import json
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -16,12 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_llm, tiny_model
+import transformers
+from conftest import fails_in_one_line, run, save_llm
 
 import data
 import on_gpu
 import rivals
-import shapes
 import sample
 import train
 from lmeye import CHECKPOINT, LMEye, Settings, UserError
@@ -64,25 +62,7 @@ def test_the_pretended_gpu_counts_what_waits(waiting, n):
 # ---- The programs keep to the device -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with tiny models, pictures, captions, questions, choices → (folder, the flags that name the
-    models)."""
-    home, rng = tmp_path_factory.mktemp("home"), random.Random(0)
-    captions, chats, choices = [], [], []
-    for i, scene in enumerate(rng.sample(shapes.SCENES, 20)):  # of fewer than ten none is held out
-        shapes.draw(scene, rng).save(home / f"{i}.png")
-        captions.append({"image": f"{i}.png", "caption": shapes.describe(scene)})
-        conversation = []
-        for kind in ("color", "shape"):
-            question, answer = shapes.ask(scene, kind, rng)
-            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        chats.append({"image": f"{i}.png", "conversations": conversation})
-        choices.append({"image": f"{i}.png", "question": "what color?", "answer": "red",
-                        "choices": [["red", "blue thing", "green"]]})
-    for name, rows in (("captions", captions), ("chats", chats), ("choices", choices[:3])):
-        (home / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return home, ["--llm", save_llm(home / "llm"), "--clip", save_clip(home / "clip")]
+MODELS = ["--llm", "llm", "--clip", "local-dir:clip"]
 
 
 def stage(n, *flags):
@@ -92,13 +72,13 @@ def stage(n, *flags):
 
 def done(home, *command):
     """Run a program to its end, without an error → its Result."""
-    result = run(*command, *home[1], cwd=home[0])
+    result = run(*command, *MODELS, cwd=home)
     assert result.returncode == 0, result.stderr
     return result
 
 
 def adapter(home, out, name):
-    path, = Path(home[0], out).glob(f"*/{name}/{CHECKPOINT}")
+    path, = Path(home, out).glob(f"*/{name}/{CHECKPOINT}")
     return safetensors.torch.load_file(path)
 
 
@@ -146,7 +126,7 @@ def test_a_run_on_the_gpu_ends_as_on_the_cpu_also_when_it_is_resumed(home, monke
     with pretend.gpu():
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", killed)
-            assert run(*stage(1, *same, "--out", gpu), *home[1], cwd=home[0]).returncode == 130
+            assert run(*stage(1, *same, "--out", gpu), *MODELS, cwd=home).returncode == 130
         done(home, *stage(1, *same, "--out", gpu, "--resume"))
     assert scales == unbroken  # killed in its fourth step, before its update, it goes on from its third
     cpu, gpu = adapter(home, cpu, "stage1"), adapter(home, gpu, "stage1")
@@ -157,17 +137,9 @@ def test_a_run_on_the_gpu_ends_as_on_the_cpu_also_when_it_is_resumed(home, monke
 def model_on_gpu(home):
     """A function: a class of models → one of them with tiny frozen parts, wherever a GPU is pretended."""
     def make(kind=LMEye, **settings):
-        llm, clip = home[1][1::2]
-        return kind.from_settings(Settings(preset="tiny", llm=llm, clip=clip, **settings))
+        frozen = dict(preset="tiny", llm=str(home / "llm"), clip=str(home / "clip"))
+        return kind.from_settings(Settings(**frozen, **settings))
     return make
-
-
-def test_a_model_may_be_moved():
-    model = tiny_model()
-    with pretend.gpu():
-        model.to("cuda").set_trained(2)
-        model.loss(torch.randn(2, 24), ["what color are they?", "is it red?"], ["red", "no"]).backward()
-        assert model.generate(torch.randn(1, 24), ["is it red?"], max_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["CurvedDecomposition", "TwoRounds", "EarlierRequest", "NoPictureToken"])
@@ -189,7 +161,7 @@ def test_a_picture_that_can_be_read_again_is_encoded_on_the_gpu(home, model_on_g
         return real(pictures, name)
 
     monkeypatch.setattr(data.Pictures, "open", away_at_first)
-    records, pictures = [data.Record(name, (), "red") for name in names], data.Pictures(home[0])
+    records, pictures = [data.Record(name, (), "red") for name in names], data.Pictures(home)
     with pretend.gpu():
         first, second = Counter(), Counter()
         assert len(data.encode(model_on_gpu(), records, first, pictures, tmp_path / "features").records) == 2
@@ -199,21 +171,16 @@ def test_a_picture_that_can_be_read_again_is_encoded_on_the_gpu(home, model_on_g
     assert np.isfinite(some.features).all() and len(set(map(bytes, some.features))) == 3
 
 
-@pytest.mark.parametrize("largest", (None, 70_000))
-def test_a_language_model_that_is_infinite_in_fp16_is_refused_where_fp16_is_taken(home, tmp_path, largest):
+def test_a_language_model_that_is_infinite_in_fp16_is_refused_where_fp16_is_taken(home, tmp_path):
     """Llama-like models have single states of tens of thousands."""
-    save_llm(tmp_path / "llm")
-    vocabulary = len(shapes.build_tokenizer(ends=False))
-    llm = tiny_llm("opt", vocabulary, pad_token_id=0, bos_token_id=2, eos_token_id=3)
-    if largest:
-        llm.model.decoder.layers[0].fc2.bias.data[5] = largest
+    llm = transformers.AutoModelForCausalLM.from_pretrained(save_llm(tmp_path / "llm"))
+    llm.model.decoder.layers[0].fc2.bias.data[5] = 70_000
     llm.save_pretrained(tmp_path / "llm")
-    command = [*stage(1, "--steps", 1, "--out", tmp_path), *home[1], "--llm", tmp_path / "llm"]
+    command = [*stage(1, "--steps", 1, "--out", tmp_path), *MODELS, "--llm", tmp_path / "llm"]
     with pretend.gpu(bf16=False):
-        result = run(*command, cwd=home[0])
-    if largest:
+        result = run(*command, cwd=home)
         assert fails_in_one_line(result) and "fp16 ends at 65,504, so" in result.stderr
-        result = run(*command, "--precision", "fp32", cwd=home[0])
+        result = run(*command, "--precision", "fp32", cwd=home)
     assert result.returncode == 0, result.stderr
 
 

@@ -10,24 +10,22 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
-
-import miniature
 import numpy as np
-import shapes
 import open_clip
 import pytest
 import torch
 import transformers
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image, ImageDraw
 
 import data
+import miniature
+import shapes
 import train
 from lmeye import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "lab" / "miniature.py"
 
 
@@ -148,9 +146,7 @@ def test_every_file_is_there_and_every_picture_in_the_archive(made):
 
 
 def test_six_questions_about_a_picture_one_in_four_behind_another(made):
-    turns = Counter()
-    for record in read(made, "questions.json"):
-        turns[len(record["conversations"]) // 2] += 1
+    turns = Counter(len(record["conversations"]) // 2 for record in read(made, "questions.json"))
     assert turns[1] + 2 * turns[2] == 6 * 40 and set(turns) == {1, 2}
     assert 0.16 < turns[2] / (6 * 40) < 0.34
     categories = Counter(record["category"] for record in read(made, "val_questions.json"))
@@ -176,33 +172,15 @@ def test_train_takes_these_files_and_validates_on_what_was_held_out(made, stage,
 
 
 def test_at_first_use_train_makes_a_miniature_with_its_own_seed_and_folder(tmp_path, monkeypatch):
-    started = []
-
-    class Program:
-        def __init__(self, words):
-            started.append(list(map(str, words)))
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def wait(self):
-            return 0
-
-    monkeypatch.setattr(train.subprocess, "Popen", Program)
+    popen = mock.MagicMock()
+    popen.return_value.__enter__.return_value.wait.return_value = 0
+    monkeypatch.setattr(train.subprocess, "Popen", popen)
     args, settings = SimpleNamespace(out=str(tmp_path), seed=7), PRESETS["mini"]
     train.make_miniature(args, settings)
-    assert started == [[sys.executable, str(SCRIPT), "--out", str(tmp_path), "--seed", "7"]]
+    popen.assert_called_once_with([sys.executable, SCRIPT, "--out", str(tmp_path), "--seed", "7"])
     Path(tmp_path, "mini", "llm").mkdir(parents=True)
     train.make_miniature(args, settings)  # it is there
-    assert len(started) == 1
-
-
-def test_a_recipe_is_that_of_the_language_model(made):
-    config = transformers.AutoConfig.from_pretrained(made / "llm")
-    assert (config.hidden_size, config.num_hidden_layers) == (32, 1)
+    popen.assert_called_once()
 
 
 @pytest.mark.parametrize("flags, recipe", [
@@ -270,6 +248,7 @@ def test_the_models_are_ordinary_folders(made):
     mine, theirs = miniature.pixels([picture])[0], preprocess(picture)
     assert torch.allclose(mine, theirs, atol=1e-5) and clip.encode_image(theirs[None]).isfinite().all()
     llm = transformers.AutoModelForCausalLM.from_pretrained(made / "llm")
+    assert (llm.config.hidden_size, llm.config.num_hidden_layers) == (32, 1)  # by the recipe
     assert len(transformers.AutoTokenizer.from_pretrained(made / "llm")) == llm.config.vocab_size
 
 

@@ -5,9 +5,10 @@ give the numbers of the reference in test_two_passes.py, which knows no cache, n
 numbers would be others has to be refused, in one line.
 """
 
+import contextlib
+import functools
 import json
 import os
-import shutil
 from pathlib import Path
 
 import open_clip
@@ -27,122 +28,115 @@ ALL = pytest.mark.skipif("LMEYE_ALL" not in os.environ, reason="all kinds and la
 
 # ---- Language models -----------------------------------------------------------------------------------------
 
-SIZE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=16, max_position_embeddings=128)
-GPT = dict(n_embd=64, n_layer=2, n_head=4, n_positions=128)
-FALCON = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=96)
-BERT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=128)
-BART = dict(d_model=64, decoder_layers=2, decoder_ffn_dim=96, decoder_attention_heads=4, encoder_layers=2,
-            encoder_ffn_dim=96, encoder_attention_heads=4, max_position_embeddings=128)
-LATENT = dict(q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
-              n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=48,
-              first_k_dense_replace=1)
+SMALL = {  # what configurations call their sizes → small ones
+    64: ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
+    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_key_value_heads", "num_experts_per_tok"),
+    4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
+        "num_experts", "num_local_experts", "n_routed_experts"),
+    16: ("head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim"),
+    8: ("qk_rope_head_dim", "qk_nope_head_dim"),
+    1: ("n_group", "topk_group"),
+    96: ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "ffn_hidden_size",
+         "moe_intermediate_size", "dff"),
+    128: ("max_position_embeddings", "n_positions", "max_seq_len"),
+}
+WINDOW = dict(sliding_window=4)  # shorter than any prompt, and than what is looked at when a model is loaded
+LONGER = dict(sliding_window=12)  # longer than what is looked at then
+LOCAL = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+ROPE = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
+HEADS = dict(num_key_value_heads=4, head_dim=8)
+EMBEDDED = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=57, num_kv_shared_layers=0)
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1)
 LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
               layer_types=["linear_attention", "full_attention"])
-WINDOW = dict(sliding_window=4)  # shorter than any prompt, and than what is looked at when a model is loaded
-LOCAL = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 
-# name → sizes; the name's first word is the family, as transformers names it
-RIGHT = {
-    "opt": dict(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=128),
-    "bloom": dict(hidden_size=64, n_layer=2, n_head=4),
-    "llama": SIZE,
-    "llama, rope scaled": {**SIZE, "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-                                                       "original_max_position_embeddings": 32}},
-    "gpt2": GPT,
-    "gpt_neox": SIZE,
-    "gptj": {**GPT, "rotary_dim": 8},
-    "codegen": {**GPT, "rotary_dim": 8},
-    "gpt_bigcode": GPT,
-    "falcon": FALCON,
-    "falcon, new": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
-    "falcon, alibi": {**FALCON, "alibi": True, "parallel_attn": False},
-    "mpt": dict(d_model=64, n_layers=2, n_heads=4, max_seq_len=128),
-    "gpt_neo": dict(hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
-                    window_size=4, max_position_embeddings=128),
-    "mistral": SIZE,
-    "mistral, window": {**SIZE, **WINDOW},
-    "mistral, longer window": {**SIZE, "sliding_window": 12},  # longer than what is looked at when a model is loaded
-    "mixtral, window": {**SIZE, **WINDOW, "num_local_experts": 4},
-    "qwen2": SIZE,
-    "qwen3": SIZE,
-    "qwen3, window": {**SIZE, **WINDOW, "use_sliding_window": True, "max_window_layers": 1},
-    "qwen3_moe": {**SIZE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
-    "phi": SIZE,
-    "phi3, window": {**SIZE, **WINDOW},
-    "gemma": SIZE,
-    "gemma3_text, window": {**SIZE, **LOCAL},
-    "gpt_oss, window": {**SIZE, **LOCAL, "num_local_experts": 4},
-    "gpt_oss, longer window": {**SIZE, **LOCAL, "num_local_experts": 4, "sliding_window": 12},
-    "deepseek_v3": {**SIZE, **LATENT, "num_key_value_heads": 4, "head_dim": 8},
-    "stablelm": SIZE,
-    "olmo": SIZE,
-    "olmo2": SIZE,
-    "olmo3, window": {**SIZE, **LOCAL},
-    "glm": SIZE,
-    "smollm3": {**SIZE, "no_rope_layers": [0, 1]},
-    "xglm": dict(d_model=64, num_layers=2, attention_heads=4, ffn_dim=96, max_position_embeddings=128),
-    "granite": SIZE,  # as long as nothing scales its logits
+# name → what is set beside the sizes; the name's first word is the family, as transformers names it
+RIGHT = dict.fromkeys((
+    "opt", "bloom", "llama", "gpt2", "gpt_neox", "gpt_bigcode", "falcon", "mpt", "mistral", "qwen2", "qwen3",
+    "qwen3_moe", "phi", "gemma", "stablelm", "olmo", "olmo2", "glm", "xglm",
+    "granite",  # as long as nothing scales its logits
+), {}) | {
+    "llama, rope scaled": dict(rope_parameters=ROPE),
+    "gptj": dict(rotary_dim=8),
+    "codegen": dict(rotary_dim=8),
+    "falcon, new": dict(new_decoder_architecture=True, num_kv_heads=2),
+    "falcon, alibi": dict(alibi=True, parallel_attn=False),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=4),
+    "mistral, window": WINDOW,
+    "mistral, longer window": LONGER,
+    "mixtral, window": WINDOW,
+    "qwen3, window": dict(WINDOW, use_sliding_window=True, max_window_layers=1, layer_types=None),
+    "phi3, window": WINDOW,
+    "gemma3_text, window": LOCAL,
+    "gpt_oss, window": LOCAL,
+    "gpt_oss, longer window": LOCAL | LONGER,
+    "deepseek_v3": dict(HEADS, first_k_dense_replace=1),
+    "olmo3, window": LOCAL,
+    "smollm3": dict(no_rope_layers=[0, 1]),
 }
 
 HEAD, NUMBERS = "its head alone", "padding, its cache or later words change"  # what is said of them
 FAILS = "can't be run on vectors with a cache"
 WRONG = {
-    "gemma2": (SIZE, HEAD),
-    "cohere": (SIZE, HEAD),
-    "cohere2": ({**SIZE, **LOCAL}, HEAD),
-    "granite": ({**SIZE, "logits_scaling": 8.0}, HEAD),
-    "nanochat": (SIZE, HEAD),
-    "gemma3n_text": ({**SIZE, **LOCAL, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
-                      "vocab_size_per_layer_input": 57, "intermediate_size": [96, 96],
-                      "activation_sparsity_pattern": [0.0, 0.0]}, HEAD),
-    "bert": ({**BERT, "is_decoder": True}, HEAD),
-    "roberta": ({**BERT, "is_decoder": True}, HEAD),
-    "modernbert-decoder": (BERT, HEAD),
-    "bert, plain": (BERT, HEAD),
-    "rwkv": (dict(hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, context_length=128), NUMBERS),
-    "ctrl": (dict(n_embd=64, n_layer=2, n_head=4, dff=96, n_positions=128), HEAD),
-    "doge": ({**SIZE, "keep_window_size": 4}, NUMBERS),
-    "gemma4_text": (dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=57,
-                         num_kv_shared_layers=0, **LOCAL), FAILS),  # looks its words up in the embeddings
-    "bart": (BART, NUMBERS),
-    "openai-gpt": (GPT, FAILS),
-    "llama4_text": ({**SIZE, "intermediate_size_mlp": 96, "num_local_experts": 4}, FAILS),
-    "recurrent_gemma": ({**SIZE, "lru_width": 64, "block_types": ("recurrent", "attention")}, HEAD),
-    "mamba": (dict(hidden_size=64, num_hidden_layers=2, state_size=8), FAILS),
-    "falcon_h1": ({**SIZE, **MAMBA, "mamba_d_ssm": 128}, FAILS),
-    "bamba": ({**SIZE, **MAMBA, "attn_layer_indices": [1]}, FAILS),
-    "jamba": ({**SIZE, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1}, FAILS),
-    "nemotron_h": ({**SIZE, "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 16,
-                    "ssm_state_size": 16, "n_groups": 1}, FAILS),
-    "qwen3_5_text": ({**SIZE, **LINEAR}, FAILS),
-    "qwen3_next": ({**SIZE, **LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-                    "shared_expert_intermediate_size": 48}, FAILS),
-    "lfm2": ({**SIZE, "layer_types": ["conv", "full_attention"]}, FAILS),
-    "minimax": ({**SIZE, "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]}, FAILS),
+    "gemma2": ({}, HEAD),
+    "cohere": ({}, HEAD),
+    "cohere2": (LOCAL, HEAD),
+    "granite": (dict(logits_scaling=8.0), HEAD),
+    "nanochat": ({}, HEAD),
+    "gemma3n_text": (dict(EMBEDDED, **LOCAL, laurel_rank=8, intermediate_size=[96, 96],
+                          activation_sparsity_pattern=[0.0, 0.0]), HEAD),
+    "bert": ({}, HEAD),
+    "roberta": ({}, HEAD),
+    "modernbert-decoder": ({}, HEAD),
+    "bert, plain": (dict(is_decoder=False), HEAD),
+    "rwkv": (dict(attention_hidden_size=64, context_length=128), NUMBERS),
+    "ctrl": ({}, HEAD),
+    "doge": (dict(keep_window_size=4), NUMBERS),
+    "gemma4_text": (EMBEDDED | LOCAL, FAILS),  # looks its words up in the embeddings
+    "bart": ({}, NUMBERS),
+    "openai-gpt": ({}, FAILS),
+    "llama4_text": (dict(intermediate_size_mlp=96), FAILS),
+    "recurrent_gemma": (dict(lru_width=64, block_types=("recurrent", "attention")), HEAD),
+    "mamba": (dict(state_size=8), FAILS),
+    "falcon_h1": (dict(MAMBA, mamba_d_ssm=128), FAILS),
+    "bamba": (dict(MAMBA, attn_layer_indices=[1]), FAILS),
+    "jamba": (dict(attn_layer_period=2, attn_layer_offset=1), FAILS),
+    "nemotron_h": (dict(layers_block_type=["mamba", "attention"], mamba_num_heads=8, mamba_head_dim=16,
+                        ssm_state_size=16, n_groups=1), FAILS),
+    "qwen3_5_text": (LINEAR, FAILS),
+    "qwen3_next": (dict(LINEAR, shared_expert_intermediate_size=48), FAILS),
+    "lfm2": (dict(layer_types=["conv", "full_attention"]), FAILS),
+    "minimax": (dict(layer_types=["linear_attention", "full_attention"]), FAILS),
 }
 
 
-def config_of(name, sizes):
-    """The configuration of a family (the first word of `name`), for the miniature's tokenizer."""
+def small_config(name, more):
+    """A configuration of a family (the first word of `name`), in small, for the miniature's tokenizer."""
+    kind = name.split(",")[0]
+    usual = transformers.CONFIG_MAPPING[kind]()
     tokenizer = shapes.build_tokenizer(ends=False)
-    words = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
+    sizes = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
                  eos_token_id=tokenizer.eos_token_id)
-    if "text_config" in sizes:  # a model that has other parts, too
-        sizes = {**sizes, "text_config": {**sizes["text_config"], **words}}
-    else:
-        sizes = {**sizes, **words}
-    return transformers.AutoConfig.for_model(name.split(",")[0], **sizes)
+    for size, names in SMALL.items():
+        for named in names:
+            if isinstance(vars(usual).get(named), int):
+                sizes[named] = size
+    if hasattr(usual, "is_decoder"):
+        sizes["is_decoder"] = True
+    layers = vars(usual).get("layer_types")
+    if layers:
+        sizes["layer_types"] = [layers[0], layers[-1]]
+    return transformers.AutoConfig.for_model(kind, **{**sizes, **more})
 
 
-def random_llm(name, sizes, seed=0, std=0.2):
-    """A random causal LM of a family."""
+def random_llm(name, seed=0, std=0.2, **more):
+    """A small random causal LM of a family, with `more` in its configuration."""
+    return with_random_weights(small_config(name, more), seed, std)
+
+
+def with_random_weights(config, seed=0, std=0.2):
     torch.manual_seed(seed)
-    llm = transformers.AutoModelForCausalLM.from_config(config_of(name, sizes))
+    llm = transformers.AutoModelForCausalLM.from_config(config)
     for p in llm.parameters():  # the published initialisations are so small that mistakes would hide in rounding
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=std)
@@ -157,18 +151,15 @@ def model_with(llm, **settings):
 
 def assert_equals_two_whole_passes(model):
     """Loss, gradients and greedy answers, of a batch that is padded on all sides."""
-    questions = [QUESTIONS[0], " ".join(QUESTIONS), QUESTIONS[2]]
-    model.set_trained(2, train_align=True)
-    f = features(model)
-    loss, plain = model.loss(f, questions, ANSWERS), plain_loss(model, f, questions, ANSWERS)
-    assert abs(loss - plain) < 1e-5 * plain
-    mine, theirs = gradients(model, loss), gradients(model, plain)
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert (mine[name] - theirs[name]).norm() < 1e-3 * theirs[name].norm(), name
-    model.set_trained(1)
-    caption, plain = model.loss(f, None, ANSWERS), plain_loss(model, f, [None] * 3, ANSWERS)
-    assert abs(caption - plain) < 1e-5 * plain
+    f, questions = features(model), [QUESTIONS[0], " ".join(QUESTIONS), QUESTIONS[2]]
+    for stage, asked in ((2, questions), (1, None)):
+        model.set_trained(stage, train_align=stage == 2)
+        loss, plain = model.loss(f, asked, ANSWERS), plain_loss(model, f, asked or [None] * 3, ANSWERS)
+        assert abs(loss - plain) < 1e-5 * plain
+        mine, theirs = gradients(model, loss), gradients(model, plain)
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert (mine[name] - theirs[name]).norm() < 1e-3 * theirs[name].norm(), name
     with torch.no_grad():
         expected = plain_answers(model, f, questions, 4)
     assert model.generate(f, questions, max_tokens=4) == expected
@@ -176,54 +167,28 @@ def assert_equals_two_whole_passes(model):
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_family_that_can_be_used_gives_the_numbers_of_two_whole_passes(name):
-    model = model_with(random_llm(name, RIGHT[name]))
+    model = model_with(random_llm(name, **RIGHT[name]))
     lmeye.check_llm(model)
     assert_equals_two_whole_passes(model)
 
 
-OFTEN_NAMED = {  # what configurations call their sizes → small ones
-    64: ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
-    2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_key_value_heads", "num_experts_per_tok"),
-    4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "num_experts",
-        "num_local_experts", "n_routed_experts"),
-    16: ("head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim"),
-    8: ("qk_rope_head_dim", "qk_nope_head_dim"),
-    1: ("n_group", "topk_group"),
-    96: ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "ffn_hidden_size", "moe_intermediate_size"),
-    256: ("max_position_embeddings", "n_positions"),
-}
-
-
-def small_llm(kind):
-    """A small random model of any kind that transformers knows. Some refuse these sizes, with an error of their own, some
-    stay large."""
-    usual, sizes = transformers.CONFIG_MAPPING[kind]().get_text_config(), {}
-    for size, names in OFTEN_NAMED.items():
-        for name in names:
-            if isinstance(getattr(usual, name, None), int):
-                sizes[name] = size
-    if hasattr(usual, "is_decoder"):
-        sizes["is_decoder"] = True
-    if getattr(usual, "layer_types", None):
-        sizes["layer_types"] = [usual.layer_types[0], usual.layer_types[-1]]
-    with torch.device("meta"):
-        shell = transformers.AutoModelForCausalLM.from_config(config_of(usual.model_type, sizes))
-    if sum(p.numel() for p in shell.parameters()) > 50e6:
-        raise ValueError("large")
-    return random_llm(usual.model_type, sizes, std=0.15)
-
-
 @ALL
 def test_whatever_transformers_knows_is_refused_or_gives_the_numbers_of_two_whole_passes():
+    """Some kinds refuse these sizes, with an error of their own, some stay large."""
     kinds, outcomes = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, {}
     for kind in kinds:
-        try:
-            llm = small_llm(kind)
-        except Exception:
-            outcomes[kind] = "can't be made small"
+        outcomes[kind] = "can't be made small"
+        with contextlib.suppress(Exception):
+            usual = transformers.CONFIG_MAPPING[kind]().get_text_config()
+            config = small_config(usual.model_type, {})
+            with torch.device("meta"):
+                shell = transformers.AutoModelForCausalLM.from_config(config)
+            if sum(p.numel() for p in shell.parameters()) < 50e6:
+                outcomes[kind] = with_random_weights(config, std=0.15)
+        if isinstance(outcomes[kind], str):
             continue
         try:
-            model = model_with(llm)
+            model = model_with(outcomes[kind])
             lmeye.check_llm(model)
         except UserError as error:
             outcomes[kind] = f"refused: {error}"
@@ -235,13 +200,13 @@ def test_whatever_transformers_knows_is_refused_or_gives_the_numbers_of_two_whol
     assert sum(outcome == "right" for outcome in outcomes.values()) >= 60
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
 def test_a_model_that_turns_its_states_anew_beyond_a_length_is_used_up_to_it():
     """Phi-3's longrope: beyond its original limit the keys of the cache, too, would have to be other ones."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    sizes = {**SIZE, "original_max_position_embeddings": 40, "rope_parameters": rope}
-    model = model_with(random_llm("phi3", sizes))
+    model = model_with(random_llm("phi3", original_max_position_embeddings=40, rope_parameters=LONGROPE))
     lmeye.check_llm(model)
-    assert model.context == 40 and model_with(random_llm("llama, rope scaled", RIGHT["llama, rope scaled"])).context == 128
     model.set_trained(2)
     f, question = features(model)[:1], " ".join(["red"] * 25)
 
@@ -258,20 +223,25 @@ def test_a_model_that_turns_its_states_anew_beyond_a_length_is_used_up_to_it():
     assert difference(too_long) > 1e-2  # why it is refused
 
 
-@pytest.mark.parametrize("family", ("llama", "mistral", "qwen3"))
-def test_rotations_that_change_beyond_a_length_are_found_wherever_the_file_names_it(family):
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
-            "original_max_position_embeddings": 40}
-    model = model_with(random_llm(family, {**SIZE, "head_dim": 16, "rope_parameters": rope}))
-    assert model.context == 40
+TURNS_AT_40 = dict(rope_parameters=LONGROPE | {"original_max_position_embeddings": 40})
+
+
+@pytest.mark.parametrize("name, more, context", [
+    ("llama, rope scaled", RIGHT["llama, rope scaled"], 128), ("mpt", dict(max_seq_len=64), 64),
+    ("phi3", dict(max_position_embeddings=64), 64),  # whose class has an original length of 4,096
+    ("phi3", dict(original_max_position_embeddings=40, rope_parameters=LONGROPE), 40),
+    ("llama", TURNS_AT_40, 40), ("mistral", TURNS_AT_40, 40), ("qwen3", TURNS_AT_40, 40)])
+def test_the_context_is_the_shortest_length_that_the_configuration_names_anywhere(name, more, context):
+    model = model_with(random_llm(name, **more))
+    assert model.context == context
     lmeye.check_llm(model)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")  # of an argument's old name, which a user would see above that line
 @pytest.mark.parametrize("name", WRONG)
 def test_a_family_that_cannot_be_used_is_refused_in_one_line(name):
-    sizes, reason = WRONG[name]
-    model = model_with(random_llm(name, sizes))
+    more, reason = WRONG[name]
+    model = model_with(random_llm(name, **more))
     with pytest.raises(UserError, match=reason) as error:
         lmeye.check_llm(model)
     assert str(error.value).startswith("--llm a/b: this kind of language model can't be used: ")
@@ -281,7 +251,9 @@ def test_a_family_that_cannot_be_used_is_refused_in_one_line(name):
 def test_the_text_part_of_a_multimodal_model_is_used_with_its_own_context():
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28,
                   patch_size=14)
-    llm = random_llm("gemma3", dict(text_config={**SIZE, **LOCAL}, vision_config=vision, mm_tokens_per_image=4))
+    text = small_config("gemma3_text", LOCAL).to_dict()
+    llm = with_random_weights(transformers.AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4))
     model = model_with(llm)
     assert type(llm).__name__ == "Gemma3ForConditionalGeneration" and model.context == 128
     lmeye.check_llm(model)
@@ -295,7 +267,7 @@ def test_rounding_is_not_taken_for_a_fault(name):
         return output * (1 + 2 ** -9 * torch.randn_like(output))
 
     for seed in range(2):
-        llm = random_llm(name, {**RIGHT[name], "num_hidden_layers": 24}, seed, std=0.1)
+        llm = random_llm(name, seed, std=0.1, num_hidden_layers=24)
         for module in llm.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(round_at_random)
@@ -304,8 +276,9 @@ def test_rounding_is_not_taken_for_a_fault(name):
 
 @pytest.mark.parametrize("name", ("gemma2", "granite", "bert", "bert, plain", "doge"))
 def test_a_fault_is_not_taken_for_rounding(name):
-    model = model_with(random_llm(name, WRONG[name][0]).to(torch.bfloat16))
-    with pytest.raises(UserError, match=WRONG[name][1]):
+    more, reason = WRONG[name]
+    model = model_with(random_llm(name, **more).to(torch.bfloat16))
+    with pytest.raises(UserError, match=reason):
         lmeye.check_llm(model)
 
 
@@ -320,43 +293,33 @@ def test_a_cache_that_cannot_be_shortened_is_refused(monkeypatch):
         lmeye.check_llm(tiny_model())
 
 
-def test_a_cache_that_goes_on_wrongly_at_its_end_is_refused(monkeypatch):
-    """As above, but only the states of the answer's last two tokens are wrong, and those of one record."""
-    model = tiny_model()
-    real = model.run_llm
-
-    def run_llm(x, mask, cache=None):
-        h, after = real(x, mask, cache)
-        if cache is not None and x.shape[1] > 1:  # not <img-d> alone
-            h = h.clone()
-            h[1, -2:] += 1
-        return h, after
-
-    monkeypatch.setattr(model, "run_llm", run_llm)
-    with pytest.raises(UserError, match=NUMBERS):
-        lmeye.check_llm(model)
+def wrong_at_its_end(run_llm, x, mask, cache):
+    """Wrong are the states of the answer's last two tokens only, and those of one record."""
+    h, after = run_llm(x, mask, cache)
+    if cache is not None and x.shape[1] > 1:  # not <img-d> alone
+        h = h.clone()
+        h[1, -2:] += 1
+    return h, after
 
 
-def test_a_request_from_a_wrong_state_is_refused_however_little_the_answer_depends_on_it(monkeypatch):
-    model = tiny_model()
-    real = model.run_llm
-    model.transmit.weight.data.mul_(1e-6)
-
-    def run_llm(x, mask, cache=None):
-        h, after = real(x, mask, cache)
-        at_img_d = cache is not None and x.shape[1] == 1
-        return (h.roll(1, -1) if at_img_d else h), after
-
-    monkeypatch.setattr(model, "run_llm", run_llm)
-    with pytest.raises(UserError, match=NUMBERS):
-        lmeye.check_llm(model)
+def wrong_request(run_llm, x, mask, cache):
+    h, after = run_llm(x, mask, cache)
+    at_img_d = cache is not None and x.shape[1] == 1
+    return (h.roll(1, -1) if at_img_d else h), after
 
 
-def test_a_model_that_does_not_read_the_cache_is_refused(monkeypatch):
+def without_cache(run_llm, x, mask, cache):
     """Base models swallow arguments that they don't know."""
+    return run_llm(x, mask[:, -x.shape[1]:])
+
+
+@pytest.mark.parametrize("wrong", (wrong_at_its_end, wrong_request, without_cache))
+def test_a_model_that_goes_on_wrongly_from_a_cache_is_refused(monkeypatch, wrong):
     model = tiny_model()
+    if wrong is wrong_request:  # and however little the answer depends on it
+        model.transmit.weight.data.mul_(1e-6)
     real = model.run_llm
-    monkeypatch.setattr(model, "run_llm", lambda x, mask, cache=None: real(x, mask[:, -x.shape[1]:]))
+    monkeypatch.setattr(model, "run_llm", lambda x, mask, cache=None: wrong(real, x, mask, cache))
     with pytest.raises(UserError, match=NUMBERS):
         lmeye.check_llm(model)
 
@@ -377,18 +340,14 @@ def test_a_cache_through_which_no_gradient_passes_is_refused(monkeypatch):
         lmeye.check_llm(model)
 
 
-def test_states_that_overflow_are_named_as_such():
-    llm = random_llm("llama", SIZE)
-    llm.model.layers[0].mlp.down_proj.weight.data.fill_(30_000)
-    with pytest.raises(UserError, match="fp16 ends at 65,504, so use --precision fp32"):
-        lmeye.check_llm(model_with(llm.to(torch.float16)))
-
-
-def test_a_weight_that_is_not_a_number_is_named_as_such():
-    llm = random_llm("llama", SIZE)
-    llm.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="its states are not finite$"):
-        lmeye.check_llm(model_with(llm))
+@pytest.mark.parametrize("dtype, weight, told", [
+    (torch.float16, 30_000, "fp16 ends at 65,504, so use --precision fp32"),
+    (torch.float32, float("nan"), "its states are not finite$")])
+def test_numbers_that_are_not_finite_are_named_as_such(dtype, weight, told):
+    llm = random_llm("llama")
+    llm.model.layers[0].mlp.down_proj.weight.data.fill_(weight)
+    with pytest.raises(UserError, match=told):
+        lmeye.check_llm(model_with(llm.to(dtype)))
 
 
 def test_a_gpu_without_memory_is_not_taken_for_a_kind_of_model(monkeypatch):
@@ -403,7 +362,7 @@ def test_a_gpu_without_memory_is_not_taken_for_a_kind_of_model(monkeypatch):
 
 # ---- CLIPs ---------------------------------------------------------------------------------------------------
 
-SMALL = ("PE-Core-T-16-384", "ViTamin-S", "convnext_tiny")
+THREE = ("PE-Core-T-16-384", "ViTamin-S", "convnext_tiny")
 OTHERS = ("ViT-S-32-alt", "vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224", "PE-Core-S-16-384",
           "PE-Core-B-16", "convnext_small", "convnext_base", "convnext_base_w", "convnext_base_w_320", "ViTamin-B",
           "ViTamin-S-LTT", "ViTamin-B-LTT", "swin_base_patch4_window7_224", "EVA02-B-16", "EVA02-L-14", "MobileCLIP-B",
@@ -430,7 +389,7 @@ def assert_clip_works(name):
         assert torch.allclose(model.encode_words(words), clip.encode_text(ids), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", THREE)
 def test_a_clip_whose_picture_tower_is_of_timm_can_be_used(name):
     assert_clip_works(name)
 
@@ -460,21 +419,29 @@ def test_a_text_tower_without_a_projection_or_with_a_biased_one_can_be_used(text
     assert model.align.in_features == 24
 
 
-def test_what_is_no_causal_text_transformer_read_at_eos_is_refused():
-    base = tiny_model()
-    text = {**CLIP_CONFIG["text_cfg"], "vocab_size": 60}
-    bidirectional = open_clip.CustomTextCLIP(**{**CLIP_CONFIG, "text_cfg": {**text, "no_causal_mask": True}})
-    with pytest.raises(UserError, match="--clip some:clip.*not causal"):
-        model_with_clip(bidirectional, base.clip_tokenizer)
-    captioner = open_clip.CoCa(**{**CLIP_CONFIG, "text_cfg": {**text, "embed_cls": True, "output_tokens": True}},
-                               multimodal_cfg=dict(width=36, heads=4, layers=1, context_length=16, vocab_size=60))
-    with pytest.raises(UserError, match="--clip some:clip.*not read at the end"):
-        lmeye.check_clip(model_with_clip(captioner.eval(), base.clip_tokenizer))
+OTHER_TEXT = {
+    "not causal": (open_clip.CLIP, dict(no_causal_mask=True)),
+    "not causal, a tower of its own": (open_clip.CustomTextCLIP, dict(no_causal_mask=True)),
+    "read at its last place": (open_clip.CLIP, dict(pool_type="last")),
+    "read at its first place": (open_clip.CLIP, dict(pool_type="first")),
+    "read at a token of its own": (functools.partial(open_clip.CoCa, multimodal_cfg=dict(
+        width=36, heads=4, layers=1, context_length=16, vocab_size=60)), dict(embed_cls=True, output_tokens=True)),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_TEXT)
+def test_a_clip_whose_text_transformer_is_not_causal_or_read_elsewhere_than_at_eos_is_refused(what):
+    make, text = OTHER_TEXT[what]
+    tokenizer = tiny_model().clip_tokenizer
+    config = CLIP_CONFIG | {"text_cfg": CLIP_CONFIG["text_cfg"] | text | {"vocab_size": 60}}
+    told = "not causal$" if what.startswith("not causal") else "not read at the end of a text$"
+    with pytest.raises(UserError, match=f"--clip some:clip.*{told}"):
+        lmeye.check_clip(model_with_clip(make(**config).eval(), tokenizer))
 
 
 def test_a_text_tower_of_another_library_is_refused(tmp_path):
     base = tiny_model()
-    transformers.RobertaConfig(**BERT, vocab_size=60).save_pretrained(tmp_path)
+    small_config("roberta", dict(is_decoder=False)).save_pretrained(tmp_path)
     text = dict(hf_model_name=str(tmp_path), hf_model_pretrained=False, hf_proj_type="mlp",
                 hf_pooler_type="mean_pooler")
     clip = open_clip.CustomTextCLIP(**{**CLIP_CONFIG, "text_cfg": text})
@@ -489,29 +456,39 @@ def load(llm, clip):
     return LMEye.from_settings(Settings(llm=str(llm), clip=str(clip), precision="fp32"))
 
 
-def test_a_model_is_checked_when_it_is_loaded_also_for_the_controls(tmp_path):
+@pytest.fixture
+def llm(tmp_path):
+    """A folder of a random Llama whose head is its own, and the miniature's tokenizer."""
+    shapes.build_tokenizer(ends=False).save_pretrained(tmp_path / "llm")
+    random_llm("llama").save_pretrained(tmp_path / "llm")
+    return tmp_path / "llm"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return save_clip(tmp_path / "clip")
+
+
+def test_a_model_is_checked_when_it_is_loaded_also_for_the_controls(tmp_path, llm, clip):
     """Both checks compare numbers, so nothing else would tell: a wrong model trains and answers, only worse."""
-    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
     for variant in lmeye.VARIANTS:
         LMEye.from_settings(Settings(llm=str(llm), clip=clip, precision="fp32", variant=variant))
     config_file = tmp_path / "clip" / "open_clip_config.json"
-    config = json.loads(config_file.read_text())
-    config["model_cfg"]["text_cfg"]["pool_type"] = "first"
-    config_file.write_text(json.dumps(config))
+    change_json(config_file, lambda config: config["model_cfg"]["text_cfg"].update(pool_type="first"))
     with pytest.raises(UserError, match="--clip .*not read at the end of a text"):
         load(llm, clip)
-    random_llm("granite", WRONG["granite"][0]).save_pretrained(llm)
+    random_llm("granite", **WRONG["granite"][0]).save_pretrained(llm)
+    save_clip(tmp_path / "clip")
     for variant in lmeye.VARIANTS:
         with pytest.raises(UserError, match=f"--llm .*{HEAD}"):
-            LMEye.from_settings(Settings(llm=str(llm), clip=save_clip(tmp_path / variant), precision="fp32", variant=variant))
+            LMEye.from_settings(Settings(llm=str(llm), clip=clip, precision="fp32", variant=variant))
 
 
-def llama_folder(folder):
-    """A folder of a random Llama whose head is its own, and the miniature's tokenizer."""
-    tokenizer = shapes.build_tokenizer(ends=False)
-    tokenizer.save_pretrained(folder)
-    random_llm("llama", SIZE).save_pretrained(folder)
-    return folder
+def change_json(path, change):
+    """Rewrite a JSON file: `change` alters what it holds."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def change_weights(folder, change):
@@ -532,19 +509,9 @@ def narrower(weights):
     return {name: tensor[:-1].clone() if "up_proj" in name else tensor for name, tensor in weights.items()}
 
 
-@pytest.mark.parametrize("change, said", [
-    (without_head, "lm_head.weight"), (renamed, "layers.1."), (narrower, "up_proj|mismatch")])
-def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path, change, said):
-    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
-    load(llm, clip)
-    change_weights(llm, change)
-    with pytest.raises(UserError, match=said) as error:
-        load(llm, clip)
-    assert str(error.value).startswith(f"--llm {llm}: ")
-
-
 def in_8_bits(weights):
-    """As NVIDIA's modelopt writes FP8: each matrix divided by its scale, which stands beside it."""
+    """As NVIDIA's modelopt writes FP8: each matrix divided by its scale, which stands beside it. transformers would
+    take it for a whole weight, thousands of times too large, and leave the scale out."""
     for name, tensor in list(weights.items()):
         if name.endswith("proj.weight"):
             scale = tensor.abs().max() / 448
@@ -556,22 +523,12 @@ def without_prefix(weights):
     return {name.removeprefix("model."): tensor for name, tensor in in_8_bits(weights).items()}
 
 
-@pytest.mark.parametrize("change", (in_8_bits, without_prefix))
-@pytest.mark.parametrize("quantization", (None, {"quant_method": "modelopt", "quant_algo": "FP8"}))
-def test_weights_compressed_in_an_unknown_way_are_refused(tmp_path, change, quantization):
-    """transformers would take each for a whole weight, thousands of times too large, and leave the scales out."""
-    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
-    change_weights(llm, change)
-    config = json.loads((llm / "config.json").read_text())
-    (llm / "config.json").write_text(json.dumps(config | {"quantization_config": quantization} if quantization else config))
-    with pytest.raises(UserError, match="weights are .*compressed: .*proj.weight_scale"):
-        load(llm, clip)
-
-
 def with_biases(weights):
     """Biases of a model whose config.json does not name them."""
-    biases = {name.replace(".weight", ".bias"): tensor[:, 0].clone() for name, tensor in weights.items() if "proj" in name}
-    return weights | biases
+    for name, tensor in list(weights.items()):
+        if "proj" in name:
+            weights[name.replace(".weight", ".bias")] = tensor[:, 0].clone()
+    return weights
 
 
 def with_lora(weights):
@@ -580,31 +537,46 @@ def with_lora(weights):
     return weights | {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(64, 2)}
 
 
-@pytest.mark.parametrize("change, said", [(with_biases, "14 weights are .*proj.bias"), (with_lora, "2 weights are .*lora_A")])
-def test_weights_that_a_layer_of_the_model_would_ignore_are_refused(tmp_path, change, said):
-    """transformers warns and leaves them out, and all numbers are others."""
-    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
+def with_a_further_norm(weights):
+    """As of a Qwen 3 file under a Llama's configuration."""
+    return weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}
+
+
+@pytest.mark.parametrize("change, said", [
+    (without_head, "lm_head.weight"), (renamed, "layers.1."), (narrower, "up_proj|mismatch"),
+    (in_8_bits, "compressed: .*proj.weight_scale"), (without_prefix, "compressed: .*proj.weight_scale"),
+    (with_biases, "14 weights are .*proj.bias"), (with_lora, "2 weights are .*lora_A"),
+    (with_a_further_norm, "ignored by their layer.*q_norm")])
+def test_weights_that_are_missing_of_another_shape_compressed_or_ignored_are_refused(llm, clip, change, said):
+    """transformers makes missing ones up, and warns of the others and leaves them out: all numbers are others."""
     change_weights(llm, change)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as error:
+        load(llm, clip)
+    assert str(error.value).startswith(f"--llm {llm}: ")
+
+
+def test_a_model_that_computes_with_fewer_bits_is_refused(llm, clip):
+    fp8 = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    change_json(llm / "config.json", lambda config: config.update(quantization_config=fp8))
+    with pytest.raises(UserError, match="compressed: quantization_config"):
         load(llm, clip)
 
 
-def test_tensors_that_belong_to_no_layer_of_the_model_are_passed_over_and_told(tmp_path, capsys):
+def test_tensors_that_belong_to_no_layer_of_the_model_are_passed_over_and_told(llm, clip, capsys):
     """Old files hold what is computed today, others a tower for pictures or a head that predicts further tokens."""
-    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "vision_tower.fc1.weight": torch.ones(2, 2),
-            "model.layers.0.self_attn.masked_bias": torch.ones(1), "model.layers.2.input_layernorm.weight": torch.ones(3)}
-    change_weights(llm, lambda weights: weights | more)
-    lmeye.check_llm(load(llm, clip))
+    more = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.masked_bias",
+            "vision_tower.fc1.weight", "model.layers.2.input_layernorm.weight")
+    change_weights(llm, lambda weights: weights | {name: torch.ones(3) for name in more})
+    load(llm, clip)
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
     assert len(notes) == 1 and f"note: --llm {llm}: 3 weights of the file are not used: " in notes[0]
 
 
 @pytest.mark.parametrize("rope, said", [
-    ({"factor": 4.0}, "rope"), ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "attn_factor": 2.0}, "attn_factor")])
-def test_what_a_library_warns_of_while_it_loads_is_passed_on_in_a_line(tmp_path, capsys, rope, said):
+    ({"factor": 4.0}, "rope"),
+    ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "attn_factor": 2.0}, "attn_factor")])
+def test_what_a_library_warns_of_while_it_loads_is_passed_on_in_a_line(llm, clip, capsys, rope, said):
     """It ignores a scaling of positions that it can't read, and the numbers are others."""
-    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
     config = json.loads((llm / "config.json").read_text())
     config.pop("rope_parameters", None)
     (llm / "config.json").write_text(json.dumps(config | {"rope_scaling": rope}))
@@ -614,37 +586,34 @@ def test_what_a_library_warns_of_while_it_loads_is_passed_on_in_a_line(tmp_path,
     assert len(lines) == 1 and lines[0].startswith("note: ") and said in lines[0]
 
 
-def test_a_clip_whose_positions_are_resized_is_told(tmp_path, capsys):
+def test_a_clip_whose_positions_are_resized_is_told(tmp_path, llm, clip, capsys):
     """Weights under the name of another size load, and see another picture."""
-    llm, clip = save_llm(tmp_path / "llm"), save_clip(tmp_path / "clip")
     capsys.readouterr()
     lmeye.run_main(lambda: load(llm, clip))
     assert capsys.readouterr().err == ""
-    config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"]["image_size"] = 64
-    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(config))
+    config_file = tmp_path / "clip" / "open_clip_config.json"
+    change_json(config_file, lambda config: config["model_cfg"]["vision_cfg"].update(image_size=64))
     lmeye.run_main(lambda: load(llm, clip))
     assert "note: Resizing position embedding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ("opt", "gpt2"))
-def test_a_folder_without_its_tokenizers_files_is_refused(tmp_path, name):
+def test_a_folder_without_its_tokenizers_files_is_refused(tmp_path, clip, name):
     """transformers makes an empty tokenizer up for them."""
-    random_llm(name, RIGHT[name]).save_pretrained(tmp_path / "llm")
+    random_llm(name).save_pretrained(tmp_path / "llm")
     with pytest.raises(UserError, match="tokenizer"):
-        load(tmp_path / "llm", save_clip(tmp_path / "clip"))
+        load(tmp_path / "llm", clip)
 
 
-def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path):
-    llm = llama_folder(tmp_path / "llm")
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(llm, clip):
     tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
     tokenizer.add_tokens(["one_more"])
     tokenizer.save_pretrained(llm)
     with pytest.raises(UserError, match="tokenizer.*does not fit"):
-        load(llm, save_clip(tmp_path / "clip"))
+        load(llm, clip)
 
 
-def test_an_end_of_text_that_somebody_typed_is_text(tmp_path):
+def test_an_end_of_text_that_somebody_typed_is_text(tmp_path, clip):
     """With a tokenizer of bytes, as GPT-2's and OPT's are, which can spell "</s>" out."""
     letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(letters)])}
@@ -654,10 +623,8 @@ def test_an_end_of_text_that_somebody_typed_is_text(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token="<pad>", eos_token="</s>",
                                                      bos_token="</s>")
     tokenizer.save_pretrained(tmp_path / "llm")
-    config = transformers.OPTConfig(**RIGHT["opt"], vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1,
-                                    eos_token_id=1)
-    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "llm")
-    model = load(tmp_path / "llm", save_clip(tmp_path / "clip"))
+    random_llm("opt", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1).save_pretrained(tmp_path / "llm")
+    model = load(tmp_path / "llm", clip)
     assert tokenizer("</s>", add_special_tokens=False).input_ids == [1]  # what would happen without care
     tokens = model.tokenize(["what </s>?"], ["red </s> circle"])
     assert 1 not in tokens.question
@@ -666,25 +633,25 @@ def test_an_end_of_text_that_somebody_typed_is_text(tmp_path):
     assert 1 not in model.tokenize(None, ["a </s>"]).answer[0, :-1]
 
 
-def test_a_tokenizer_without_a_token_for_a_part_of_the_prompt_is_refused(tmp_path):
+def test_a_tokenizer_without_a_token_for_a_part_of_the_prompt_is_refused(llm, clip):
     """One of whole words may drop what it does not know, and the answer would have no beginning."""
-    llm = llama_folder(tmp_path / "llm")
     words = {token: i for i, token in enumerate(["<pad>", "</s>", *"Image:Quston "])}
     few = tokenizers.Tokenizer(tokenizers.models.BPE(words, []))
     few.normalizer = tokenizers.normalizers.Replace("Answer:", "")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=few, pad_token="<pad>", eos_token="</s>")
     tokenizer.save_pretrained(llm)
     with pytest.raises(UserError, match="no token for"):
-        load(llm, save_clip(tmp_path / "clip"))
+        load(llm, clip)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2631640000\n"
 
 
-@pytest.mark.parametrize("parent", ("models", "models [1]"))
-def test_a_git_lfs_pointer_in_place_of_weights_is_named(tmp_path, parent):
-    folder = tmp_path / parent
+def test_a_git_lfs_pointer_in_place_of_weights_is_named(tmp_path):
+    """In folders whose names a shell would expand, and which are found nevertheless."""
+    folder = tmp_path / "models [v1]*"
     llm, clip = save_llm(folder / "llm"), save_clip(folder / "clip")
+    load(llm, clip)
     weights = folder / "clip" / "open_clip_model.safetensors"
     whole = weights.read_bytes()
     weights.write_text(POINTER)
@@ -696,53 +663,31 @@ def test_a_git_lfs_pointer_in_place_of_weights_is_named(tmp_path, parent):
         load(llm, clip)
 
 
-def test_a_folder_whose_name_a_shell_would_expand_is_found(tmp_path):
-    llm, clip = save_llm(tmp_path / "models [v1]*" / "llm"), save_clip(tmp_path / "models [v1]*" / "clip")
-    lmeye.check_llm(load(llm, clip))
-
-
-def test_weights_in_several_files_are_found_and_a_missing_one_is_named(tmp_path):
-    llm = llama_folder(tmp_path / "llm")
+def test_weights_in_several_files_are_found_and_a_missing_one_is_named(llm, clip):
     whole = safetensors.torch.load_file(llm / "model.safetensors")
-    transformers.LlamaForCausalLM.from_pretrained(llm).save_pretrained(tmp_path / "parts", max_shard_size="50KB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(llm / name, tmp_path / "parts")
-    clip = save_clip(tmp_path / "clip")
-    model = load(tmp_path / "parts", clip)
+    in_parts = transformers.LlamaForCausalLM.from_pretrained(llm)
+    (llm / "model.safetensors").unlink()
+    in_parts.save_pretrained(llm, max_shard_size="50KB")
+    model = load(llm, clip)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.llm.state_dict().items())
-    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
-    (tmp_path / "parts" / index["weight_map"]["lm_head.weight"]).unlink()
+    index = json.loads((llm / "model.safetensors.index.json").read_text())
+    (llm / index["weight_map"]["lm_head.weight"]).unlink()
     with pytest.raises(UserError, match="can't be loaded"):
-        load(tmp_path / "parts", clip)
+        load(llm, clip)
 
 
-def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+def test_an_adapter_beside_the_weights_is_refused(llm, clip):
     """transformers without peft takes the weights alone, without a word."""
-    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
     (llm / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="merge it into the weights"):
         load(llm, clip)
 
 
-def test_a_layer_that_a_block_lacks_is_refused(tmp_path):
-    """As of a Qwen 3 file under a Llama's configuration."""
-    clip, llm = save_clip(tmp_path / "clip"), llama_folder(tmp_path / "llm")
-    change_weights(llm, lambda weights: weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
-    with pytest.raises(UserError, match="ignored by their layer.*q_norm"):
-        load(llm, clip)
-
-
-def test_the_context_is_the_shortest_length_that_the_configuration_names():
-    assert model_with(random_llm("mpt", {**RIGHT["mpt"], "max_seq_len": 64})).context == 64
-    phi3 = random_llm("phi3", {**SIZE, "max_position_embeddings": 64})  # whose class has an original length of 4,096
-    assert model_with(phi3).context == 64
-
-
 def test_a_checkpoint_knows_other_rotations_and_another_activation(tmp_path):
     """The same weights compute something else by them."""
-    model = model_with(random_llm("llama", SIZE))
+    model = model_with(random_llm("llama"))
     model.save(tmp_path / "a.safetensors", 2)
-    other = random_llm("llama", {**SIZE, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}})
+    other = random_llm("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     with pytest.raises(UserError, match="the weights of .* are others"):
         model_with(other).load(tmp_path / "a.safetensors")
     for block in model.clip.visual.transformer.resblocks:

@@ -4,6 +4,7 @@ told to stop, their files are written."""
 import io
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -93,8 +94,10 @@ def test_a_stop_saves_first_whoever_reads_what_it_says(trained, unbroken, tmp_pa
     assert torch.load(folder / train.STATE)["step"] == reached
     if what == "SIGHUP":
         *_, before, last = Path(output).read_text().splitlines()
-        assert before.startswith(f"step {reached}/100") and last.endswith(" --resume")
-        assert last.startswith(f"stopped after step {reached} of 100; to go on:")
+        assert before.startswith(f"step {reached}/100")
+        said, command = last.split(" to go on:")
+        assert said == f"stopped after step {reached} of 100;"
+        assert shlex.split(command) == ["python", "train.py", *map(str, flags), "--resume"]
     trains(*flags, "--resume", cwd=trained)
     assert (folder / CHECKPOINT).read_bytes() == unbroken.read_bytes()
 

@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import open_clip
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import (flop_registry, register_flop_formula, sdpa_backward_flop_count,
+from torch.utils.flop_counter import (FlopCounterMode, register_flop_formula, sdpa_backward_flop_count,
                                       sdpa_flop_count)
 
 import lmeye
@@ -69,13 +69,8 @@ def random_llm(size, dtype, device):
         config = transformers.OPTConfig(
             word_embed_proj_dim=shape.width, ffn_dim=shape.inner, num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads, activation_function=shape.activation, **common)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    finally:  # also where the memory does not suffice
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def random_clip(size, dtype, device):
@@ -139,29 +134,14 @@ def count_cpu_attention_backward(gradient, q, k, v, *args, **kwargs):
     return sdpa_backward_flop_count(gradient, q, k, v)
 
 
-class Operations(TorchDispatchMode):
-    """Counts floating-point operations by PyTorch's own formulas: of matrix products, convolutions,
-    attention. (Its FlopCounterMode also follows modules, which fails where a gradient is taken inside a
-    forward pass.)"""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = function(*args, **kwargs)
-        formula = flop_registry.get(function.overloadpacket)
-        if formula:
-            self.total += formula(*args, **kwargs, out_val=out)
-        return out
-
-
 def operations(function):
-    """The number of floating-point operations in what a function runs."""
-    with Operations() as counter:
+    """The number of floating-point operations in what a function runs, by PyTorch's own counter."""
+    counter = FlopCounterMode(display=False)
+    # It would also follow modules, which fails where a gradient is taken inside a forward pass.
+    counter.mod_tracker = mock.MagicMock(parents={"Global"})
+    with counter:
         function()
-    return counter.total
+    return counter.get_total_flops()
 
 
 # ---- Seconds -------------------------------------------------------------------------------------------

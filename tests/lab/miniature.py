@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import lmeye
@@ -68,19 +67,17 @@ def minimise(loss, model, steps, muon_lr, adam_lr, name, line):
             matrices.append(p)
         else:
             others.append(p)  # embeddings, gains and biases
-    optimizers = [Muon(matrices, muon_lr), torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.98))]
-
-    def rate(step):  # rises for a twentieth of the steps, then falls along a cosine
-        return min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    schedulers = [LambdaLR(optimizer, rate) for optimizer in optimizers]
+    muon = Muon(matrices, muon_lr)
+    adam = torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.98))
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")
-    for _ in tqdm(range(steps), name, disable=None, position=line):
+    for step in tqdm(range(steps), name, disable=None, position=line):
+        # The rates rise for a twentieth of the steps, then fall along a cosine.
+        rate = min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
         model.zero_grad()
         loss().backward()
-        for optimizer, scheduler in zip(optimizers, schedulers):
+        for optimizer, highest in ((muon, muon_lr), (adam, adam_lr)):
+            optimizer.param_groups[0]["lr"] = highest * rate
             optimizer.step()
-            scheduler.step()
 
 
 def pixels(pictures):
