@@ -348,21 +348,25 @@ def batches(dataset, size, max_batch_tokens, seed):
 
 
 MALFORMED = "a record that is no object, lacks a field, has one twice, or one of another type"
+FIELDS = {"id", "image", "caption", "conversations", "question", "answer", "category", "choices"}
 
 
-def read_records(path, pictures, stage, answered=True):
+def read_records(path, pictures, stage, answered=True, noted=None):
     """A data file, or a folder of a.jpg beside a.txt → (list of Record, Counter of why items are left out).
 
     Stage 1 takes captions, and of a conversation with one answer this answer. Stage 2 takes questions. Those
     without an answer are taken with answered=False only, for an evaluation. UserError if no record remains.
+    Fields that nothing reads (is one misspelled?) are added to the Counter `noted`, if one is given.
     """
     path, records, skipped, examples = Path(path), [], Counter(), {}
+    unread = Counter()
     items = read_folder(path, skipped) if path.is_dir() else read_json(path, skipped)
     for item in tqdm(items, desc="records", disable=None if len(items) > 100_000 else True):
         try:
             found = read_item(item, stage, answered, skipped)
             pictures.find(item.get("image"))
             records += found
+            unread.update(name for name in item if name not in FIELDS)
         except (UserError, AttributeError, KeyError, TypeError) as error:
             # What has one reason is counted together, with the first one's name.
             reason = str(error) if isinstance(error, UserError) else MALFORMED
@@ -371,6 +375,9 @@ def read_records(path, pictures, stage, answered=True):
     if not records:
         why = most_frequent(skipped) or "it holds none"
         raise UserError(f"{path}: not one of {len(items):,} records can be used for stage {stage}: {why}")
+    if unread and noted is not None:
+        names = ", ".join(f"{name[:30]} ({n:,})" for name, n in unread.most_common(3))
+        noted[f"fields that are not read: {names}"] += len(unread)
     return records, skipped
 
 
@@ -453,8 +460,10 @@ def read_item(item, stage, answered, skipped):
                         f'"question", and has {", ".join(item)[:100]} (tests/lab/published.py reads others)')
     speakers = [ROLES.get(turn["from"], turn["from"]) for turn in conversation]
     texts = [turn["value"].strip() for turn in conversation]
-    if texts:  # LLaVA marks the picture's place before or after the first question
-        texts[0] = texts[0].removeprefix("<image>").removesuffix("<image>").strip()
+    if texts:  # LLaVA marks the picture's place, before the first question or after it
+        texts[0] = re.sub("^<image>|<image>$", "", texts[0], count=1).strip()
+    if any("<image>" in text for text in texts):
+        raise UserError('"<image>" inside a text, or again: a record about several pictures?')
     category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
     record = Record(item.get("image"), (), "", category, item.get("id"))
 
@@ -621,8 +630,12 @@ def load_image(source):
         with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
                 raise UserError("a picture with too many pixels, or too narrow")
+            # An animation, or a TIFF's pages. (MPO is a phone's JPEG: what follows is made from the first.)
+            if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
+                raise UserError("several frames or pages: save the one that is meant as a picture")
             image.load()
-            return to_rgb(image)
+            source.seek(24)  # where a PNG tells its bits
+            return to_rgb(image, bits=int.from_bytes(source.read(1), "big"))
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -632,18 +645,26 @@ def load_image(source):
         raise UserError(f"a picture that can't be read ({type(error).__name__}: {fault})") from error
 
 
-def to_rgb(image):
-    """A picture of any mode, as Pillow opened it → RGB."""
+def to_rgb(image, bits):
+    """A picture of any mode, as Pillow opened it → RGB. `bits` of a value are told by PNGs only."""
     many_bits = image.mode.startswith(("I", "F"))
     deep = image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8  # in colors, too
     if (many_bits and image.format != "PNG") or deep:
         raise UserError("more than 8 bits, of a range that Pillow does not tell: save it as PNG")
+    # A PNG may name a transparent color, in its own bits, while Pillow makes 8 of those of its pixels.
+    color = image.info.get("transparency")
+    if image.format == "PNG" and image.mode == "RGB" and color and bits == 16:
+        raise UserError("a transparent color of 16 bits, which Pillow does not keep: save it with alpha")
+    if image.format == "PNG" and image.mode == "L" and color:
+        image.info["transparency"] = color * 255 // (2 ** bits - 1)
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # at EXIF that it can't read, or can't write back when the picture is turned
         pass
     if many_bits:  # in PNG 65,535 is white; Pillow alone would cut off at 255
-        image = Image.fromarray((np.asarray(image, np.int64) // 256).astype(np.uint8))
+        values = np.asarray(image, np.int64)
+        image = Image.fromarray((values // 256).astype(np.uint8))
+        image.putalpha(Image.fromarray(values != color).convert("L"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[1] > 0:  # else nothing would be seen: some programs save so
@@ -656,7 +677,7 @@ def to_rgb(image):
 PUBLISHED = {  # (folder below OUT/data, data file, pictures, the commands that fetch them)
     1: ("llava-cc3m-595k", "chat.json", "images.zip",
         "hf download liuhaotian/LLaVA-CC3M-Pretrain-595K chat.json images.zip "
-        "--repo-type dataset --local-dir {0}"),
+        "--repo-type dataset --local-dir {0}  (595,375 pictures, several GB)"),
     2: ("llava-instruct-150k", "llava_instruct_150k.json", "train2017.zip",
         "hf download liuhaotian/LLaVA-Instruct-150K llava_instruct_150k.json "
         "--repo-type dataset --local-dir {0}  and COCO's pictures, 19 GB:  "

@@ -8,14 +8,14 @@ import random
 
 import pytest
 from conftest import tiny_model
-from test_formats import CHAT, jpeg, write_zip
+from test_formats import CHAT, jpeg, turns, write_zip
 
 import data
 from lmeye import UserError
 
 CASES = int(os.environ.get("LMEYE_FUZZ", 1000))
 JUNK = (None, True, -1, 0, 1e308, "", "\0", "../../etc/passwd", "\x1b[2J", "\ud800", [], {}, [[]], {"a": 1}, "x" * 5000)
-RECORDS = [{"id": "1", "image": "1.jpg", "conversations": CHAT * 2, "category": "cat"},
+RECORDS = [{"id": "1", "image": "1.jpg", "conversations": CHAT + turns("Why?", "So."), "category": "cat"},
            {"image": "2.jpg", "question": "What?", "answer": "red", "choices": [["red", "blue"]]},
            {"image": "1.jpg", "caption": "red", "conversations": CHAT}, {"image": "2.jpg", "caption": "A dog."}]
 
