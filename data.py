@@ -17,16 +17,16 @@ can't be used is counted with its reason. Where it can't be known what a file me
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import posixpath
 import re
 import shlex
-import tempfile
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,7 @@ MAX_PIXELS = 100_000_000  # of a picture, in the place of Pillow's own limits
 FEATURE_BATCH = 128  # pictures that go through CLIP together
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of LLaVA's speakers
+BAR = {"disable": None, "delay": 1}  # of tqdm: shown on terminals only, and not before a second has passed
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
 
@@ -105,17 +106,14 @@ class Dataset(NamedTuple):
 # ---- Features: each picture goes through CLIP once ---------------------------------------------------------
 
 
-def encode_images(model, pictures, names, folder=None):
+def encode_images(model, pictures, names, folder):
     """CLIP features of P pictures → (features (P, C) float16, {row: why it can't be read}).
 
-    They are kept in a file in `folder`, or in a temporary one. At first each row is NaN. This means "not done
-    yet": rows of NaN are encoded whenever the file is used. So a pass that was killed goes on after its last
-    batch, and what could not be read is tried again. The file belongs to these very pictures: where one is
-    added or replaced, all are encoded again, into another file.
+    They are kept in a file in `folder`. At first each row is NaN. This means "not done yet": rows of NaN are
+    encoded whenever the file is used. So a pass that was killed goes on after its last batch, and what could
+    not be read is tried again. The file belongs to these very pictures: where one is added or replaced, all
+    are encoded again, into another file.
     """
-    if folder is None:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            return encode_images(model, pictures, names, folder)
     path = Path(folder, features_key(model, pictures, names) + ".f16")
     shape = (len(names), model.align.in_features)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +133,7 @@ def encode_images(model, pictures, names, folder=None):
         todo = np.flatnonzero(np.isnan(features.sum(1, dtype=np.float32)))
         # Batches end at fixed rows, whatever is done already: then each is computed as in an unbroken pass.
         parts = np.split(todo, np.flatnonzero(np.diff(todo // FEATURE_BATCH)) + 1)
-        with tqdm(total=len(todo), desc="CLIP features", disable=None if len(todo) else True) as bar:
+        with tqdm(total=len(todo), desc="CLIP features", **BAR) as bar:
             for rows, loaded in zip(parts, read_ahead(read, parts)):
                 good = [i for i, (pixels, _) in enumerate(loaded) if pixels is not None]
                 if good:
@@ -184,10 +182,49 @@ def features_key(model, pictures, names):
     return key.hexdigest()[:16]
 
 
+# ---- Batches: planned by length ----------------------------------------------------------------------------
+
+
+def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
+    """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
+
+    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has
+    more). Padding is wasted work, so records of like length come together. Sorting by total length would not
+    do: a long question with a short answer would meet a short one with a long answer. So each stretch of
+    `window` batches of shuffled records is halved, by the side whose lengths differ most, until the parts are
+    batches. With lengths like LLaVA's this computes 1.03 × the real tokens; sorting by total length, 1.66 ×.
+    """
+    lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
+    rng = np.random.default_rng((seed, epoch))
+    order, plan = rng.permutation(len(lengths)), []
+    # Records stay within their stretch, so that batches are mixed well although they are sorted by length.
+    for start in range(0, len(order), window * size):
+        parts = [order[start:start + window * size]]
+        while parts:
+            rows = parts.pop()
+            padded = len(rows) * lengths[rows].max(0).sum()  # the longest question and the longest answer
+            if len(rows) == 1 or (len(rows) <= size and padded <= max_batch_tokens):
+                plan.append(rows)
+                continue
+            side = np.ptp(lengths[rows], 0).argmax()  # 0: questions differ most, 1: answers do
+            rows = rows[lengths[rows, side].argsort(kind="stable")]
+            middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
+            if middle >= len(rows):
+                middle = len(rows) // 2
+            parts += [rows[:middle], rows[middle:]]
+    return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def batches(dataset, size, max_batch_tokens, seed):
+    """Yield the rows of one batch after the other, epoch after epoch, without end."""
+    for epoch in itertools.count():
+        yield from plan_epoch(dataset, size, max_batch_tokens, seed, epoch)
+
+
 # ---- Datasets: records with their features and tokens ------------------------------------------------------
 
 
-def encode(model, records, skipped, pictures, folder=None, noted=None):
+def encode(model, records, skipped, pictures, folder, noted=None):
     """Records → Dataset. The features are kept in a file in `folder`.
 
     Records that can't be used are added to the Counter `skipped`, by reason. Those that are used, but not as
@@ -199,8 +236,7 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
     row = {name: i for i, name in enumerate(names)}
     features, unreadable = encode_images(model, pictures, names, folder)
     kept, tokens, picture = [], [], []
-    quiet = None if len(records) > 20_000 else True  # None: a bar on terminals only
-    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=quiet):
+    for start in tqdm(range(0, len(records), 1000), desc="tokens", **BAR):
         whole = records[start:start + 1000]
         part = [record if record.choices else record._replace(turns=record.turns[-MAX_TURNS:])
                 for record in whole]
@@ -303,47 +339,6 @@ def first_copies(dataset):
     return np.array([first.setdefault(hash(dataset.features[i].tobytes()), i) for i in rows])[index]
 
 
-# ---- Batches: planned by length ----------------------------------------------------------------------------
-
-
-def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
-    """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
-
-    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has
-    more). Padding is wasted work, so records of like length come together. Sorting by total length would not
-    do: a long question with a short answer would meet a short one with a long answer. So each stretch of
-    `window` batches of shuffled records is halved, by the side whose lengths differ most, until the parts are
-    batches. With lengths like LLaVA's this computes 1.03 × the real tokens; sorting by total length, 1.66 ×.
-    """
-    lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
-    rng = np.random.default_rng((seed, epoch))
-    order, plan = rng.permutation(len(lengths)), []
-    # Records stay within their stretch, so that batches are mixed well although they are sorted by length.
-    for start in range(0, len(order), window * size):
-        parts = [order[start:start + window * size]]
-        while parts:
-            rows = parts.pop()
-            padded = len(rows) * lengths[rows].max(0).sum()  # the longest question and the longest answer
-            if len(rows) == 1 or (len(rows) <= size and padded <= max_batch_tokens):
-                plan.append(rows)
-                continue
-            side = np.ptp(lengths[rows], 0).argmax()  # 0: questions differ most, 1: answers do
-            rows = rows[lengths[rows, side].argsort(kind="stable")]
-            middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
-            if middle >= len(rows):
-                middle = len(rows) // 2
-            parts += [rows[:middle], rows[middle:]]
-    return [plan[i] for i in rng.permutation(len(plan))]
-
-
-def batches(dataset, size, max_batch_tokens, seed):
-    """Yield the rows of one batch after the other, epoch after epoch, without end."""
-    epoch = 0
-    while True:
-        yield from plan_epoch(dataset, size, max_batch_tokens, seed, epoch)
-        epoch += 1
-
-
 # ---- Records: reading a data file --------------------------------------------------------------------------
 
 
@@ -361,7 +356,7 @@ def read_records(path, pictures, stage, answered=True, noted=None):
     path, records, skipped, examples = Path(path), [], Counter(), {}
     unread = Counter()
     items = read_folder(path, skipped) if path.is_dir() else read_json(path, skipped)
-    for item in tqdm(items, desc="records", disable=None if len(items) > 100_000 else True):
+    for item in tqdm(items, desc="records", **BAR):
         try:
             found = read_item(item, stage, answered, skipped)
             pictures.find(item.get("image"))
@@ -417,31 +412,30 @@ def read_text(path):
 
 def read_folder(folder, skipped):
     """A folder of pictures, at any depth, with a .txt beside each → items as of `read_json`."""
-    files = []
+    groups = defaultdict(list)  # of files whose names differ in their endings alone
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
-            files.append(path)
-        else:
+        if path.is_dir() and not path.is_symlink():
             os.listdir(path)  # an error if it may not be read, which rglob passes over
-    texts = [path for path in files if path.suffix.lower() == ".txt"]
-    counts = Counter(path.with_suffix("") for path in texts)
-    beside = {path.with_suffix(""): path for path in texts}
-    items, used = [], set()
-    for path in files:
-        stem, ending = path.with_suffix(""), path.suffix.lower()
-        if ending in ENDINGS and counts[stem] == 1:
-            used.add(stem)
-            try:
-                caption = read_text(beside[stem])
-                items.append({"image": path.relative_to(folder).as_posix(), "caption": caption})
-            except UserError:
-                skipped["a .txt that is no UTF-8 text"] += 1
-        elif ending in ENDINGS:
-            skipped["a picture without a .txt beside it, or with two, as a.txt and a.TXT"] += 1
-        elif ending != ".txt":
+        else:
+            groups[path.with_suffix("")].append(path)
+    items = []
+    for group in groups.values():
+        pictures = [path for path in group if path.suffix.lower() in ENDINGS]
+        texts = [path for path in group if path.suffix.lower() == ".txt"]
+        for path in set(group) - {*pictures, *texts}:
             skipped["a file or link in a folder that is neither picture nor .txt (name a .json itself)"] += 1
-    for stem in counts.keys() - used:
-        skipped["a .txt without a picture beside it"] += counts[stem]
+        if not pictures and texts:
+            skipped["a .txt without a picture beside it"] += len(texts)
+        elif pictures and len(texts) != 1:
+            skipped["a picture without a .txt beside it, or with two, as a.txt and a.TXT"] += len(pictures)
+        elif pictures:
+            try:
+                caption = read_text(texts[0])
+            except UserError:
+                skipped["a .txt that is no UTF-8 text"] += len(pictures)
+                continue
+            for path in pictures:
+                items.append({"image": path.relative_to(folder).as_posix(), "caption": caption})
     return items
 
 
@@ -687,16 +681,9 @@ PUBLISHED = {  # (folder below OUT/data, data file, pictures, the commands that 
 
 def published_data(stage, out):
     """(data file, zip of pictures) below `out`. UserError, with how to fetch them, if one is missing."""
-    name, data, images, _ = PUBLISHED[stage]
-    data, images = Path(out, "data", name, data), Path(out, "data", name, images)
-    if not (data.is_file() and images.is_file()):
-        raise UserError(how_to_fetch(stage, out))
-    return data, images
-
-
-def how_to_fetch(stage, out):
-    """What to do where there is no data for a stage, in one line."""
     name, data, images, commands = PUBLISHED[stage]
     folder = Path(out, "data", name)
-    return (f"name data of your own with --data, or fetch {data} and {images} into {folder}:  "
-            + commands.format(shlex.quote(str(folder))))
+    if not ((folder / data).is_file() and (folder / images).is_file()):
+        raise UserError(f"name data of your own with --data, or fetch {data} and {images} into {folder}:  "
+                        + commands.format(shlex.quote(str(folder))))
+    return folder / data, folder / images

@@ -291,7 +291,7 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
     assert [(r.image, r.answer) for r in records] == [
         ("a.avif", "a.txt here"), ("b.jfif", "b.TXT here"), ("deeper/c.PNG", "deeper/c.txt here"),
         ("photo.2020.tif", "photo.2020.txt here")]
-    assert sorted(skipped.values()) == [2, 2, 3]  # two without one caption; a file and a link; three captions
+    assert sorted(skipped.values()) == [1, 2, 2]  # a caption alone; two without one caption; a file and a link
     with pytest.raises(UserError, match="captions, for --stage 1"):
         read_records(folder, data.open_pictures(folder), 2)
     (folder / "a.txt").write_bytes(b"f\xfcr")
@@ -490,7 +490,6 @@ def test_published_data_is_found_or_the_commands_that_fetch_it_are_told(tmp_path
             (home / name).touch()
         with pytest.raises(UserError) as error:
             data.published_data(stage, tmp_path / "my out")
-        assert str(error.value) == data.how_to_fetch(stage, tmp_path / "my out")
     for word in [*words, "--data", "--repo-type dataset", f"--local-dir '{home}'", *files]:
         assert word in str(error.value)
     for name in files:

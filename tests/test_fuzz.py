@@ -76,7 +76,7 @@ def test_any_input_is_read_or_left_out_and_counted_or_told_in_one_line(tmp_path,
             pictures = data.open_pictures(tmp_path / "data.json", tmp_path / "case.zip" if kind == "archives" else None)
             records, skipped = data.read_records(tmp_path / "data.json", pictures, stage, answered)
             assert all(record.answer or not answered for record in records)
-            some = data.encode(model, records, skipped, pictures)
+            some = data.encode(model, records, skipped, pictures, tmp_path / f"features{seed}")
             f, tokens = some.batch(range(len(some.records)))
             assert f.isfinite().all() and 0 < len(f) == len(tokens.answer) <= len(records)
             json.dumps([(record.id, record.image) for record in some.records] + list(skipped))
