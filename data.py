@@ -43,7 +43,8 @@ MAX_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and 
 MAX_BYTES = 100_000_000  # of a picture in a zip, unpacked
 MAX_PIXELS = 100_000_000  # of a picture, in the place of Pillow's own limits
 FEATURE_BATCH = 128  # pictures that go through CLIP together
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
+           ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of LLaVA's speakers
 BAR = {"disable": None, "delay": 1}  # of tqdm: shown on terminals only, and not before a second has passed
 Image.MAX_IMAGE_PIXELS = None
@@ -400,11 +401,14 @@ def read_object(pairs):
 
 
 def read_text(path):
-    """The text of a UTF-8 file. UserError if it is no file or has another encoding."""
+    """The text of a UTF-8 file. UserError if it is not there, or is none (but a git-lfs pointer, for one)."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise UserError(f"{path}: no such file")
+    content = Path(path).read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a git-lfs pointer, not the file: run  git lfs pull  in its folder")
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and "
                         "zips of them, belong to --images)") from error

@@ -264,6 +264,9 @@ def test_text_in_another_encoding_and_what_is_no_file_is_told_in_one_line(tmp_pa
             read_records(tmp_path / "data.json", Pictures(tmp_path), 1)
     with pytest.raises(UserError, match=f"^{tmp_path}/no/such.json: no such file"):
         read_records(tmp_path / "no" / "such.json", Pictures(tmp_path), 1)
+    (tmp_path / "data.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="data.json: is a git-lfs pointer, not the file: run  git lfs pull"):
+        read_records(tmp_path / "data.json", Pictures(tmp_path), 1)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "b").mkdir()
     os.mkfifo(tmp_path / "b" / "pipe.jpg")

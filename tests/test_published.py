@@ -8,7 +8,6 @@ import tarfile
 import unicodedata
 import zipfile
 
-import numpy as np
 import pytest
 from conftest import fails_in_one_line, run
 from PIL import Image
@@ -379,7 +378,8 @@ def test_a_result_is_written_where_it_is_told_and_reasons_come_most_frequent_fir
     rows = [vcr(answer_label=9), vcr(img_fn=None), vcr(img_fn=None), vcr(img_fn="für\u2028.jpg")]
     result = run("published.py", "vcr", write_lines(tmp_path / "val.jsonl", rows), "--out",
                  tmp_path / "out.jsonl")
-    assert not result.stdout and result.stderr == "2 × no picture\n1 × a label that is none of the choices\n"
+    assert not result.stdout and result.stderr == (
+        "2 × no picture, or a name that is no text\n1 × a label that is none of the choices\n")
     assert [json.loads(line)["image"]
             for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["für\u2028.jpg"]
 
@@ -542,13 +542,11 @@ def test_answer_and_rationale_of_one_question_have_to_be_right_together(tmp_path
 # ---- Intervals and results files ---------------------------------------------------------------------------
 
 
-def test_bootstrap_equals_the_normal_interval_of_many_coins_and_knows_that_records_of_a_picture_go_together():
-    n, coins = 2000, (np.random.default_rng(1).random(2000) < 0.3).astype(float)
-    half = 1.96 * np.sqrt(coins.mean() * (1 - coins.mean()) / n)
-    low, high = published.bootstrap_interval(coins, range(n))
-    assert (coins.mean() - low, high - coins.mean()) == pytest.approx((half, half), rel=0.1)
-    assert published.bootstrap_interval(np.repeat(coins, 5),
-                                        np.repeat(np.arange(n), 5)) == pytest.approx((low, high))
+def test_intervals_are_those_of_an_evaluations_own_table(tmp_path):
+    """Wilson's, by pictures: twenty answers about ten, all right and all wrong when blind."""
+    rows = [chosen(str(i), f"{i % 10}.jpg", ["?"], RIGHT, (1, 1, 1, 1), blind=WRONG) for i in range(20)]
+    out = run("published.py", "score-vcr", write_lines(tmp_path / "answers.jsonl", rows)).stdout
+    assert "100.0 (72.2–100.0)" in out and "0.0 (0.0–27.8)" in out
 
 
 def test_of_fewer_than_ten_pictures_no_interval_is_printed(tmp_path):

@@ -27,7 +27,6 @@ import re
 import sys
 import tarfile
 import unicodedata
-import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -35,31 +34,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data import ENDINGS, MAX_BYTES, Pictures, is_text, read_text
 from lmeye import UserError, printable
+from sample import interval
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
-           ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
-MAX_BYTES = 100_000_000  # of one file in a shard
-MIN_PICTURES = 10  # drawing from fewer with replacement tells nothing about other pictures
 MALFORMED = "a record that lacks a field, or has one of another type"
 # What reading a malformed record raises:
 MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)
 
 
 # ---- Reading files: `skips` is a Counter, {why something was left out: how often} --------------------------
-
-
-def read_text(path):
-    """The text of a UTF-8 file. UserError if it is not there, is not UTF-8, or is a git-lfs pointer."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{path}: no such file")
-    content = Path(path).read_bytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a git-lfs pointer, not the file: run  git lfs pull  in its folder")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8") from error
 
 
 def parse(text, skips):
@@ -138,10 +122,8 @@ def convert(rows, to_record, skips):
     for row in rows:
         try:
             record = to_record(row)
-            if record["image"] is None or record["image"] == "":
-                raise UserError("no picture")
             if not is_text(record["image"]):
-                raise UserError("a picture's name that is no text")
+                raise UserError("no picture, or a name that is no text")
             if not all(is_text(record.get(field, "none")) for field in ("caption", "question", "answer")):
                 raise UserError("an empty or unreadable text")
             records.append(record)
@@ -150,11 +132,6 @@ def convert(rows, to_record, skips):
         except MISSHAPEN:
             skips[MALFORMED] += 1
     return records
-
-
-def is_text(value):
-    """Whether a value is text that says something. (JSON can hold halves of characters, which do not.)"""
-    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="ignore").decode()
 
 
 def conversation(turns):
@@ -251,7 +228,7 @@ def convert_release(file, images, skips):
     "Question: …" and "Answer: …" in turn, but some lists begin in mid-caption. A picture is named without its
     ending, which is looked for in `images`, a folder or zip archive. (Format: as seen in the published file.)
     """
-    names = picture_names(images) if images else None
+    pictures = Pictures(images) if images else None
     items = parse(read_text(file), skips)
     if not isinstance(items, list):
         raise UserError(f"{file}: is cut off, or holds no JSON list: take LMEye's data as it was published")
@@ -273,33 +250,23 @@ def convert_release(file, images, skips):
         if isinstance(name, int):
             name = f"{name:012d}.jpg"  # as COCO names its pictures
         elif is_text(name) and not name.lower().endswith(ENDINGS):
-            name = names.get(name) if names is not None else name + ".jpg"
-            if name is None:
-                raise UserError("no such picture in --images")
+            name = with_ending(name, pictures) if pictures else name + ".jpg"
         record = {"caption": caption, "conversations": conversation(turns), "category": item.get("category")}
         return {"image": name} | {field: value for field, value in record.items() if value}
 
     return convert(items, to_record, skips)
 
 
-def picture_names(images):
-    """A folder or a zip archive, whose single top folder may be left out → {name without ending: name}."""
-    try:
-        if os.path.isdir(images):
-            names = [path.relative_to(images).as_posix() for path in Path(images).rglob("*")]
-        else:
-            names = zipfile.ZipFile(images).namelist()
-            tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
-            if len(tops) == 1:
-                names += [name.partition("/")[2] for name in names]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{images}: is neither a folder nor a whole zip archive ({error})") from error
-    found = {}
-    for name in names:
-        stem, ending = os.path.splitext(name)
-        if ending.lower() in ENDINGS:
-            found[stem] = name
-    return found
+def with_ending(name, pictures):
+    """A picture's name without its ending → the name under which it is there. UserError if it is not."""
+    for ending in ENDINGS:
+        for candidate in (name + ending, name + ending.upper()):
+            try:
+                pictures.find(candidate)
+                return candidate
+            except UserError:
+                continue
+    raise UserError("no such picture in --images")
 
 
 def unpack_webdataset(shards, folder, skips):
@@ -502,7 +469,8 @@ def likeliest(choices, logp, per_token):
 
 
 def table(columns):
-    """{name: [(picture, score, blind score), …]} → lines of a table in percent, with 95% intervals."""
+    """{name: [(picture, score, blind score), …]} → lines of a table in percent, with 95% intervals. These are
+    of shares, as in an evaluation's own table; VQA's scores, which may be halves, vary rather less."""
     if not columns:
         raise UserError("no answer could be scored: take the answers.jsonl of an evaluation on this data set")
     lines = [f"{'':20}{'questions':>10}{'with the picture':>24}{'blind':>24}    (percent, 95% intervals)"]
@@ -510,26 +478,11 @@ def table(columns):
         pictures, *both = zip(*rows)
         line = f"{name:20}{len(rows):10,}"
         for scores in both:
-            interval = bootstrap_interval(scores, pictures)
-            text = f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}" if interval else "no interval"
+            ends = interval(np.array(scores, float), np.array(pictures), is_share=True)
+            text = f"{100 * ends[0]:.1f}–{100 * ends[1]:.1f}" if ends else "no interval"
             line += f"{100 * np.mean(scores):.1f} ({text})".rjust(24)
         lines.append(line)
     return lines
-
-
-def bootstrap_interval(scores, pictures, draws=1000):
-    """95% bootstrap interval of a mean → (low, high), None for fewer than MIN_PICTURES. Pictures are drawn
-    with replacement, all their scores with them: what is said about one picture goes together."""
-    number = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}  # each once
-    if len(number) < MIN_PICTURES:
-        return None
-    rows = [number[picture] for picture in pictures]
-    total, count = np.bincount(rows, scores), np.bincount(rows)
-    rng, means = np.random.default_rng(0), []
-    for _ in range(draws):
-        drawn = rng.integers(len(count), size=len(count))  # pictures
-        means.append(total[drawn].sum() / count[drawn].sum())
-    return tuple(np.percentile(means, (2.5, 97.5)))
 
 
 def results_vqa(answers, questions, skips):
