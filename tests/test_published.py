@@ -149,7 +149,7 @@ def vcr(**changes):
 
 def test_vcr_counts_objects_from_zero_and_asks_for_answer_and_rationale(tmp_path):
     lines = [vcr(), {k: v for k, v in vcr().items() if "label" not in k},
-             vcr(question=["Who", "is", [7], "?"])]
+             vcr(question=["Who", "is", [7], "?"]), [1]]
     path = write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, lines)) + "\nnot json\n")
     records, skips = converted("vcr", path)
     question = "Why is person 1 pointing at person 2 and chair 3?"
@@ -160,7 +160,7 @@ def test_vcr_counts_objects_from_zero_and_asks_for_answer_and_rationale(tmp_path
         "conversations": [{"from": who, "value": text} for who, text in turns],
         "choices": [["No.", answer, "A", "B"], ["C", "D", "person 2 does n't know.", "E"]]}]
     assert skips == {"no label": 1, "a text that names an object which is not in the picture": 1,
-                     "a line is not JSON": 1}
+                     "a line that is not JSON": 1, published.MALFORMED: 1}
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -217,6 +217,7 @@ def test_lmeyes_own_data_as_its_authors_published_it(tmp_path):
     assert [r.get("category") for r in records] == [None, None, None, "pets", None]
     assert [r["image"] for r in converted("release", path)[0]][:4] == ["2.jpg", "sub/3.jpg", "4.jpg", "5.jpg"]
     assert refused("neither a folder nor a whole zip", "release", path, "--images", path)
+    assert refused("broken JSON, or cut off", "release", write(tmp_path / "cut.json", path.read_text()[:-9]))
 
 
 # ---- WebDataset --------------------------------------------------------------------------------------------
@@ -367,11 +368,11 @@ def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path):
     assert len(converted("vqa", marked)[0]) == 2
 
 
-def test_a_key_that_is_twice_in_one_object_is_counted(tmp_path):
+def test_a_record_with_a_key_twice_is_left_out_and_counted(tmp_path):
     path = write(tmp_path / "q.json",
                  json.dumps(ASKED).replace('"image_id": 42', '"image_id": 41, "image_id": 42'))
     records, skips = converted("vqa", path)
-    assert len(records) == 2 and skips == {"a key that is twice in one object: its last value is taken": 1}
+    assert [record["id"] for record in records] == [43000] and skips == {published.MALFORMED: 1}
 
 
 def test_a_result_is_written_where_it_is_told_and_reasons_come_most_frequent_first(tmp_path):

@@ -34,11 +34,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import ENDINGS, MAX_BYTES, Pictures, is_text, read_text
+from data import ENDINGS, MALFORMED, MAX_BYTES, Pictures, is_text, read_json, read_object, read_text
 from lmeye import UserError, printable
 from sample import interval
 
-MALFORMED = "a record that lacks a field, or has one of another type"
 # What reading a malformed record raises:
 MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)
 
@@ -46,47 +45,35 @@ MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, Overfl
 # ---- Reading files: `skips` is a Counter, {why something was left out: how often} --------------------------
 
 
-def parse(text, skips):
-    """JSON → its value, None if it is none. Of a key that an object holds twice, Python takes the last value
-    without a word; here it is counted."""
-    def to_dict(pairs):
-        if len(dict(pairs)) < len(pairs):  # two of them had one key
-            skips["a key that is twice in one object: its last value is taken"] += 1
-        return dict(pairs)
-
+def parse(text):
+    """JSON → its value; None if it is none, and in the place of an object that holds a key twice."""
     try:
-        return json.loads(text, object_pairs_hook=to_dict)
+        return json.loads(text, object_pairs_hook=read_object)
     except (ValueError, RecursionError):
         return None
 
 
-def read_lines(path, skips):
-    """JSON Lines → [(number of the line, its value, None if it is not JSON), …]"""
-    lines = enumerate(read_text(path).split("\n"), 1)  # other separators may stand inside a text
-    return [(number, parse(line, skips)) for number, line in lines if line.strip()]
-
-
-def read_tables(path, names, advice, skips):
+def read_tables(path, names, advice):
     """A JSON object that holds lists under `names`, as COCO's and VQA's files do. UserError if it is none."""
-    content = parse(read_text(path), skips)
+    content = parse(read_text(path))
     for name in names:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise UserError(f'{path}: is cut off, or has no list "{name}": {advice}')
     return content
 
 
-def read_coco(path, skips):
+def read_coco(path):
     advice = "take COCO's captions_….json (Karpathy's file mixes training and test pictures, and is not read)"
-    return read_tables(path, ("images", "annotations"), advice, skips)
+    return read_tables(path, ("images", "annotations"), advice)
 
 
-def read_vqa(questions, annotations, skips):
+def read_vqa(questions, annotations):
     """VQA's two files, of which one may be None → (their split, questions, annotations). UserError if they
     are of two splits, whose ids have nothing to do with each other."""
     splits, rows = {}, {"questions": [], "annotations": []}
     for path, name in ((questions, "questions"), (annotations, "annotations")):
         if path:
-            content = read_tables(path, [name], f"take VQA's file of {name}", skips)
+            content = read_tables(path, [name], f"take VQA's file of {name}")
             split = str(content.get("data_subtype", "val2014"))
             splits[split.replace("-dev", "")] = path  # the pictures of test-dev2015 are those of test2015
             rows[name] = content[name]
@@ -141,7 +128,7 @@ def conversation(turns):
 
 def convert_coco(captions, skips):
     """COCO's captions → a record each, whose id is the image_id: https://cocodataset.org/#format-data"""
-    content = read_coco(captions, skips)
+    content = read_coco(captions)
     images = index(content["images"], "id", skips)
 
     def to_record(row):
@@ -159,7 +146,7 @@ def convert_vqa(questions, annotations, skips):
     most annotators gave. Questions without annotations, as in the test split, have no answer in their record.
     Format: https://visualqa.org/download.html. The picture's name is made of the split and the image_id.
     """
-    split, question_rows, annotation_rows = read_vqa(questions, annotations, skips)
+    split, question_rows, annotation_rows = read_vqa(questions, annotations)
     asked = index(question_rows, "question_id", skips)
     annotated = index(annotation_rows, "question_id", skips)
     skips["an answer without its question"] += len(annotated.keys() - asked.keys())
@@ -196,9 +183,7 @@ def convert_vcr(file, skips):
         record = {"image": row["img_fn"], "conversations": conversation(turns), "choices": all_choices}
         return record | {"id": str(row.get("annot_id", ""))}
 
-    rows = [row for _, row in read_lines(file, skips)]
-    skips["a line is not JSON"] += rows.count(None)
-    return convert([row for row in rows if row is not None], to_record, skips)
+    return convert(read_json(file, skips), to_record, skips)
 
 
 def render(words, objects):
@@ -229,9 +214,6 @@ def convert_release(file, images, skips):
     ending, which is looked for in `images`, a folder or zip archive. (Format: as seen in the published file.)
     """
     pictures = Pictures(images) if images else None
-    items = parse(read_text(file), skips)
-    if not isinstance(items, list):
-        raise UserError(f"{file}: is cut off, or holds no JSON list: take LMEye's data as it was published")
 
     def to_record(item):
         turns, question = [], ""
@@ -254,7 +236,7 @@ def convert_release(file, images, skips):
         record = {"caption": caption, "conversations": conversation(turns), "category": item.get("category")}
         return {"image": name} | {field: value for field, value in record.items() if value}
 
-    return convert(items, to_record, skips)
+    return convert(read_json(file, skips), to_record, skips)
 
 
 def with_ending(name, pictures):
@@ -291,7 +273,7 @@ def unpack_webdataset(shards, folder, skips):
             text = read_bytes(*texts[0]).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError("a text in a tar shard that is not UTF-8") from error
-        item = {"caption": text} if group["txt"] else parse(text, skips)
+        item = {"caption": text} if group["txt"] else parse(text)
         if not isinstance(item, dict) or not ("caption" in item or "conversations" in item):
             raise UserError("a .json in a tar shard that has neither a caption nor a conversation")
         if "caption" in item:
@@ -348,7 +330,8 @@ def read_bytes(path, name, offset, size):
 def read_answers(path):
     """answers.jsonl, which an evaluation leaves → a list of dicts. UserError if a line is no such answer."""
     rows = []
-    for number, row in read_lines(path, Counter()):
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
+        row = parse(line)
         try:
             texts = [row["id"], row["image"], row["answer"], row["blind"], *row["turns"]]
         except (KeyError, TypeError):
@@ -374,7 +357,7 @@ def score_vqa(answers, annotations, questions, skips):
     answer. With `questions`, only those count, and it is a UserError if something else was asked.
     """
     said = read_vqa_answers(answers)
-    _, question_rows, annotation_rows = read_vqa(questions, annotations, skips)
+    _, question_rows, annotation_rows = read_vqa(questions, annotations)
     annotated = index(annotation_rows, "question_id", skips)  # one that is there twice is not to be scored
     if questions:
         texts = {str(row["question_id"]): row["question"] for row in question_rows}
@@ -488,7 +471,7 @@ def table(columns):
 def results_vqa(answers, questions, skips):
     """VQA's results file, which has every question of the split: https://visualqa.org/evaluation.html"""
     said, results = read_vqa_answers(answers), {}
-    _, rows, _ = read_vqa(questions, None, skips)
+    _, rows, _ = read_vqa(questions, None)
     for row in rows:
         key = str(row["question_id"])
         skips["a question that was not answered"] += key not in said
@@ -500,7 +483,7 @@ def results_vqa(answers, questions, skips):
 def results_coco(answers, captions, skips):
     """COCO's results file, which has every picture of the split: https://cocodataset.org/#format-results"""
     said, results = {row["image"]: row["answer"] for row in read_answers(answers) if not row["turns"]}, {}
-    for row in read_coco(captions, skips)["images"]:
+    for row in read_coco(captions)["images"]:
         skips["a picture without a caption"] += row["file_name"] not in said
         results[row["id"]] = {"image_id": row["id"], "caption": said.get(row["file_name"], "")}
     return [json.dumps(list(results.values()))]
