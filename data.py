@@ -46,7 +46,6 @@ FEATURE_BATCH = 128  # pictures that go through CLIP together
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
            ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of LLaVA's speakers
-BAR = {"disable": None, "delay": 1}  # of tqdm: shown on terminals only, and not before a second has passed
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
 
@@ -123,7 +122,7 @@ def encode_images(model, pictures, names, folder):
     def read(row):
         try:
             with pictures.open(names[row]) as file:
-                return model.preprocess(load_image(file)), ""
+                return model.preprocess(decode_image(file)), ""
         except UserError as reason:
             return None, str(reason)
 
@@ -134,7 +133,8 @@ def encode_images(model, pictures, names, folder):
         todo = np.flatnonzero(np.isnan(features.sum(1, dtype=np.float32)))
         # Batches end at fixed rows, whatever is done already: then each is computed as in an unbroken pass.
         parts = np.split(todo, np.flatnonzero(np.diff(todo // FEATURE_BATCH)) + 1)
-        with tqdm(total=len(todo), desc="CLIP features", **BAR) as bar:
+        # Bars are for terminals only (None), and for what takes more than a second.
+        with tqdm(total=len(todo), desc="CLIP features", disable=None, delay=1) as bar:
             for rows, loaded in zip(parts, read_ahead(read, parts)):
                 good = [i for i, (pixels, _) in enumerate(loaded) if pixels is not None]
                 if good:
@@ -237,7 +237,7 @@ def encode(model, records, skipped, pictures, folder, noted=None):
     row = {name: i for i, name in enumerate(names)}
     features, unreadable = encode_images(model, pictures, names, folder)
     kept, tokens, picture = [], [], []
-    for start in tqdm(range(0, len(records), 1000), desc="tokens", **BAR):
+    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None, delay=1):
         whole = records[start:start + 1000]
         part = [record if record.choices else record._replace(turns=record.turns[-MAX_TURNS:])
                 for record in whole]
@@ -357,7 +357,7 @@ def read_records(path, pictures, stage, answered=True, noted=None):
     path, records, skipped, examples = Path(path), [], Counter(), {}
     unread = Counter()
     items = read_folder(path, skipped) if path.is_dir() else read_json(path, skipped)
-    for item in tqdm(items, desc="records", **BAR):
+    for item in tqdm(items, desc="records", disable=None, delay=1):
         try:
             found = read_item(item, stage, answered, skipped)
             pictures.find(item.get("image"))
@@ -426,8 +426,10 @@ def read_folder(folder, skipped):
     for group in groups.values():
         pictures = [path for path in group if path.suffix.lower() in ENDINGS]
         texts = [path for path in group if path.suffix.lower() == ".txt"]
-        for path in set(group) - {*pictures, *texts}:
-            skipped["a file or link in a folder that is neither picture nor .txt (name a .json itself)"] += 1
+        n_others = len(group) - len(pictures) - len(texts)
+        if n_others:
+            reason = "a file or link in a folder that is neither picture nor .txt (name a .json itself)"
+            skipped[reason] += n_others
         if not pictures and texts:
             skipped["a .txt without a picture beside it"] += len(texts)
         elif pictures and len(texts) != 1:
@@ -460,7 +462,7 @@ def read_item(item, stage, answered, skipped):
     texts = [turn["value"].strip() for turn in conversation]
     if texts:  # LLaVA marks the picture's place, before the first question or after it
         texts[0] = re.sub("^<image>|<image>$", "", texts[0], count=1).strip()
-    if any("<image>" in text for text in texts):
+    if "<image>" in " ".join(texts):  # the model would read and write it as text
         raise UserError('"<image>" inside a text, or again: a record about several pictures?')
     category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
     record = Record(item.get("image"), (), "", category, item.get("id"))
@@ -468,7 +470,9 @@ def read_item(item, stage, answered, skipped):
     # Stage 1 wants a caption. LLaVA writes one as the answer to "describe the picture".
     described = speakers == ["human", "gpt"] and "question" not in item
     if stage == 1:
-        caption = " ".join((item.get("caption") or "").split()) or (texts[1] if described else "")
+        caption = " ".join((item.get("caption") or "").split())
+        if not caption and described:
+            caption = texts[1]
         if "caption" not in item and not described:
             raise UserError("questions, for --stage 2")
         if not is_text(caption):
@@ -613,27 +617,32 @@ def tidy(name):
     return posixpath.normpath(name.replace("\\", "/"))
 
 
-def load_image(source):
-    """A path or a binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is
-    transparent. UserError, which begins with the path, if it can't be read."""
-    if isinstance(source, (str, Path)):
-        if not os.path.isfile(source):  # a pipe would be waited for
-            raise UserError(f"{source}: no such picture")
-        try:
-            with open(source, "rb") as file:  # Pillow maps a path into memory, and then turns it wrongly
-                return load_image(file)
-        except UserError as reason:
-            raise UserError(f"{source}: {reason}") from reason
+def load_image(path):
+    """A picture's path → RGB picture, see `decode_image`. UserError, which begins with the path, if there is
+    none that can be used."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path}: no such picture")
     try:
-        with Image.open(source) as image:
+        with open(path, "rb") as file:  # Pillow maps a path into memory, and then turns it wrongly
+            return decode_image(file)
+    except UserError as reason:
+        raise UserError(f"{path}: {reason}") from reason
+
+
+def decode_image(file):
+    """A binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is transparent.
+    UserError if it can't be read, or is several pictures, as an animation and the pages of a TIFF are."""
+    try:
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
                 raise UserError("a picture with too many pixels, or too narrow")
-            # An animation, or a TIFF's pages. (MPO is a phone's JPEG: what follows is made from the first.)
+            # Which of several is meant? In a phone's JPEG (MPO) and in a PSD it is the first: others are made
+            # from it, or are its layers.
             if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
                 raise UserError("several frames or pages: save the one that is meant as a picture")
             image.load()
-            source.seek(24)  # where a PNG tells its bits
-            return to_rgb(image, bits=int.from_bytes(source.read(1), "big"))
+            file.seek(24)  # where a PNG tells its bits
+            return to_rgb(image, bits=int.from_bytes(file.read(1), "big"))
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -644,17 +653,18 @@ def load_image(source):
 
 
 def to_rgb(image, bits):
-    """A picture of any mode, as Pillow opened it → RGB. `bits` of a value are told by PNGs only."""
+    """A picture of any mode, as Pillow opened it → RGB. `bits`, of each value, are known of a PNG only."""
     many_bits = image.mode.startswith(("I", "F"))
     deep = image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8  # in colors, too
     if (many_bits and image.format != "PNG") or deep:
         raise UserError("more than 8 bits, of a range that Pillow does not tell: save it as PNG")
-    # A PNG may name a transparent color, in its own bits, while Pillow makes 8 of those of its pixels.
+    # One color of a PNG may be transparent. Pillow tells it in the file's bits, but makes 8 of the pixels'.
     color = image.info.get("transparency")
-    if image.format == "PNG" and image.mode == "RGB" and color and bits == 16:
-        raise UserError("a transparent color of 16 bits, which Pillow does not keep: save it with alpha")
-    if image.format == "PNG" and image.mode == "L" and color:
-        image.info["transparency"] = color * 255 // (2 ** bits - 1)
+    if image.format == "PNG" and color:
+        if image.mode == "L":
+            image.info["transparency"] = color * 255 // (2 ** bits - 1)
+        if image.mode == "RGB" and bits == 16:  # where several colors have become one
+            raise UserError("a transparent color of 16 bits, which Pillow does not keep: save it with alpha")
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # at EXIF that it can't read, or can't write back when the picture is turned

@@ -94,11 +94,8 @@ def chat(model, f, options):
         question = line.strip()
         if not question and on_terminal:
             return
-        if not question:
-            note("an empty line was skipped")
-            continue
         if not data.is_text(question):
-            note("a line that is not UTF-8 text was skipped")
+            note("an empty or unreadable line was skipped")
             continue
         note_unknown_words(model, question)
         if not fits(model, question):
@@ -192,7 +189,8 @@ def predict(model, dataset, lines, blind, max_batch_tokens):
     Fills in their lines: the answer (with choices, the likeliest), whether it is right, log p of each choice.
     Returns the CLIPScores of captions, {row of the Dataset: score}, and how many texts were cut off.
     """
-    clip, n_cut_off, shown = {}, 0, data.shuffled(dataset) if blind else dataset
+    clip, n_cut_off = {}, 0
+    shown = data.shuffled(dataset) if blind else dataset
     name, prefix = ("blind", "blind_") if blind else ("answer", "")
     for rows in tqdm(batches_by_length(model, dataset, max_batch_tokens), desc=name, disable=None):
         records, f = [dataset.records[i] for i in rows], shown.f(rows)

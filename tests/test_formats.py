@@ -306,7 +306,7 @@ def test_pictures_in_a_zip_are_read_in_place_also_below_one_folder(tmp_path):
     for name in ("1.jpg", "train2017/1.jpg"):
         pictures = Pictures(write_zip(tmp_path / "images.zip", [name, "__MACOSX/._1.jpg"]))
         assert pictures.find("1.jpg") == pictures.find(name) == name
-        assert data.load_image(pictures.open("1.jpg")).size == (40, 30)
+        assert data.decode_image(pictures.open("1.jpg")).size == (40, 30)
         with pytest.raises(UserError, match="no such picture"):
             pictures.find("9.jpg")
     pictures = Pictures(write_zip(tmp_path / "two.zip", ["a/1.jpg", "b/1.jpg"]))
@@ -371,7 +371,7 @@ def test_pictures_of_any_mode_become_rgb_from_a_path_or_a_file(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (8, 8)).save(path)
     assert data.load_image(path).mode == data.load_image(str(path)).mode == "RGB"
-    assert data.load_image(io.BytesIO(path.read_bytes())).tobytes() == data.load_image(path).tobytes()
+    assert data.decode_image(io.BytesIO(path.read_bytes())).tobytes() == data.load_image(path).tobytes()
 
 
 def test_gray_of_16_bits_in_a_png_keeps_its_shades_and_other_gray_of_many_bits_is_left_out(tmp_path):
@@ -407,7 +407,7 @@ def test_a_gray_that_a_png_calls_transparent_becomes_white_whatever_its_bits(bit
     most = 2 ** bits - 1
     values = sorted({0, 1, most // 3, most // 2, most})  # of 16 bits two are equal in 8
     for transparent in values:
-        picture = np.asarray(data.load_image(io.BytesIO(png(bits, 0, values, [transparent]))))
+        picture = np.asarray(data.decode_image(io.BytesIO(png(bits, 0, values, [transparent]))))
         expected = [255 if value == transparent else value * 255 // most for value in values]
         assert picture[0].tolist() == [[shade] * 3 for shade in expected], transparent
 
@@ -415,10 +415,10 @@ def test_a_gray_that_a_png_calls_transparent_becomes_white_whatever_its_bits(bit
 def test_a_color_that_a_png_calls_transparent_becomes_white_in_8_bits_and_is_refused_in_16():
     """Of 16 bits Pillow keeps 8: which pixels had that very color can't be known any more."""
     colors = [0, 0, 0, 1, 2, 3, 255, 9, 9]
-    shown = data.load_image(io.BytesIO(png(8, 2, colors, [1, 2, 3])))
+    shown = data.decode_image(io.BytesIO(png(8, 2, colors, [1, 2, 3])))
     assert np.asarray(shown).tolist() == [[[0, 0, 0], [255, 255, 255], [255, 9, 9]]]
     with pytest.raises(UserError, match="a transparent color of 16 bits"):
-        data.load_image(io.BytesIO(png(16, 2, colors, [1, 2, 3])))
+        data.decode_image(io.BytesIO(png(16, 2, colors, [1, 2, 3])))
 
 
 @pytest.mark.parametrize("ending", ("gif", "webp", "png", "tif"))
@@ -507,7 +507,7 @@ def test_a_turned_tiff_is_the_same_by_its_path_and_from_a_file(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     picture.save(tmp_path / "a.tif", exif=exif)
     with open(tmp_path / "a.tif", "rb") as file:
-        turned = data.load_image(file)
+        turned = data.decode_image(file)
     assert turned.size == (24, 40)
     assert data.load_image(tmp_path / "a.tif").tobytes() == turned.tobytes()
     assert turned.tobytes() == picture.transpose(Image.Transpose.ROTATE_270).convert("RGB").tobytes()

@@ -145,7 +145,7 @@ def test_in_a_pipe_each_line_is_a_question_and_an_empty_one_is_skipped_and_told(
     assert [s.texts[0] for s in streams] == [
         "what?", f"what?\nAnswer: {one}\nQuestion: is it red?",
         f"what?\nAnswer: {one}\nQuestion: is it red?\nAnswer: {two}\nQuestion: no"]
-    assert chat.returncode == 0 and chat.stderr.count("empty line was skipped") == 2
+    assert chat.returncode == 0 and chat.stderr.count("empty or unreadable line was skipped") == 2
 
 
 def test_on_a_terminal_an_empty_line_ends_the_chat_and_the_prompt_says_so(monkeypatch, streams):

@@ -152,6 +152,7 @@ def convert_vqa(questions, annotations, skips):
     skips["an answer without its question"] += len(annotated.keys() - asked.keys())
 
     def to_record(row):
+        # COCO's own name of the picture, which no field tells.
         record = {"image": f"COCO_{split}_{row['image_id']:012d}.jpg", "question": row["question"]}
         annotation = annotated.get(str(row["question_id"]))
         if annotation:
@@ -246,8 +247,8 @@ def with_ending(name, pictures):
             try:
                 pictures.find(candidate)
                 return candidate
-            except UserError:
-                continue
+            except UserError:  # it may have another ending
+                pass
     raise UserError("no such picture in --images")
 
 
@@ -358,6 +359,7 @@ def score_vqa(answers, annotations, questions, skips):
     """
     said = read_vqa_answers(answers)
     _, question_rows, annotation_rows = read_vqa(questions, annotations)
+    # It is the annotations that decide which questions count: an evaluation may have left some out.
     annotated = index(annotation_rows, "question_id", skips)  # one that is there twice is not to be scored
     if questions:
         texts = {str(row["question_id"]): row["question"] for row in question_rows}
@@ -425,7 +427,7 @@ def score_vcr(answers, skips):
     (QA→R), and of both (Q→AR, over the rationales asked for: an answer that was left out was not right). The
     likeliest choice is taken by the sum of its tokens' log p, and by its mean per token.
     """
-    columns, answered = defaultdict(list), {}
+    columns, answered = defaultdict(list), {}  # answered: whether each question's answer was right
     rows = [row for row in read_answers(answers) if row.get("choices")]
     for row in sorted(rows, key=lambda row: len(row["turns"])):  # answers before rationales
         if row["truth"] not in [choice["text"] for choice in row["choices"]]:
