@@ -165,7 +165,7 @@ def evaluate(model, dataset, folder, max_batch_tokens=4096):
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     lmeye.write_atomically(folder / "answers.jsonl", text.encode("utf-8", "backslashreplace"))
     lmeye.write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
-    print_table(scores, model.settings.variant)
+    print(*table_lines(scores, model.settings.variant), sep="\n")
     if n_cut_off:
         print(f"  {n_cut_off:,} answers were cut off, at {MAX_TOKENS} tokens or the end of the context")
     print(f"  {folder}/: answers.jsonl, scores.json")
@@ -295,16 +295,20 @@ def summarize(dataset, lines, clip, blind_clip):
         elif i in clip:
             scores["CLIPScore"].append((picture, clip[i], blind_clip[i]))
 
-    rows = {}
-    for name in sorted(scores, key=lambda name: (name in ("all", *OWN_ROWS), name)):
-        unit, times = ("score", 1) if name == "CLIPScore" else ("percent", 100)
-        picture, seen, blind = np.array(scores[name], float).T
-        rows[name] = {"n": len(picture)}
-        for key, interval_key, values in ((unit, "interval", seen), ("blind", "blind_interval", blind)):
-            ends = interval(values, picture, is_share=unit == "percent")
-            rows[name][key] = times * values.mean()
-            rows[name][interval_key] = ends and [times * end for end in ends]
-    return rows
+    names = sorted(scores, key=lambda name: (name in ("all", *OWN_ROWS), name))
+    return {name: table_row(scores[name], is_share=name != "CLIPScore") for name in names}
+
+
+def table_row(scores, is_share=True):
+    """(picture, score, score when blind) of R records → their means with intervals, of shares in percent."""
+    unit, times = ("percent", 100) if is_share else ("score", 1)  # CLIPScore is no share of anything
+    picture, seen, blind = [np.array(column) for column in zip(*scores)]
+    row = {"n": len(picture)}
+    for key, interval_key, values in ((unit, "interval", seen), ("blind", "blind_interval", blind)):
+        ends = interval(values, picture, is_share)
+        row[key] = times * values.mean()
+        row[interval_key] = ends and [times * end for end in ends]
+    return row
 
 
 def interval(scores, picture, is_share):
@@ -327,15 +331,17 @@ def interval(scores, picture, is_share):
     return max(0.0, middle - half), min(1.0, middle + half)  # at the ends but for rounding
 
 
-def print_table(scores, variant):
-    print(f"{'':20}{variant:>22}{'blind':>22}{'records':>9}   (95% intervals; – below 10 pictures)")
-    for name, row in scores.items():
+def table_lines(rows, title):
+    """{name: its `table_row`} → a table as lines of text."""
+    lines = [f"{'':20}{title:>22}{'blind':>22}{'records':>9}   (95% intervals; – below 10 pictures)"]
+    for name, row in rows.items():
         unit, digits, sign = ("percent", 1, "%") if "percent" in row else ("score", 3, "")
         cells = ""
         for value, ends in ((row[unit], row["interval"]), (row["blind"], row["blind_interval"])):
             between = "–".join(f"{end:.{digits}f}" for end in ends) if ends else "–"
             cells += f"{value:.{digits}f}{sign} ({between})".rjust(22)
-        print(f"{lmeye.printable(name):20}{cells}{row['n']:9,}")
+        lines.append(f"{lmeye.printable(name):20}{cells}{row['n']:9,}")
+    return lines
 
 
 def set_aside(path):

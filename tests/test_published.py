@@ -401,7 +401,7 @@ def scored(command, *files):
     assert result.returncode == 0, result.stderr
     rows = {}
     for line in result.stdout.splitlines()[1:]:
-        number, score, _, blind, _ = line[20:].replace("no interval", "none").split()
+        score, _, blind, _, number = line[20:].replace("%", "").split()
         rows[line[:20].strip()] = (int(number), float(score), float(blind))
     return rows, counted(result)
 
@@ -547,7 +547,7 @@ def test_intervals_are_those_of_an_evaluations_own_table(tmp_path):
     """Wilson's, by pictures: twenty answers about ten, all right and all wrong when blind."""
     rows = [chosen(str(i), f"{i % 10}.jpg", ["?"], RIGHT, (1, 1, 1, 1), blind=WRONG) for i in range(20)]
     out = run("published.py", "score-vcr", write_lines(tmp_path / "answers.jsonl", rows)).stdout
-    assert "100.0 (72.2–100.0)" in out and "0.0 (0.0–27.8)" in out
+    assert "100.0% (72.2–100.0)" in out and "0.0% (0.0–27.8)" in out
 
 
 def test_of_fewer_than_ten_pictures_no_interval_is_printed(tmp_path):
@@ -555,7 +555,7 @@ def test_of_fewer_than_ten_pictures_no_interval_is_printed(tmp_path):
         rows = [chosen(str(i), f"{i % pictures}.jpg", ["?"], (RIGHT, WRONG)[i % 2], (1, 1, 1, 1))
                 for i in range(40)]
         result = run("published.py", "score-vcr", write_lines(tmp_path / "answers.jsonl", rows))
-        assert ("50.0 (no interval)" in result.stdout) == (pictures < 10)
+        assert ("50.0% (–)" in result.stdout) == (pictures < 10)
 
 
 def test_vqas_results_file_has_every_question_once(tmp_path):

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import ENDINGS, MALFORMED, MAX_BYTES, Pictures, is_text, read_json, read_object, read_text
 from lmeye import UserError, printable
-from sample import interval
+from sample import table_lines, table_row
 
 # What reading a malformed record raises:
 MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)
@@ -454,20 +454,11 @@ def likeliest(choices, logp, per_token):
 
 
 def table(columns):
-    """{name: [(picture, score, blind score), …]} → lines of a table in percent, with 95% intervals. These are
-    of shares, as in an evaluation's own table; VQA's scores, which may be halves, vary rather less."""
+    """{row: [(picture, score, blind score), …]} → lines of a table like an evaluation's own. Its intervals are
+    those of shares; VQA's scores, which may be halves, vary rather less."""
     if not columns:
         raise UserError("no answer could be scored: take the answers.jsonl of an evaluation on this data set")
-    lines = [f"{'':20}{'questions':>10}{'with the picture':>24}{'blind':>24}    (percent, 95% intervals)"]
-    for name, rows in sorted(columns.items()):
-        pictures, *both = zip(*rows)
-        line = f"{name:20}{len(rows):10,}"
-        for scores in both:
-            ends = interval(np.array(scores, float), np.array(pictures), is_share=True)
-            text = f"{100 * ends[0]:.1f}–{100 * ends[1]:.1f}" if ends else "no interval"
-            line += f"{100 * np.mean(scores):.1f} ({text})".rjust(24)
-        lines.append(line)
-    return lines
+    return table_lines({name: table_row(scores) for name, scores in sorted(columns.items())}, "answers")
 
 
 def results_vqa(answers, questions, skips):
