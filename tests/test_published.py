@@ -199,7 +199,7 @@ def test_lmeyes_own_data_as_its_authors_published_it(tmp_path):
         {"image_id": "6", "questions": ["What?"]},
         {"image_id": 7, "caption": "A dog.", "questions": [], "category": "pets"},
         {"image_id": "8.PNG", "questions": ["Question: What?", "Answer: That"]}, {"image_id": "9"}])
-    names = ("2.jpg", "sub/3.png", "4.jpeg")
+    names = ("2.jpg", "sub/3.png", "4.JPEG")
     for name in names:
         (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pictures" / name).write_bytes(b"a picture")
@@ -210,7 +210,7 @@ def test_lmeyes_own_data_as_its_authors_published_it(tmp_path):
         records, skips = converted("release", path, "--images", place)
         assert [(r["image"], pairs(r)) for r in records] == [
             ("2.jpg", [("What?", "A cat."), ("Where?", "Here: there.")]), ("sub/3.png", [("Who?", "A cat")]),
-            ("4.jpeg", [("Found?", "Yes")]), ("000000000007.jpg", []), ("8.PNG", [("What?", "That")])]
+            ("4.JPEG", [("Found?", "Yes")]), ("000000000007.jpg", []), ("8.PNG", [("What?", "That")])]
         assert skips == {"a text that is not a question with its answer": 4, "no such picture in --images": 1,
                          "no question with its answer": 1, published.MALFORMED: 1}
     assert [r.get("caption") for r in records] == ["A cat.", None, None, "A dog.", None]

@@ -35,7 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import ENDINGS, MALFORMED, MAX_BYTES, Pictures, is_text, read_json, read_object, read_text
-from lmeye import UserError, printable
+from lmeye import UserError, printable, run_main
 from sample import table_lines, table_row
 
 # What reading a malformed record raises:
@@ -528,6 +528,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from lmeye import run_main
-
     run_main(main)
