@@ -454,11 +454,12 @@ def likeliest(choices, logp, per_token):
 
 
 def table(columns):
-    """{row: [(picture, score, blind score), …]} → lines of a table like an evaluation's own. Its intervals are
-    those of shares; VQA's scores, which may be halves, vary rather less."""
+    """{row: [(picture, score, blind score), …]} → lines of a table like an evaluation's own. Its intervals
+    are those of shares; VQA's scores, which may be parts of 1, vary rather less."""
     if not columns:
         raise UserError("no answer could be scored: take the answers.jsonl of an evaluation on this data set")
-    return table_lines({name: table_row(scores) for name, scores in sorted(columns.items())}, "answers")
+    rows = {name: table_row(columns[name]) for name in sorted(columns)}
+    return table_lines(rows, "answers")
 
 
 def results_vqa(answers, questions, skips):
