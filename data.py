@@ -17,16 +17,16 @@ can't be used is counted with its reason. Where it can't be known what a file me
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import posixpath
 import re
 import shlex
-import tempfile
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,8 @@ MAX_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and 
 MAX_BYTES = 100_000_000  # of a picture in a zip, unpacked
 MAX_PIXELS = 100_000_000  # of a picture, in the place of Pillow's own limits
 FEATURE_BATCH = 128  # pictures that go through CLIP together
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")  # of pictures
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
+           ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of LLaVA's speakers
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
@@ -105,17 +106,14 @@ class Dataset(NamedTuple):
 # ---- Features: each picture goes through CLIP once ---------------------------------------------------------
 
 
-def encode_images(model, pictures, names, folder=None):
+def encode_images(model, pictures, names, folder):
     """CLIP features of P pictures → (features (P, C) float16, {row: why it can't be read}).
 
-    They are kept in a file in `folder`, or in a temporary one. At first each row is NaN. This means "not done
-    yet": rows of NaN are encoded whenever the file is used. So a pass that was killed goes on after its last
-    batch, and what could not be read is tried again. The file belongs to these very pictures: where one is
-    added or replaced, all are encoded again, into another file.
+    They are kept in a file in `folder`. At first each row is NaN. This means "not done yet": rows of NaN are
+    encoded whenever the file is used. So a pass that was killed goes on after its last batch, and what could
+    not be read is tried again. The file belongs to these very pictures: where one is added or replaced, all
+    are encoded again, into another file.
     """
-    if folder is None:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            return encode_images(model, pictures, names, folder)
     path = Path(folder, features_key(model, pictures, names) + ".f16")
     shape = (len(names), model.align.in_features)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +122,7 @@ def encode_images(model, pictures, names, folder=None):
     def read(row):
         try:
             with pictures.open(names[row]) as file:
-                return model.preprocess(load_image(file)), ""
+                return model.preprocess(decode_image(file)), ""
         except UserError as reason:
             return None, str(reason)
 
@@ -135,7 +133,8 @@ def encode_images(model, pictures, names, folder=None):
         todo = np.flatnonzero(np.isnan(features.sum(1, dtype=np.float32)))
         # Batches end at fixed rows, whatever is done already: then each is computed as in an unbroken pass.
         parts = np.split(todo, np.flatnonzero(np.diff(todo // FEATURE_BATCH)) + 1)
-        with tqdm(total=len(todo), desc="CLIP features", disable=None if len(todo) else True) as bar:
+        # Bars are for terminals only (None), and for what takes more than a second.
+        with tqdm(total=len(todo), desc="CLIP features", disable=None, delay=1) as bar:
             for rows, loaded in zip(parts, read_ahead(read, parts)):
                 good = [i for i, (pixels, _) in enumerate(loaded) if pixels is not None]
                 if good:
@@ -184,10 +183,49 @@ def features_key(model, pictures, names):
     return key.hexdigest()[:16]
 
 
+# ---- Batches: planned by length ----------------------------------------------------------------------------
+
+
+def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
+    """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
+
+    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has
+    more). Padding is wasted work, so records of like length come together. Sorting by total length would not
+    do: a long question with a short answer would meet a short one with a long answer. So each stretch of
+    `window` batches of shuffled records is halved, by the side whose lengths differ most, until the parts are
+    batches. With lengths like LLaVA's this computes 1.03 × the real tokens; sorting by total length, 1.66 ×.
+    """
+    lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
+    rng = np.random.default_rng((seed, epoch))
+    order, plan = rng.permutation(len(lengths)), []
+    # Records stay within their stretch, so that batches are mixed well although they are sorted by length.
+    for start in range(0, len(order), window * size):
+        parts = [order[start:start + window * size]]
+        while parts:
+            rows = parts.pop()
+            padded = len(rows) * lengths[rows].max(0).sum()  # the longest question and the longest answer
+            if len(rows) == 1 or (len(rows) <= size and padded <= max_batch_tokens):
+                plan.append(rows)
+                continue
+            side = np.ptp(lengths[rows], 0).argmax()  # 0: questions differ most, 1: answers do
+            rows = rows[lengths[rows, side].argsort(kind="stable")]
+            middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
+            if middle >= len(rows):
+                middle = len(rows) // 2
+            parts += [rows[:middle], rows[middle:]]
+    return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def batches(dataset, size, max_batch_tokens, seed):
+    """Yield the rows of one batch after the other, epoch after epoch, without end."""
+    for epoch in itertools.count():
+        yield from plan_epoch(dataset, size, max_batch_tokens, seed, epoch)
+
+
 # ---- Datasets: records with their features and tokens ------------------------------------------------------
 
 
-def encode(model, records, skipped, pictures, folder=None, noted=None):
+def encode(model, records, skipped, pictures, folder, noted=None):
     """Records → Dataset. The features are kept in a file in `folder`.
 
     Records that can't be used are added to the Counter `skipped`, by reason. Those that are used, but not as
@@ -199,8 +237,7 @@ def encode(model, records, skipped, pictures, folder=None, noted=None):
     row = {name: i for i, name in enumerate(names)}
     features, unreadable = encode_images(model, pictures, names, folder)
     kept, tokens, picture = [], [], []
-    quiet = None if len(records) > 20_000 else True  # None: a bar on terminals only
-    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=quiet):
+    for start in tqdm(range(0, len(records), 1000), desc="tokens", disable=None, delay=1):
         whole = records[start:start + 1000]
         part = [record if record.choices else record._replace(turns=record.turns[-MAX_TURNS:])
                 for record in whole]
@@ -303,66 +340,29 @@ def first_copies(dataset):
     return np.array([first.setdefault(hash(dataset.features[i].tobytes()), i) for i in rows])[index]
 
 
-# ---- Batches: planned by length ----------------------------------------------------------------------------
-
-
-def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
-    """The rows of all batches of one epoch, a list of arrays, which depends on the arguments alone.
-
-    A batch has at most `size` records and, padding included, `max_batch_tokens` tokens (unless one record has
-    more). Padding is wasted work, so records of like length come together. Sorting by total length would not
-    do: a long question with a short answer would meet a short one with a long answer. So each stretch of
-    `window` batches of shuffled records is halved, by the side whose lengths differ most, until the parts are
-    batches. With lengths like LLaVA's this computes 1.03 × the real tokens; sorting by total length, 1.66 ×.
-    """
-    lengths = np.array([(len(question), len(answer)) for question, answer in dataset.tokens])
-    rng = np.random.default_rng((seed, epoch))
-    order, plan = rng.permutation(len(lengths)), []
-    # Records stay within their stretch, so that batches are mixed well although they are sorted by length.
-    for start in range(0, len(order), window * size):
-        parts = [order[start:start + window * size]]
-        while parts:
-            rows = parts.pop()
-            padded = len(rows) * lengths[rows].max(0).sum()  # the longest question and the longest answer
-            if len(rows) == 1 or (len(rows) <= size and padded <= max_batch_tokens):
-                plan.append(rows)
-                continue
-            side = np.ptp(lengths[rows], 0).argmax()  # 0: questions differ most, 1: answers do
-            rows = rows[lengths[rows, side].argsort(kind="stable")]
-            middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
-            if middle >= len(rows):
-                middle = len(rows) // 2
-            parts += [rows[:middle], rows[middle:]]
-    return [plan[i] for i in rng.permutation(len(plan))]
-
-
-def batches(dataset, size, max_batch_tokens, seed):
-    """Yield the rows of one batch after the other, epoch after epoch, without end."""
-    epoch = 0
-    while True:
-        yield from plan_epoch(dataset, size, max_batch_tokens, seed, epoch)
-        epoch += 1
-
-
 # ---- Records: reading a data file --------------------------------------------------------------------------
 
 
 MALFORMED = "a record that is no object, lacks a field, has one twice, or one of another type"
+FIELDS = {"id", "image", "caption", "conversations", "question", "answer", "category", "choices"}
 
 
-def read_records(path, pictures, stage, answered=True):
+def read_records(path, pictures, stage, answered=True, noted=None):
     """A data file, or a folder of a.jpg beside a.txt → (list of Record, Counter of why items are left out).
 
     Stage 1 takes captions, and of a conversation with one answer this answer. Stage 2 takes questions. Those
     without an answer are taken with answered=False only, for an evaluation. UserError if no record remains.
+    Fields that nothing reads (is one misspelled?) are added to the Counter `noted`, if one is given.
     """
     path, records, skipped, examples = Path(path), [], Counter(), {}
+    unread = Counter()
     items = read_folder(path, skipped) if path.is_dir() else read_json(path, skipped)
-    for item in tqdm(items, desc="records", disable=None if len(items) > 100_000 else True):
+    for item in tqdm(items, desc="records", disable=None, delay=1):
         try:
             found = read_item(item, stage, answered, skipped)
             pictures.find(item.get("image"))
             records += found
+            unread.update(name for name in item if name not in FIELDS)
         except (UserError, AttributeError, KeyError, TypeError) as error:
             # What has one reason is counted together, with the first one's name.
             reason = str(error) if isinstance(error, UserError) else MALFORMED
@@ -371,6 +371,9 @@ def read_records(path, pictures, stage, answered=True):
     if not records:
         why = most_frequent(skipped) or "it holds none"
         raise UserError(f"{path}: not one of {len(items):,} records can be used for stage {stage}: {why}")
+    if unread and noted is not None:
+        names = ", ".join(f"{name[:30]} ({n:,})" for name, n in unread.most_common(3))
+        noted[f"fields that are not read: {names}"] += len(unread)
     return records, skipped
 
 
@@ -398,11 +401,14 @@ def read_object(pairs):
 
 
 def read_text(path):
-    """The text of a UTF-8 file. UserError if it is no file or has another encoding."""
+    """The text of a UTF-8 file. UserError if it is not there, or is none (but a git-lfs pointer, for one)."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise UserError(f"{path}: no such file")
+    content = Path(path).read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a git-lfs pointer, not the file: run  git lfs pull  in its folder")
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8 (pictures, and "
                         "zips of them, belong to --images)") from error
@@ -410,31 +416,32 @@ def read_text(path):
 
 def read_folder(folder, skipped):
     """A folder of pictures, at any depth, with a .txt beside each → items as of `read_json`."""
-    files = []
+    groups = defaultdict(list)  # of files whose names differ in their endings alone
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
-            files.append(path)
-        else:
+        if path.is_dir() and not path.is_symlink():
             os.listdir(path)  # an error if it may not be read, which rglob passes over
-    texts = [path for path in files if path.suffix.lower() == ".txt"]
-    counts = Counter(path.with_suffix("") for path in texts)
-    beside = {path.with_suffix(""): path for path in texts}
-    items, used = [], set()
-    for path in files:
-        stem, ending = path.with_suffix(""), path.suffix.lower()
-        if ending in ENDINGS and counts[stem] == 1:
-            used.add(stem)
+        else:
+            groups[path.with_suffix("")].append(path)
+    items = []
+    for group in groups.values():
+        pictures = [path for path in group if path.suffix.lower() in ENDINGS]
+        texts = [path for path in group if path.suffix.lower() == ".txt"]
+        n_others = len(group) - len(pictures) - len(texts)
+        if n_others:
+            reason = "a file or link in a folder that is neither picture nor .txt (name a .json itself)"
+            skipped[reason] += n_others
+        if not pictures and texts:
+            skipped["a .txt without a picture beside it"] += len(texts)
+        elif pictures and len(texts) != 1:
+            skipped["a picture without a .txt beside it, or with two, as a.txt and a.TXT"] += len(pictures)
+        elif pictures:
             try:
-                caption = read_text(beside[stem])
-                items.append({"image": path.relative_to(folder).as_posix(), "caption": caption})
+                caption = read_text(texts[0])
             except UserError:
-                skipped["a .txt that is no UTF-8 text"] += 1
-        elif ending in ENDINGS:
-            skipped["a picture without a .txt beside it, or with two, as a.txt and a.TXT"] += 1
-        elif ending != ".txt":
-            skipped["a file or link in a folder that is neither picture nor .txt (name a .json itself)"] += 1
-    for stem in counts.keys() - used:
-        skipped["a .txt without a picture beside it"] += counts[stem]
+                skipped["a .txt that is no UTF-8 text"] += len(pictures)
+                continue
+            for path in pictures:
+                items.append({"image": path.relative_to(folder).as_posix(), "caption": caption})
     return items
 
 
@@ -453,15 +460,19 @@ def read_item(item, stage, answered, skipped):
                         f'"question", and has {", ".join(item)[:100]} (tests/lab/published.py reads others)')
     speakers = [ROLES.get(turn["from"], turn["from"]) for turn in conversation]
     texts = [turn["value"].strip() for turn in conversation]
-    if texts:  # LLaVA marks the picture's place before or after the first question
-        texts[0] = texts[0].removeprefix("<image>").removesuffix("<image>").strip()
+    if texts:  # LLaVA marks the picture's place, before the first question or after it
+        texts[0] = re.sub("^<image>|<image>$", "", texts[0], count=1).strip()
+    if "<image>" in " ".join(texts):  # the model would read and write it as text
+        raise UserError('"<image>" inside a text, or again: a record about several pictures?')
     category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
     record = Record(item.get("image"), (), "", category, item.get("id"))
 
     # Stage 1 wants a caption. LLaVA writes one as the answer to "describe the picture".
     described = speakers == ["human", "gpt"] and "question" not in item
     if stage == 1:
-        caption = " ".join((item.get("caption") or "").split()) or (texts[1] if described else "")
+        caption = " ".join((item.get("caption") or "").split())
+        if not caption and described:
+            caption = texts[1]
         if "caption" not in item and not described:
             raise UserError("questions, for --stage 2")
         if not is_text(caption):
@@ -606,23 +617,32 @@ def tidy(name):
     return posixpath.normpath(name.replace("\\", "/"))
 
 
-def load_image(source):
-    """A path or a binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is
-    transparent. UserError, which begins with the path, if it can't be read."""
-    if isinstance(source, (str, Path)):
-        if not os.path.isfile(source):  # a pipe would be waited for
-            raise UserError(f"{source}: no such picture")
-        try:
-            with open(source, "rb") as file:  # Pillow maps a path into memory, and then turns it wrongly
-                return load_image(file)
-        except UserError as reason:
-            raise UserError(f"{source}: {reason}") from reason
+def load_image(path):
+    """A picture's path → RGB picture, see `decode_image`. UserError, which begins with the path, if there is
+    none that can be used."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path}: no such picture")
     try:
-        with Image.open(source) as image:
+        with open(path, "rb") as file:  # Pillow maps a path into memory, and then turns it wrongly
+            return decode_image(file)
+    except UserError as reason:
+        raise UserError(f"{path}: {reason}") from reason
+
+
+def decode_image(file):
+    """A binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is transparent.
+    UserError if it can't be read, or is several pictures, as an animation and the pages of a TIFF are."""
+    try:
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
                 raise UserError("a picture with too many pixels, or too narrow")
+            # Which of several is meant? In a phone's JPEG (MPO) and in a PSD it is the first: others are made
+            # from it, or are its layers.
+            if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
+                raise UserError("several frames or pages: save the one that is meant as a picture")
             image.load()
-            return to_rgb(image)
+            file.seek(24)  # where a PNG tells its bits
+            return to_rgb(image, bits=int.from_bytes(file.read(1), "big"))
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -632,18 +652,27 @@ def load_image(source):
         raise UserError(f"a picture that can't be read ({type(error).__name__}: {fault})") from error
 
 
-def to_rgb(image):
-    """A picture of any mode, as Pillow opened it → RGB."""
+def to_rgb(image, bits):
+    """A picture of any mode, as Pillow opened it → RGB. `bits`, of each value, are known of a PNG only."""
     many_bits = image.mode.startswith(("I", "F"))
     deep = image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8  # in colors, too
     if (many_bits and image.format != "PNG") or deep:
         raise UserError("more than 8 bits, of a range that Pillow does not tell: save it as PNG")
+    # One color of a PNG may be transparent. Pillow tells it in the file's bits, but makes 8 of the pixels'.
+    color = image.info.get("transparency")
+    if image.format == "PNG" and color:
+        if image.mode == "L":
+            image.info["transparency"] = color * 255 // (2 ** bits - 1)
+        if image.mode == "RGB" and bits == 16:  # where several colors have become one
+            raise UserError("a transparent color of 16 bits, which Pillow does not keep: save it with alpha")
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # at EXIF that it can't read, or can't write back when the picture is turned
         pass
     if many_bits:  # in PNG 65,535 is white; Pillow alone would cut off at 255
-        image = Image.fromarray((np.asarray(image, np.int64) // 256).astype(np.uint8))
+        values = np.asarray(image, np.int64)
+        image = Image.fromarray((values // 256).astype(np.uint8))
+        image.putalpha(Image.fromarray(values != color).convert("L"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[1] > 0:  # else nothing would be seen: some programs save so
@@ -656,7 +685,7 @@ def to_rgb(image):
 PUBLISHED = {  # (folder below OUT/data, data file, pictures, the commands that fetch them)
     1: ("llava-cc3m-595k", "chat.json", "images.zip",
         "hf download liuhaotian/LLaVA-CC3M-Pretrain-595K chat.json images.zip "
-        "--repo-type dataset --local-dir {0}"),
+        "--repo-type dataset --local-dir {0}  (595,375 pictures, several GB)"),
     2: ("llava-instruct-150k", "llava_instruct_150k.json", "train2017.zip",
         "hf download liuhaotian/LLaVA-Instruct-150K llava_instruct_150k.json "
         "--repo-type dataset --local-dir {0}  and COCO's pictures, 19 GB:  "
@@ -666,16 +695,9 @@ PUBLISHED = {  # (folder below OUT/data, data file, pictures, the commands that 
 
 def published_data(stage, out):
     """(data file, zip of pictures) below `out`. UserError, with how to fetch them, if one is missing."""
-    name, data, images, _ = PUBLISHED[stage]
-    data, images = Path(out, "data", name, data), Path(out, "data", name, images)
-    if not (data.is_file() and images.is_file()):
-        raise UserError(how_to_fetch(stage, out))
-    return data, images
-
-
-def how_to_fetch(stage, out):
-    """What to do where there is no data for a stage, in one line."""
     name, data, images, commands = PUBLISHED[stage]
     folder = Path(out, "data", name)
-    return (f"name data of your own with --data, or fetch {data} and {images} into {folder}:  "
-            + commands.format(shlex.quote(str(folder))))
+    if not ((folder / data).is_file() and (folder / images).is_file()):
+        raise UserError(f"name data of your own with --data, or fetch {data} and {images} into {folder}:  "
+                        + commands.format(shlex.quote(str(folder))))
+    return folder / data, folder / images

@@ -73,6 +73,8 @@ def write_answer(model, f, question, options):
             print(whole_words[len(shown):], end="", flush=True)
             shown = whole_words
     print(text[len(shown):] if text.startswith(shown) else f"\n{text}")
+    if ids[-1] != model.tokenizer.eos_token_id:
+        note(f"the answer was cut off after {len(ids)} tokens")
     return text
 
 
@@ -92,11 +94,8 @@ def chat(model, f, options):
         question = line.strip()
         if not question and on_terminal:
             return
-        if not question:
-            note("an empty line was skipped")
-            continue
         if not data.is_text(question):
-            note("a line that is not UTF-8 text was skipped")
+            note("an empty or unreadable line was skipped")
             continue
         note_unknown_words(model, question)
         if not fits(model, question):
@@ -135,8 +134,8 @@ def evaluate_file(args, checkpoint):
     """`--data`: evaluate a checkpoint on a data file. The results are left beside the checkpoint."""
     stage = lmeye.read_adapter(checkpoint)[0]
     pictures = data.open_pictures(args.data, args.images)
-    records, skipped = data.read_records(args.data, pictures, stage, answered=False)
-    noted = Counter()  # records that are shortened
+    noted = Counter()  # what is used, but not as it stands
+    records, skipped = data.read_records(args.data, pictures, stage, False, noted)
     model, _ = load_trained(checkpoint, args.llm, args.clip, args.precision)
     features = checkpoint.resolve().parent.parent / "features"  # where train.py keeps them, too
     dataset = data.encode(model, records, skipped, pictures, features, noted)
@@ -156,8 +155,8 @@ def evaluate(model, dataset, folder, max_batch_tokens=4096):
     if len(set(data.first_copies(dataset))) == 1:
         note("of one picture no other can be shown, so blind sees it as well")
     lines = [answer_line(model, record) for record in dataset.records]
-    clip = predict(model, dataset, lines, False, max_batch_tokens)
-    blind_clip = predict(model, dataset, lines, True, max_batch_tokens)
+    clip, n_cut_off = predict(model, dataset, lines, False, max_batch_tokens)
+    blind_clip, _ = predict(model, dataset, lines, True, max_batch_tokens)
     scores = summarize(dataset, lines, clip, blind_clip)
 
     # Both files are written before anything is printed: a broken pipe loses nothing.
@@ -166,7 +165,9 @@ def evaluate(model, dataset, folder, max_batch_tokens=4096):
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     lmeye.write_atomically(folder / "answers.jsonl", text.encode("utf-8", "backslashreplace"))
     lmeye.write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
-    print_table(scores, model.settings.variant)
+    print(*table_lines(scores, model.settings.variant), sep="\n")
+    if n_cut_off:
+        print(f"  {n_cut_off:,} answers were cut off, at {MAX_TOKENS} tokens or the end of the context")
     print(f"  {folder}/: answers.jsonl, scores.json")
     return scores
 
@@ -186,9 +187,10 @@ def predict(model, dataset, lines, blind, max_batch_tokens):
     """Let a model speak about all records; if `blind`, about other pictures than theirs.
 
     Fills in their lines: the answer (with choices, the likeliest), whether it is right, log p of each choice.
-    Returns the CLIPScores of captions, {row of the Dataset: score}.
+    Returns the CLIPScores of captions, {row of the Dataset: score}, and how many texts were cut off.
     """
-    clip, shown = {}, data.shuffled(dataset) if blind else dataset
+    clip, n_cut_off = {}, 0
+    shown = data.shuffled(dataset) if blind else dataset
     name, prefix = ("blind", "blind_") if blind else ("answer", "")
     for rows in tqdm(batches_by_length(model, dataset, max_batch_tokens), desc=name, disable=None):
         records, f = [dataset.records[i] for i in rows], shown.f(rows)
@@ -202,13 +204,21 @@ def predict(model, dataset, lines, blind, max_batch_tokens):
                 for choice, value in zip(lines[i]["choices"], values):
                     choice[prefix + "logp"] = value
         else:
-            texts = model.generate(f, questions, max_tokens=MAX_TOKENS)
+            texts, ended = answer_all(model, f, questions)
+            n_cut_off += ended.count(False)
         if questions is None:  # a caption is compared with the record's own picture, also when blind
             clip |= zip(rows, clip_scores(model, dataset.f(rows), texts))
         for i, text in zip(rows, texts):
             lines[i][name] = text
             lines[i][prefix + "right"] = is_right(model, dataset.records[i], text)
-    return clip
+    return clip, n_cut_off
+
+
+def answer_all(model, f, questions):
+    """f (B, C) and B questions, or None → (B answers, whether each ended by itself)."""
+    tokens = torch.stack(list(model.stream(f, questions, MAX_TOKENS)), 1)  # (B, T)
+    ended = (tokens == model.tokenizer.eos_token_id).any(1)
+    return [model.decode(ids) for ids in tokens.tolist()], ended.tolist()
 
 
 def batches_by_length(model, dataset, max_batch_tokens):
@@ -285,16 +295,20 @@ def summarize(dataset, lines, clip, blind_clip):
         elif i in clip:
             scores["CLIPScore"].append((picture, clip[i], blind_clip[i]))
 
-    rows = {}
-    for name in sorted(scores, key=lambda name: (name in ("all", *OWN_ROWS), name)):
-        unit, times = ("score", 1) if name == "CLIPScore" else ("percent", 100)
-        picture, seen, blind = np.array(scores[name], float).T
-        rows[name] = {"n": len(picture)}
-        for key, interval_key, values in ((unit, "interval", seen), ("blind", "blind_interval", blind)):
-            ends = interval(values, picture, is_share=unit == "percent")
-            rows[name][key] = times * values.mean()
-            rows[name][interval_key] = ends and [times * end for end in ends]
-    return rows
+    names = sorted(scores, key=lambda name: (name in ("all", *OWN_ROWS), name))
+    return {name: table_row(scores[name], is_share=name != "CLIPScore") for name in names}
+
+
+def table_row(scores, is_share=True):
+    """(picture, score, score when blind) of R records → their means with intervals, of shares in percent."""
+    unit, times = ("percent", 100) if is_share else ("score", 1)  # CLIPScore is no share of anything
+    picture, seen, blind = [np.array(column) for column in zip(*scores)]
+    row = {"n": len(picture)}
+    for key, interval_key, values in ((unit, "interval", seen), ("blind", "blind_interval", blind)):
+        ends = interval(values, picture, is_share)
+        row[key] = times * values.mean()
+        row[interval_key] = ends and [times * end for end in ends]
+    return row
 
 
 def interval(scores, picture, is_share):
@@ -317,15 +331,17 @@ def interval(scores, picture, is_share):
     return max(0.0, middle - half), min(1.0, middle + half)  # at the ends but for rounding
 
 
-def print_table(scores, variant):
-    print(f"{'':20}{variant:>22}{'blind':>22}{'records':>9}   (95% intervals; – below 10 pictures)")
-    for name, row in scores.items():
+def table_lines(rows, title):
+    """{name: its `table_row`} → a table as lines of text."""
+    lines = [f"{'':20}{title:>22}{'blind':>22}{'records':>9}   (95% intervals; – below 10 pictures)"]
+    for name, row in rows.items():
         unit, digits, sign = ("percent", 1, "%") if "percent" in row else ("score", 3, "")
         cells = ""
         for value, ends in ((row[unit], row["interval"]), (row["blind"], row["blind_interval"])):
             between = "–".join(f"{end:.{digits}f}" for end in ends) if ends else "–"
             cells += f"{value:.{digits}f}{sign} ({between})".rjust(22)
-        print(f"{lmeye.printable(name):20}{cells}{row['n']:9,}")
+        lines.append(f"{lmeye.printable(name):20}{cells}{row['n']:9,}")
+    return lines
 
 
 def set_aside(path):
@@ -398,7 +414,11 @@ def load_trained(checkpoint, llm=None, clip=None, precision=None):
             name = f"{kind}{colon}{out.parent / folder}"
         setattr(settings, field, name)
     settings.precision = precision or settings.precision
-    model = LMEye.from_settings(settings)
+    try:
+        model = LMEye.from_settings(settings)
+    except UserError as error:
+        where = f"{checkpoint} names its models, which were looked for here and in {out.parent}"
+        raise UserError(f"{error}. {where}: say with --llm and --clip where they are now") from error
     return model, model.load(checkpoint)
 
 

@@ -486,10 +486,10 @@ def train_stage(args, settings, home, folder, init):
     """Train one stage in `folder`, from the adapter `init` or None, and evaluate it."""
     path, images, val_path, val_images = data_of(args, settings.preset)
     pictures, noted = data.open_pictures(path, images), Counter()
-    records, skipped = data.read_records(path, pictures, args.stage)  # most mistakes are told here
+    records, skipped = data.read_records(path, pictures, args.stage, noted=noted)  # most mistakes end here
     if val_path:
         val_pictures = data.open_pictures(val_path, val_images)
-        val_records, val_skipped = data.read_records(val_path, val_pictures, args.stage)
+        val_records, val_skipped = data.read_records(val_path, val_pictures, args.stage, noted=noted)
 
     torch.manual_seed(args.seed)
     model = LMEye.from_settings(settings)

@@ -249,7 +249,8 @@ def test_the_users_commands_write_nothing_but_their_notes_to_the_standard_error(
     process = subprocess.run([sys.executable, *strict], cwd=trained, text=True, capture_output=True,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
     answers = f"answers: {made(tmp_path, 'stage2') / CHECKPOINT}\n"
-    assert process.stderr == answers * 2 + "data: 12 records to evaluate\n" and process.returncode == 0
+    notes = [line for line in process.stderr.splitlines(True) if not line.startswith("note: the answer was cut")]
+    assert "".join(notes) == answers * 2 + "data: 12 records to evaluate\n" and process.returncode == 0
 
 
 def test_a_new_run_beside_a_complete_one_is_what_resume_goes_on_with(trained, tmp_path):
@@ -295,10 +296,10 @@ def test_an_adapter_names_its_models_and_only_the_newest_of_stage_2_answers_by_i
             shutil.copytree(made(home / "out", "stage2"), made(home / "out", name))
         os.utime(made(home / "out", name) / CHECKPOINT, (time.time() + 100 + later,) * 2)
     here = asks(RED, QUESTION, cwd=home)
-    assert here.stderr == f"answers: out/llm+clip/stage2/{CHECKPOINT}\n" and here.stdout.strip()
+    assert here.stderr.startswith(f"answers: out/llm+clip/stage2/{CHECKPOINT}\n") and here.stdout.strip()
     assert asks(home / RED, QUESTION, "--out", home / "out", cwd=tmp_path).stdout == here.stdout
     own = asks(home / RED, QUESTION, "--checkpoint", CHECKPOINT, cwd=made(home / "out", "stage2"))
-    assert own.stdout == here.stdout and own.stderr == f"answers: {CHECKPOINT}\n"
+    assert own.stdout == here.stdout and own.stderr.startswith(f"answers: {CHECKPOINT}\n")
 
 
 def test_a_folder_that_is_not_there_is_told_at_once(trained, tmp_path, monkeypatch):

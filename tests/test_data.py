@@ -31,6 +31,7 @@ def save_picture(path, color="red", size=(40, 30)):
 def encode(model, records, folder, features=None):
     """→ (Dataset, what was skipped, what was noted), of pictures in a folder."""
     skipped, noted = Counter(), Counter()
+    features = features or folder / "features"
     return data.encode(model, records, skipped, Pictures(folder), features, noted), skipped, noted
 
 
@@ -71,7 +72,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted_with_the_name_of_
 
 def test_a_picture_that_comes_back_is_used_again_and_the_others_are_not_encoded_anew(tmp_path, monkeypatch):
     """A file on a network may have been away: its size and time of change are as before."""
-    model, calls, real = tiny_model(), [], data.load_image
+    model, calls, real = tiny_model(), [], data.decode_image
     for color in ("red", "green", "blue"):
         save_picture(tmp_path / f"{color}.jpg", color)
     records = [Record(f"{color}.jpg", (), "red") for color in ("red", "green", "blue")]
@@ -85,17 +86,17 @@ def test_a_picture_that_comes_back_is_used_again_and_the_others_are_not_encoded_
         calls.append(file.name)
         return real(file)
 
-    monkeypatch.setattr(data, "load_image", away)
+    monkeypatch.setattr(data, "decode_image", away)
     first, skipped, _ = encode(model, records, tmp_path, tmp_path / "features")
     assert [r.image for r in first.records] == ["red.jpg", "blue.jpg"] and skipped == {"away, as green.jpg": 1}
     before = np.array(first.features)
-    monkeypatch.setattr(data, "load_image", counted)
+    monkeypatch.setattr(data, "decode_image", counted)
     for times in (1, 1):  # the second time from the file
         whole, skipped, _ = encode(model, records, tmp_path, tmp_path / "features")
         assert len(whole.records) == 3 and np.isfinite(whole.features).all() and not skipped
         assert len(calls) == times and calls[0].endswith("green.jpg")
     assert np.array_equal(whole.features[[0, 2]], before[[0, 2]])
-    alone = model.encode_image(model.preprocess(real(tmp_path / "green.jpg"))[None])
+    alone = model.encode_image(model.preprocess(data.load_image(tmp_path / "green.jpg"))[None])
     torch.testing.assert_close(whole.f([1]), alone, rtol=2e-3, atol=2e-3)
 
 
@@ -159,8 +160,11 @@ def test_whatever_stands_beside_a_picture_its_copies_have_equal_features(tmp_pat
     model, names = tiny_model(), [f"{i}.png" for i in range(40)]
     for i, name in enumerate(names):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / name)
-    found = [data.encode_images(model, Pictures(tmp_path), names[i:])[0] for i in (0, 1, 24, 33, 37, 38, 39)]
-    assert len({features[-1].tobytes() for features in found}) == 1
+    found = set()
+    for i in (0, 1, 24, 33, 37, 38, 39):
+        features, _ = data.encode_images(model, Pictures(tmp_path), names[i:], tmp_path / "features")
+        found.add(features[-1].tobytes())
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("wrong", (float("nan"), float("inf"), 1e6))

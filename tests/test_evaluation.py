@@ -32,10 +32,14 @@ def dataset(model, records, seed=2):
 def evaluate(model, some, folder, capsys, answer=None, **options):
     """(scores, lines of answers.jsonl, printed rows {name: words}). `answer` is what the model says, given a
     question or None, and the feature of the picture that is shown."""
-    if answer:
-        model.generate = lambda f, questions, **_: [
-            answer(question, row) for question, row in zip(questions or [None] * len(f), f.tolist())]
-    scores = sample.evaluate(model, some, folder, **options)
+    def answer_all(model, f, questions):
+        pairs = zip(questions or [None] * len(f), f.tolist())
+        return [answer(question, row) for question, row in pairs], [True] * len(f)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if answer:
+            patch.setattr(sample, "answer_all", answer_all)
+        scores = sample.evaluate(model, some, folder, **options)
     assert json.loads((folder / "scores.json").read_text()) == scores
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
     printed = capsys.readouterr().out.splitlines()
@@ -171,7 +175,8 @@ def test_what_was_seen_stands_before_what_is_right_when_blind_with_their_interva
 def test_blind_is_shown_another_picture_and_judged_on_its_own(monkeypatch, tmp_path):
     model, shown, judged = tiny_model(), [], []
     some = dataset(model, [Record(f"{i}.jpg", (), "x") for i in range(6)])
-    monkeypatch.setattr(model, "generate", lambda f, *_, **__: shown.append(f) or ["red"] * len(f))
+    monkeypatch.setattr(sample, "answer_all",
+                        lambda model, f, _: shown.append(f) or (["red"] * len(f), [True] * len(f)))
     monkeypatch.setattr(sample, "clip_scores", lambda model, f, texts: judged.append(f) or [0.5] * len(f))
     sample.evaluate(model, some, tmp_path / "e")
     assert torch.equal(shown[0], judged[0]) and torch.equal(judged[0], judged[1])
@@ -262,6 +267,21 @@ def test_files_are_there_when_the_table_can_no_longer_be_printed(monkeypatch, tm
         sample.evaluate(model, some, tmp_path / "e")
     assert len((tmp_path / "e/answers.jsonl").read_text().splitlines()) == 3
     assert "all" in json.loads((tmp_path / "e/scores.json").read_text())
+
+
+def test_answers_that_were_cut_off_are_counted_below_the_table(tmp_path, capsys, monkeypatch):
+    """Of the picture's own answers: what is right among them may be a matter of length."""
+    model, eos = tiny_model(), tiny_model().tokenizer.eos_token_id
+    some = dataset(model, [Record(f"{i}.jpg", ("what?",), "red") for i in range(5)])
+    for lengths, told in (([3, 64, 70, 63, 9], 2), ([3, 4, 5, 63, 9], 0)):  # tokens of each until its eos
+        def stream(f, questions, max_tokens):
+            for t in range(max_tokens):
+                yield torch.tensor([5 if t < length else eos for length in lengths])
+
+        monkeypatch.setattr(model, "stream", stream)
+        sample.evaluate(model, some, tmp_path / "e")
+        out = capsys.readouterr().out
+        assert (f"  {told} answers were cut off, at 64 tokens" in out) == ("cut off" in out) == (told > 0)
 
 
 def test_of_one_picture_blind_is_no_control_and_that_is_told(tmp_path, capsys):

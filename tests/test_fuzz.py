@@ -8,14 +8,14 @@ import random
 
 import pytest
 from conftest import tiny_model
-from test_formats import CHAT, jpeg, write_zip
+from test_formats import CHAT, jpeg, turns, write_zip
 
 import data
 from lmeye import UserError
 
 CASES = int(os.environ.get("LMEYE_FUZZ", 1000))
 JUNK = (None, True, -1, 0, 1e308, "", "\0", "../../etc/passwd", "\x1b[2J", "\ud800", [], {}, [[]], {"a": 1}, "x" * 5000)
-RECORDS = [{"id": "1", "image": "1.jpg", "conversations": CHAT * 2, "category": "cat"},
+RECORDS = [{"id": "1", "image": "1.jpg", "conversations": CHAT + turns("Why?", "So."), "category": "cat"},
            {"image": "2.jpg", "question": "What?", "answer": "red", "choices": [["red", "blue"]]},
            {"image": "1.jpg", "caption": "red", "conversations": CHAT}, {"image": "2.jpg", "caption": "A dog."}]
 
@@ -76,7 +76,7 @@ def test_any_input_is_read_or_left_out_and_counted_or_told_in_one_line(tmp_path,
             pictures = data.open_pictures(tmp_path / "data.json", tmp_path / "case.zip" if kind == "archives" else None)
             records, skipped = data.read_records(tmp_path / "data.json", pictures, stage, answered)
             assert all(record.answer or not answered for record in records)
-            some = data.encode(model, records, skipped, pictures)
+            some = data.encode(model, records, skipped, pictures, tmp_path / f"features{seed}")
             f, tokens = some.batch(range(len(some.records)))
             assert f.isfinite().all() and 0 < len(f) == len(tokens.answer) <= len(records)
             json.dumps([(record.id, record.image) for record in some.records] + list(skipped))

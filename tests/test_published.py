@@ -8,7 +8,6 @@ import tarfile
 import unicodedata
 import zipfile
 
-import numpy as np
 import pytest
 from conftest import fails_in_one_line, run
 from PIL import Image
@@ -150,7 +149,7 @@ def vcr(**changes):
 
 def test_vcr_counts_objects_from_zero_and_asks_for_answer_and_rationale(tmp_path):
     lines = [vcr(), {k: v for k, v in vcr().items() if "label" not in k},
-             vcr(question=["Who", "is", [7], "?"])]
+             vcr(question=["Who", "is", [7], "?"]), [1]]
     path = write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, lines)) + "\nnot json\n")
     records, skips = converted("vcr", path)
     question = "Why is person 1 pointing at person 2 and chair 3?"
@@ -161,7 +160,7 @@ def test_vcr_counts_objects_from_zero_and_asks_for_answer_and_rationale(tmp_path
         "conversations": [{"from": who, "value": text} for who, text in turns],
         "choices": [["No.", answer, "A", "B"], ["C", "D", "person 2 does n't know.", "E"]]}]
     assert skips == {"no label": 1, "a text that names an object which is not in the picture": 1,
-                     "a line is not JSON": 1}
+                     "a line that is not JSON": 1, published.MALFORMED: 1}
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -200,7 +199,7 @@ def test_lmeyes_own_data_as_its_authors_published_it(tmp_path):
         {"image_id": "6", "questions": ["What?"]},
         {"image_id": 7, "caption": "A dog.", "questions": [], "category": "pets"},
         {"image_id": "8.PNG", "questions": ["Question: What?", "Answer: That"]}, {"image_id": "9"}])
-    names = ("2.jpg", "sub/3.png", "4.jpeg")
+    names = ("2.jpg", "sub/3.png", "4.JPEG")
     for name in names:
         (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pictures" / name).write_bytes(b"a picture")
@@ -211,13 +210,14 @@ def test_lmeyes_own_data_as_its_authors_published_it(tmp_path):
         records, skips = converted("release", path, "--images", place)
         assert [(r["image"], pairs(r)) for r in records] == [
             ("2.jpg", [("What?", "A cat."), ("Where?", "Here: there.")]), ("sub/3.png", [("Who?", "A cat")]),
-            ("4.jpeg", [("Found?", "Yes")]), ("000000000007.jpg", []), ("8.PNG", [("What?", "That")])]
+            ("4.JPEG", [("Found?", "Yes")]), ("000000000007.jpg", []), ("8.PNG", [("What?", "That")])]
         assert skips == {"a text that is not a question with its answer": 4, "no such picture in --images": 1,
                          "no question with its answer": 1, published.MALFORMED: 1}
     assert [r.get("caption") for r in records] == ["A cat.", None, None, "A dog.", None]
     assert [r.get("category") for r in records] == [None, None, None, "pets", None]
     assert [r["image"] for r in converted("release", path)[0]][:4] == ["2.jpg", "sub/3.jpg", "4.jpg", "5.jpg"]
     assert refused("neither a folder nor a whole zip", "release", path, "--images", path)
+    assert refused("broken JSON, or cut off", "release", write(tmp_path / "cut.json", path.read_text()[:-9]))
 
 
 # ---- WebDataset --------------------------------------------------------------------------------------------
@@ -368,18 +368,19 @@ def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path):
     assert len(converted("vqa", marked)[0]) == 2
 
 
-def test_a_key_that_is_twice_in_one_object_is_counted(tmp_path):
+def test_a_record_with_a_key_twice_is_left_out_and_counted(tmp_path):
     path = write(tmp_path / "q.json",
                  json.dumps(ASKED).replace('"image_id": 42', '"image_id": 41, "image_id": 42'))
     records, skips = converted("vqa", path)
-    assert len(records) == 2 and skips == {"a key that is twice in one object: its last value is taken": 1}
+    assert [record["id"] for record in records] == [43000] and skips == {published.MALFORMED: 1}
 
 
 def test_a_result_is_written_where_it_is_told_and_reasons_come_most_frequent_first(tmp_path):
     rows = [vcr(answer_label=9), vcr(img_fn=None), vcr(img_fn=None), vcr(img_fn="für\u2028.jpg")]
     result = run("published.py", "vcr", write_lines(tmp_path / "val.jsonl", rows), "--out",
                  tmp_path / "out.jsonl")
-    assert not result.stdout and result.stderr == "2 × no picture\n1 × a label that is none of the choices\n"
+    assert not result.stdout and result.stderr == (
+        "2 × no picture, or a name that is no text\n1 × a label that is none of the choices\n")
     assert [json.loads(line)["image"]
             for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["für\u2028.jpg"]
 
@@ -400,7 +401,7 @@ def scored(command, *files):
     assert result.returncode == 0, result.stderr
     rows = {}
     for line in result.stdout.splitlines()[1:]:
-        number, score, _, blind, _ = line[20:].replace("no interval", "none").split()
+        score, _, blind, _, number = line[20:].replace("%", "").split()
         rows[line[:20].strip()] = (int(number), float(score), float(blind))
     return rows, counted(result)
 
@@ -542,13 +543,11 @@ def test_answer_and_rationale_of_one_question_have_to_be_right_together(tmp_path
 # ---- Intervals and results files ---------------------------------------------------------------------------
 
 
-def test_bootstrap_equals_the_normal_interval_of_many_coins_and_knows_that_records_of_a_picture_go_together():
-    n, coins = 2000, (np.random.default_rng(1).random(2000) < 0.3).astype(float)
-    half = 1.96 * np.sqrt(coins.mean() * (1 - coins.mean()) / n)
-    low, high = published.bootstrap_interval(coins, range(n))
-    assert (coins.mean() - low, high - coins.mean()) == pytest.approx((half, half), rel=0.1)
-    assert published.bootstrap_interval(np.repeat(coins, 5),
-                                        np.repeat(np.arange(n), 5)) == pytest.approx((low, high))
+def test_intervals_are_those_of_an_evaluations_own_table(tmp_path):
+    """Wilson's, by pictures: twenty answers about ten, all right and all wrong when blind."""
+    rows = [chosen(str(i), f"{i % 10}.jpg", ["?"], RIGHT, (1, 1, 1, 1), blind=WRONG) for i in range(20)]
+    out = run("published.py", "score-vcr", write_lines(tmp_path / "answers.jsonl", rows)).stdout
+    assert "100.0% (72.2–100.0)" in out and "0.0% (0.0–27.8)" in out
 
 
 def test_of_fewer_than_ten_pictures_no_interval_is_printed(tmp_path):
@@ -556,7 +555,7 @@ def test_of_fewer_than_ten_pictures_no_interval_is_printed(tmp_path):
         rows = [chosen(str(i), f"{i % pictures}.jpg", ["?"], (RIGHT, WRONG)[i % 2], (1, 1, 1, 1))
                 for i in range(40)]
         result = run("published.py", "score-vcr", write_lines(tmp_path / "answers.jsonl", rows))
-        assert ("50.0 (no interval)" in result.stdout) == (pictures < 10)
+        assert ("50.0% (–)" in result.stdout) == (pictures < 10)
 
 
 def test_vqas_results_file_has_every_question_once(tmp_path):

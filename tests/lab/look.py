@@ -294,7 +294,7 @@ def draw_sheet(cells, images, columns=4, size=192):
     canvas = ImageDraw.Draw(page)
     for i, ((image, _), lines) in enumerate(zip(cells, below)):
         x, y = 20 + i % columns * width, 10 + i // columns * height
-        picture = data.load_image(pictures.open(image))
+        picture = data.decode_image(pictures.open(image))
         page.paste(ImageOps.pad(picture, (size, size), color="white"), (x, y))
         for k, (line, color) in enumerate(lines):
             canvas.text((x, y + size + 4 + 16 * k), line, color, FONT)

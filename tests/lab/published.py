@@ -27,7 +27,6 @@ import re
 import sys
 import tarfile
 import unicodedata
-import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -35,13 +34,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lmeye import UserError, printable
+from data import ENDINGS, MALFORMED, MAX_BYTES, Pictures, is_text, read_json, read_object, read_text
+from lmeye import UserError, printable, run_main
+from sample import table_lines, table_row
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
-           ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
-MAX_BYTES = 100_000_000  # of one file in a shard
-MIN_PICTURES = 10  # drawing from fewer with replacement tells nothing about other pictures
-MALFORMED = "a record that lacks a field, or has one of another type"
 # What reading a malformed record raises:
 MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError)
 
@@ -49,60 +45,35 @@ MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, Overfl
 # ---- Reading files: `skips` is a Counter, {why something was left out: how often} --------------------------
 
 
-def read_text(path):
-    """The text of a UTF-8 file. UserError if it is not there, is not UTF-8, or is a git-lfs pointer."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{path}: no such file")
-    content = Path(path).read_bytes()
-    if content.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a git-lfs pointer, not the file: run  git lfs pull  in its folder")
+def parse(text):
+    """JSON → its value; None if it is none, and in the place of an object that holds a key twice."""
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text at byte {error.start:,}: save it as UTF-8") from error
-
-
-def parse(text, skips):
-    """JSON → its value, None if it is none. Of a key that an object holds twice, Python takes the last value
-    without a word; here it is counted."""
-    def to_dict(pairs):
-        if len(dict(pairs)) < len(pairs):  # two of them had one key
-            skips["a key that is twice in one object: its last value is taken"] += 1
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=to_dict)
+        return json.loads(text, object_pairs_hook=read_object)
     except (ValueError, RecursionError):
         return None
 
 
-def read_lines(path, skips):
-    """JSON Lines → [(number of the line, its value, None if it is not JSON), …]"""
-    lines = enumerate(read_text(path).split("\n"), 1)  # other separators may stand inside a text
-    return [(number, parse(line, skips)) for number, line in lines if line.strip()]
-
-
-def read_tables(path, names, advice, skips):
+def read_tables(path, names, advice):
     """A JSON object that holds lists under `names`, as COCO's and VQA's files do. UserError if it is none."""
-    content = parse(read_text(path), skips)
+    content = parse(read_text(path))
     for name in names:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise UserError(f'{path}: is cut off, or has no list "{name}": {advice}')
     return content
 
 
-def read_coco(path, skips):
+def read_coco(path):
     advice = "take COCO's captions_….json (Karpathy's file mixes training and test pictures, and is not read)"
-    return read_tables(path, ("images", "annotations"), advice, skips)
+    return read_tables(path, ("images", "annotations"), advice)
 
 
-def read_vqa(questions, annotations, skips):
+def read_vqa(questions, annotations):
     """VQA's two files, of which one may be None → (their split, questions, annotations). UserError if they
     are of two splits, whose ids have nothing to do with each other."""
     splits, rows = {}, {"questions": [], "annotations": []}
     for path, name in ((questions, "questions"), (annotations, "annotations")):
         if path:
-            content = read_tables(path, [name], f"take VQA's file of {name}", skips)
+            content = read_tables(path, [name], f"take VQA's file of {name}")
             split = str(content.get("data_subtype", "val2014"))
             splits[split.replace("-dev", "")] = path  # the pictures of test-dev2015 are those of test2015
             rows[name] = content[name]
@@ -138,10 +109,8 @@ def convert(rows, to_record, skips):
     for row in rows:
         try:
             record = to_record(row)
-            if record["image"] is None or record["image"] == "":
-                raise UserError("no picture")
             if not is_text(record["image"]):
-                raise UserError("a picture's name that is no text")
+                raise UserError("no picture, or a name that is no text")
             if not all(is_text(record.get(field, "none")) for field in ("caption", "question", "answer")):
                 raise UserError("an empty or unreadable text")
             records.append(record)
@@ -152,11 +121,6 @@ def convert(rows, to_record, skips):
     return records
 
 
-def is_text(value):
-    """Whether a value is text that says something. (JSON can hold halves of characters, which do not.)"""
-    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="ignore").decode()
-
-
 def conversation(turns):
     """[question, answer, …] → the same as LLaVA writes it."""
     return [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
@@ -164,7 +128,7 @@ def conversation(turns):
 
 def convert_coco(captions, skips):
     """COCO's captions → a record each, whose id is the image_id: https://cocodataset.org/#format-data"""
-    content = read_coco(captions, skips)
+    content = read_coco(captions)
     images = index(content["images"], "id", skips)
 
     def to_record(row):
@@ -182,12 +146,13 @@ def convert_vqa(questions, annotations, skips):
     most annotators gave. Questions without annotations, as in the test split, have no answer in their record.
     Format: https://visualqa.org/download.html. The picture's name is made of the split and the image_id.
     """
-    split, question_rows, annotation_rows = read_vqa(questions, annotations, skips)
+    split, question_rows, annotation_rows = read_vqa(questions, annotations)
     asked = index(question_rows, "question_id", skips)
     annotated = index(annotation_rows, "question_id", skips)
     skips["an answer without its question"] += len(annotated.keys() - asked.keys())
 
     def to_record(row):
+        # COCO's own name of the picture, which no field tells.
         record = {"image": f"COCO_{split}_{row['image_id']:012d}.jpg", "question": row["question"]}
         annotation = annotated.get(str(row["question_id"]))
         if annotation:
@@ -219,9 +184,7 @@ def convert_vcr(file, skips):
         record = {"image": row["img_fn"], "conversations": conversation(turns), "choices": all_choices}
         return record | {"id": str(row.get("annot_id", ""))}
 
-    rows = [row for _, row in read_lines(file, skips)]
-    skips["a line is not JSON"] += rows.count(None)
-    return convert([row for row in rows if row is not None], to_record, skips)
+    return convert(read_json(file, skips), to_record, skips)
 
 
 def render(words, objects):
@@ -251,10 +214,7 @@ def convert_release(file, images, skips):
     "Question: …" and "Answer: …" in turn, but some lists begin in mid-caption. A picture is named without its
     ending, which is looked for in `images`, a folder or zip archive. (Format: as seen in the published file.)
     """
-    names = picture_names(images) if images else None
-    items = parse(read_text(file), skips)
-    if not isinstance(items, list):
-        raise UserError(f"{file}: is cut off, or holds no JSON list: take LMEye's data as it was published")
+    pictures = Pictures(images) if images else None
 
     def to_record(item):
         turns, question = [], ""
@@ -273,33 +233,23 @@ def convert_release(file, images, skips):
         if isinstance(name, int):
             name = f"{name:012d}.jpg"  # as COCO names its pictures
         elif is_text(name) and not name.lower().endswith(ENDINGS):
-            name = names.get(name) if names is not None else name + ".jpg"
-            if name is None:
-                raise UserError("no such picture in --images")
+            name = with_ending(name, pictures) if pictures else name + ".jpg"
         record = {"caption": caption, "conversations": conversation(turns), "category": item.get("category")}
         return {"image": name} | {field: value for field, value in record.items() if value}
 
-    return convert(items, to_record, skips)
+    return convert(read_json(file, skips), to_record, skips)
 
 
-def picture_names(images):
-    """A folder or a zip archive, whose single top folder may be left out → {name without ending: name}."""
-    try:
-        if os.path.isdir(images):
-            names = [path.relative_to(images).as_posix() for path in Path(images).rglob("*")]
-        else:
-            names = zipfile.ZipFile(images).namelist()
-            tops = {name.partition("/")[0] for name in names} - {"__MACOSX"}
-            if len(tops) == 1:
-                names += [name.partition("/")[2] for name in names]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{images}: is neither a folder nor a whole zip archive ({error})") from error
-    found = {}
-    for name in names:
-        stem, ending = os.path.splitext(name)
-        if ending.lower() in ENDINGS:
-            found[stem] = name
-    return found
+def with_ending(name, pictures):
+    """A picture's name without its ending → the name under which it is there. UserError if it is not."""
+    for ending in ENDINGS:
+        for candidate in (name + ending, name + ending.upper()):
+            try:
+                pictures.find(candidate)
+                return candidate
+            except UserError:  # it may have another ending
+                pass
+    raise UserError("no such picture in --images")
 
 
 def unpack_webdataset(shards, folder, skips):
@@ -324,7 +274,7 @@ def unpack_webdataset(shards, folder, skips):
             text = read_bytes(*texts[0]).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError("a text in a tar shard that is not UTF-8") from error
-        item = {"caption": text} if group["txt"] else parse(text, skips)
+        item = {"caption": text} if group["txt"] else parse(text)
         if not isinstance(item, dict) or not ("caption" in item or "conversations" in item):
             raise UserError("a .json in a tar shard that has neither a caption nor a conversation")
         if "caption" in item:
@@ -381,7 +331,8 @@ def read_bytes(path, name, offset, size):
 def read_answers(path):
     """answers.jsonl, which an evaluation leaves → a list of dicts. UserError if a line is no such answer."""
     rows = []
-    for number, row in read_lines(path, Counter()):
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
+        row = parse(line)
         try:
             texts = [row["id"], row["image"], row["answer"], row["blind"], *row["turns"]]
         except (KeyError, TypeError):
@@ -407,7 +358,8 @@ def score_vqa(answers, annotations, questions, skips):
     answer. With `questions`, only those count, and it is a UserError if something else was asked.
     """
     said = read_vqa_answers(answers)
-    _, question_rows, annotation_rows = read_vqa(questions, annotations, skips)
+    _, question_rows, annotation_rows = read_vqa(questions, annotations)
+    # It is the annotations that decide which questions count: an evaluation may have left some out.
     annotated = index(annotation_rows, "question_id", skips)  # one that is there twice is not to be scored
     if questions:
         texts = {str(row["question_id"]): row["question"] for row in question_rows}
@@ -475,7 +427,7 @@ def score_vcr(answers, skips):
     (QA→R), and of both (Q→AR, over the rationales asked for: an answer that was left out was not right). The
     likeliest choice is taken by the sum of its tokens' log p, and by its mean per token.
     """
-    columns, answered = defaultdict(list), {}
+    columns, answered = defaultdict(list), {}  # answered: whether each question's answer was right
     rows = [row for row in read_answers(answers) if row.get("choices")]
     for row in sorted(rows, key=lambda row: len(row["turns"])):  # answers before rationales
         if row["truth"] not in [choice["text"] for choice in row["choices"]]:
@@ -502,40 +454,18 @@ def likeliest(choices, logp, per_token):
 
 
 def table(columns):
-    """{name: [(picture, score, blind score), …]} → lines of a table in percent, with 95% intervals."""
+    """{row: [(picture, score, blind score), …]} → lines of a table like an evaluation's own. Its intervals
+    are those of shares; VQA's scores, which may be parts of 1, vary rather less."""
     if not columns:
         raise UserError("no answer could be scored: take the answers.jsonl of an evaluation on this data set")
-    lines = [f"{'':20}{'questions':>10}{'with the picture':>24}{'blind':>24}    (percent, 95% intervals)"]
-    for name, rows in sorted(columns.items()):
-        pictures, *both = zip(*rows)
-        line = f"{name:20}{len(rows):10,}"
-        for scores in both:
-            interval = bootstrap_interval(scores, pictures)
-            text = f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}" if interval else "no interval"
-            line += f"{100 * np.mean(scores):.1f} ({text})".rjust(24)
-        lines.append(line)
-    return lines
-
-
-def bootstrap_interval(scores, pictures, draws=1000):
-    """95% bootstrap interval of a mean → (low, high), None for fewer than MIN_PICTURES. Pictures are drawn
-    with replacement, all their scores with them: what is said about one picture goes together."""
-    number = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}  # each once
-    if len(number) < MIN_PICTURES:
-        return None
-    rows = [number[picture] for picture in pictures]
-    total, count = np.bincount(rows, scores), np.bincount(rows)
-    rng, means = np.random.default_rng(0), []
-    for _ in range(draws):
-        drawn = rng.integers(len(count), size=len(count))  # pictures
-        means.append(total[drawn].sum() / count[drawn].sum())
-    return tuple(np.percentile(means, (2.5, 97.5)))
+    rows = {name: table_row(columns[name]) for name in sorted(columns)}
+    return table_lines(rows, "answers")
 
 
 def results_vqa(answers, questions, skips):
     """VQA's results file, which has every question of the split: https://visualqa.org/evaluation.html"""
     said, results = read_vqa_answers(answers), {}
-    _, rows, _ = read_vqa(questions, None, skips)
+    _, rows, _ = read_vqa(questions, None)
     for row in rows:
         key = str(row["question_id"])
         skips["a question that was not answered"] += key not in said
@@ -547,7 +477,7 @@ def results_vqa(answers, questions, skips):
 def results_coco(answers, captions, skips):
     """COCO's results file, which has every picture of the split: https://cocodataset.org/#format-results"""
     said, results = {row["image"]: row["answer"] for row in read_answers(answers) if not row["turns"]}, {}
-    for row in read_coco(captions, skips)["images"]:
+    for row in read_coco(captions)["images"]:
         skips["a picture without a caption"] += row["file_name"] not in said
         results[row["id"]] = {"image_id": row["id"], "caption": said.get(row["file_name"], "")}
     return [json.dumps(list(results.values()))]
@@ -599,6 +529,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from lmeye import run_main
-
     run_main(main)
