@@ -306,8 +306,9 @@ def letters(text):
 def hold_out(dataset, most=500):
     """Set a tenth of the pictures aside with their records, always the same → (training, validation Dataset).
 
-    Copies of a picture stay together. Two pictures are set aside at least, for one could not be shuffled. Of
-    fewer than ten none is, and the second Dataset is None.
+    Copies of a picture, which are known by their equal features, stay together. (One that was saved anew, as a
+    JPEG or in another size, has other features and passes for another picture.) Two pictures are set aside at
+    least, for one could not be shuffled. Of fewer than ten none is, and the second Dataset is None.
     """
     copies = first_copies(dataset)
     distinct = np.unique(copies)
@@ -432,16 +433,16 @@ def read_folder(folder, skipped):
             skipped[reason] += n_others
         if not pictures and texts:
             skipped["a .txt without a picture beside it"] += len(texts)
-        elif pictures and len(texts) != 1:
-            skipped["a picture without a .txt beside it, or with two, as a.txt and a.TXT"] += len(pictures)
+        elif pictures and not texts:
+            skipped["a picture without a .txt beside it"] += len(pictures)
+        elif len(group) - n_others > 2:
+            skipped["a.jpg, a.png and a.txt, or two texts: which belongs to which?"] += len(pictures)
         elif pictures:
             try:
                 caption = read_text(texts[0])
+                items.append({"image": pictures[0].relative_to(folder).as_posix(), "caption": caption})
             except UserError:
-                skipped["a .txt that is no UTF-8 text"] += len(pictures)
-                continue
-            for path in pictures:
-                items.append({"image": path.relative_to(folder).as_posix(), "caption": caption})
+                skipped["a .txt that is no UTF-8 text"] += 1
     return items
 
 
@@ -631,7 +632,7 @@ def load_image(path):
 
 def decode_image(file):
     """A binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is transparent.
-    UserError if it can't be read, or is several pictures, as an animation and the pages of a TIFF are."""
+    (Color profiles are not applied, and CLIP's preprocessing sees the middle square only.) UserError if it can't be read, or is several pictures, as an animation and the pages of a TIFF are."""
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):

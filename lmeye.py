@@ -32,6 +32,7 @@ Trained: align 1.57 M, request 1.57 M, decompose 2.95 M, transmit 1.57 M and two
 """
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -46,6 +47,7 @@ import numpy as np
 import open_clip
 import safetensors.torch
 import torch
+import tokenizers
 import torch.nn.functional as F
 import transformers
 from PIL import Image
@@ -146,9 +148,11 @@ class LMEye(nn.Module):
         self.clip_text = getattr(clip, "text", clip)  # open_clip.CLIP has the text layers itself
         check_settings(self)
 
-        # The fixed words. bos stands where the LM's tokenizer writes one. CLIP's makes [SOS, EOS, 0 …] of "".
-        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
-        self.register_buffer("image_words", torch.tensor(bos + self.ids_of([IMAGE])[0]), persistent=False)
+        # The fixed words. What the LM's tokenizer writes before a text, as a rule [bos] or nothing, begins the
+        # prompt. CLIP's makes [SOS, EOS, 0 …] of "".
+        whole, image_words = tokenizer(IMAGE).input_ids, self.ids_of([IMAGE])[0]
+        before = whole[:whole.index(image_words[0])]
+        self.register_buffer("image_words", torch.tensor(before + image_words), persistent=False)
         self.register_buffer("answer_words", torch.tensor(self.ids_of([ANSWER])[0]), persistent=False)
         self.register_buffer("sos_eos", clip_tokenizer([""])[0, :2].clone(), persistent=False)
         self.to(llm.device)
@@ -171,7 +175,6 @@ class LMEye(nn.Module):
         self.context = context_length(llm)
         self.max_text_tokens = self.context - len(self.image_words) - P - Q - len(self.answer_words)
         self.n_token_ids = max(tokenizer.get_vocab().values()) + 1  # the LM's head may have more rows
-        self.identity = identity(self)  # by which a checkpoint knows its frozen models again
         self.to(llm.device).eval()
 
     # -- 1. See: the picture becomes a word of the language model
@@ -438,13 +441,45 @@ class LMEye(nn.Module):
         tensors = {name: p.detach().cpu() for name, p in self.adapter(stage).items()}
         write_atomically(path, safetensors.torch.save(tensors, {"lmeye": json.dumps(header)}))
 
+    @functools.cached_property
+    @torch.no_grad()
+    def identity(self):
+        """Numbers by which a checkpoint knows its frozen models again, {what: list}: two of each weight, and of
+        the frequencies that rotate positions; CLIP's activations; and what both models make of a picture and
+        of a text, for other settings may change that behind the same weights."""
+        weights = []
+        rotations = [p for name, p in self.llm.named_buffers() if name.endswith("inv_freq")]
+        functions = {type(module).__name__ for module in self.clip.modules()} & {"GELU", "QuickGELU"}
+        for p in (*self.llm.parameters(), *rotations, *self.clip.parameters()):
+            weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())
+        ramp = Image.linear_gradient("L")
+        picture = Image.merge("RGB", (ramp, ramp.rotate(90), Image.radial_gradient("L"))).resize((256, 128))
+        pixels = self.preprocess(picture)[None]
+        text = "Image: how many red things are there?\n3, or: none!"
+        ids = [*self.image_words.tolist(), *self.ids_of([text])[0], self.tokenizer.eos_token_id]
+        words = self.embed(torch.tensor([ids], device=self.device))
+        states, _ = self.run_llm(words, torch.ones_like(words[:, :, 0], dtype=torch.long))
+        text_feature = self.clip.encode_text(self.clip_tokenizer([text]).to(self.device))
+        return {"tokens": ids, "activation functions": list(" ".join(sorted(functions)).encode()),
+                "weights": torch.cat(weights).tolist(), "pixels": pixels[0, :, ::16, ::16].flatten().tolist(),
+                "picture features": self.encode_image(pixels)[0].tolist(),
+                "text features": text_feature[0].tolist(), "states": states[0, -1].tolist()}
+
     def load(self, path):
         """Load a checkpoint into this model → its stage. UserError if it belongs to other models."""
         stage, saved, theirs, tensors = read_adapter(path)
+        if theirs.keys() != self.identity.keys():
+            raise UserError(f"{path}: an earlier version of this program wrote it: train it again")
         for part, numbers in self.identity.items():
-            rounding = 0.01 if part in ("weights", "pixels") else 0  # bf16 here, perhaps, and fp32 there
-            same_size = len(theirs.get(part, ())) == len(numbers)
-            if not (same_size and np.allclose(theirs[part], numbers, rtol=rounding, atol=1e-6)):
+            numbers = np.array(numbers)
+            if len(theirs[part]) != len(numbers):
+                fits = False
+            elif part in ("picture features", "text features", "states"):  # half precision moves these
+                fits = np.linalg.norm(theirs[part] - numbers) < 0.1 * np.linalg.norm(numbers)
+            else:  # number by number: weights and pixels but for rounding to half precision
+                rounding = 0.01 if part in ("weights", "pixels") else 0
+                fits = np.allclose(theirs[part], numbers, rtol=rounding, atol=1e-6)
+            if not fits:
                 raise UserError(f"{path}: was trained with --llm {saved.llm} --clip {saved.clip}; the {part} "
                                 f"of --llm {self.settings.llm} --clip {self.settings.clip} are others")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -463,6 +498,7 @@ class LMEye(nn.Module):
         model = cls(settings, *load_llm(settings.llm, *where), *load_clip(settings.clip, *where))
         check_clip(model)
         check_llm(model)
+        model.identity  # is computed here once, before train.py frees CLIP's image tower
         return model
 
 
@@ -536,24 +572,6 @@ def context_length(llm):
     return min(filter(None, [original, *lengths]), default=2048)
 
 
-def identity(model):
-    """Numbers that tell frozen models apart, {what: list}: two of each weight (and of the frequencies that
-    rotate positions), CLIP's activations, pixels of a preprocessed picture, tokens of a text."""
-    kinds = {type(module).__name__ for module in model.clip.modules()}
-    functions = " ".join(sorted(kind for kind in kinds if "GELU" in kind))
-    weights = []
-    rotations = [p for name, p in model.llm.named_buffers() if name.endswith("inv_freq")]
-    for p in (*model.llm.parameters(), *rotations, *model.clip.parameters()):
-        weights.append(p.detach().flatten()[::max(1, p.numel() // 2)][:2].float())
-    picture = Image.linear_gradient("L").resize((256, 128)).convert("RGB")
-    pixels = model.preprocess(picture)  # (3, side, side)
-    step = pixels.shape[-1] // 4
-    return {"weights": torch.cat(weights).tolist(),
-            "activation functions": list(functions.encode()),
-            "pixels": pixels[:, ::step, ::step].flatten().tolist(),
-            "token ids": model.ids_of(["Image: how many red things are there?\n3, or: none!"])[0]}
-
-
 # ---- The frozen models: loading them, and the check that the method works with them --------------
 
 def device_and_dtype(precision):
@@ -605,6 +623,14 @@ def load_llm(name, device, dtype):
     if ids <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with "
                         f"{tokenizer.eos_token} as end of text, the model {embeddings}; are all files there?")
+    # transformers builds some kinds anew, without parts of their file: the LM would read tokens that it hardly
+    # knows.
+    file = Path(name, "tokenizer.json")
+    if file.is_file():
+        text = "It's 12345 CUPS, isn't it?\n Où?"
+        as_written = tokenizers.Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+        if tokenizer(text, add_special_tokens=False).input_ids != as_written:
+            print(f"note: {file}: transformers cuts texts into other tokens than this file says", file=sys.stderr)
     return llm.to(device), tokenizer
 
 

@@ -166,8 +166,11 @@ def evaluate(model, dataset, folder, max_batch_tokens=4096):
     lmeye.write_atomically(folder / "answers.jsonl", text.encode("utf-8", "backslashreplace"))
     lmeye.write_atomically(folder / "scores.json", json.dumps(scores, indent=1).encode())
     print(*table_lines(scores, model.settings.variant), sep="\n")
-    if n_cut_off:
-        print(f"  {n_cut_off:,} answers were cut off, at {MAX_TOKENS} tokens or the end of the context")
+    n_empty = sum(not line["answer"] for line in lines)
+    for n, what in ((n_empty, "are empty"),
+                    (n_cut_off, f"were cut off, at {MAX_TOKENS} tokens or the end of the context")):
+        if n:
+            print(f"  {n:,} answers {what}")
     print(f"  {folder}/: answers.jsonl, scores.json")
     return scores
 
@@ -417,8 +420,8 @@ def load_trained(checkpoint, llm=None, clip=None, precision=None):
     try:
         model = LMEye.from_settings(settings)
     except UserError as error:
-        where = f"{checkpoint} names its models, which were looked for here and in {out.parent}"
-        raise UserError(f"{error}. {where}: say with --llm and --clip where they are now") from error
+        raise UserError(f"{error}; models as {checkpoint} names them are looked for here and in {out.parent}, "
+                        "others are named by --llm and --clip") from error
     return model, model.load(checkpoint)
 
 

@@ -131,15 +131,53 @@ def test_a_file_is_refused_behind_another_tokenizer_or_another_preprocessing(tmp
 
         def __call__(self, texts, **options):
             found = self.tokenizer(texts, **options)
-            if not isinstance(texts, str):
-                found["input_ids"] = [[(i + 1) % len(self) for i in ids] for ids in found["input_ids"]]
+            rows = [found["input_ids"]] if isinstance(texts, str) else found["input_ids"]
+            shifted = [[(i + 1) % len(self) for i in ids] for ids in rows]
+            found["input_ids"] = shifted[0] if isinstance(texts, str) else shifted
             return found
 
-    with pytest.raises(UserError, match="the token ids of .* are others"):
+    with pytest.raises(UserError, match="the tokens of .* are others"):
         same_but(model, tokenizer=Shifted(model.tokenizer)).load(tmp_path / "a.safetensors")
     darker = open_clip.image_transform(32, is_train=False, mean=(0.1, 0.1, 0.1))
     with pytest.raises(UserError, match="the pixels of .* are others"):
         same_but(model, preprocess=darker).load(tmp_path / "a.safetensors")
+
+
+def test_a_file_is_refused_where_the_same_weights_compute_something_else(tmp_path):
+    """A setting is changed in a model's folder, or read otherwise by another version of a library."""
+    model = tiny_model()
+    model.save(tmp_path / "a.safetensors", 2)
+
+    def refused(what, **parts):
+        with pytest.raises(UserError, match=f"the {what} of .* are others"):
+            same_but(model, **parts).load(tmp_path / "a.safetensors")
+
+    llm = copy.deepcopy(model.llm)
+    for layer in llm.model.decoder.layers:  # twice as many heads, half as wide
+        layer.self_attn.num_heads, layer.self_attn.head_dim = 4, layer.self_attn.head_dim // 2
+        layer.self_attn.scaling *= 2 ** 0.5
+    refused("states", llm=llm)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.eos_token = "<pad>"  # where an answer ends
+    refused("tokens", tokenizer=tokenizer)
+    clip = copy.deepcopy(model.clip)
+    for block in clip.transformer.resblocks:
+        block.attn.num_heads, block.attn.head_dim = 1, block.attn.embed_dim
+    refused("text features", clip=clip)
+    clip = copy.deepcopy(model.clip)
+    for block in clip.visual.transformer.resblocks:
+        block.ln_1.eps = block.ln_2.eps = 10.0
+    refused("picture features", clip=clip)
+    squashed = open_clip.image_transform(32, is_train=False, resize_mode="squash")
+    refused("pixels", preprocess=squashed)
+
+
+def test_a_file_with_another_list_of_numbers_is_of_an_earlier_version(tmp_path):
+    model = tiny_model()
+    model.identity = {"weights": model.identity["weights"]}
+    model.save(tmp_path / "a.safetensors", 2)
+    with pytest.raises(UserError, match="an earlier version of this program wrote it: train it again"):
+        tiny_model().load(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))

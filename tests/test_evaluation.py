@@ -269,11 +269,11 @@ def test_files_are_there_when_the_table_can_no_longer_be_printed(monkeypatch, tm
     assert "all" in json.loads((tmp_path / "e/scores.json").read_text())
 
 
-def test_answers_that_were_cut_off_are_counted_below_the_table(tmp_path, capsys, monkeypatch):
+def test_answers_that_say_nothing_or_were_cut_off_are_counted_below_the_table(tmp_path, capsys, monkeypatch):
     """Of the picture's own answers: what is right among them may be a matter of length."""
     model, eos = tiny_model(), tiny_model().tokenizer.eos_token_id
     some = dataset(model, [Record(f"{i}.jpg", ("what?",), "red") for i in range(5)])
-    for lengths, told in (([3, 64, 70, 63, 9], 2), ([3, 4, 5, 63, 9], 0)):  # tokens of each until its eos
+    for lengths, told, empty in (([3, 64, 70, 63, 9], 2, 0), ([0, 4, 5, 63, 0], 0, 2)):  # tokens before eos
         def stream(f, questions, max_tokens):
             for t in range(max_tokens):
                 yield torch.tensor([5 if t < length else eos for length in lengths])
@@ -282,6 +282,7 @@ def test_answers_that_were_cut_off_are_counted_below_the_table(tmp_path, capsys,
         sample.evaluate(model, some, tmp_path / "e")
         out = capsys.readouterr().out
         assert (f"  {told} answers were cut off, at 64 tokens" in out) == ("cut off" in out) == (told > 0)
+        assert (f"  {empty} answers are empty" in out) == ("empty" in out) == (empty > 0)
 
 
 def test_of_one_picture_blind_is_no_control_and_that_is_told(tmp_path, capsys):

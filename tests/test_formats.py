@@ -284,9 +284,11 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
     folder, away = tmp_path / "data", tmp_path / "away"
     for place in (folder / "deeper", away):
         place.mkdir(parents=True)
-    for name in ("a.avif", "b.jfif", "deeper/c.PNG", "lone.jpg", "photo.2020.tif", "two.jpg"):
+    for name in ("a.avif", "b.jfif", "deeper/c.PNG", "lone.jpg", "photo.2020.tif", "two.jpg", "pair.jpg",
+                 "pair.png"):
         Image.new("RGB", (40, 30)).save(folder / name, {".jfif": "JPEG"}.get(name[-5:]))
-    for name in ("a.txt", "b.TXT", "deeper/c.txt", "alone.txt", "photo.2020.txt", "two.txt", "two.TXT"):
+    for name in ("a.txt", "b.TXT", "deeper/c.txt", "alone.txt", "photo.2020.txt", "two.txt", "two.TXT",
+                 "pair.txt"):
         write(folder / name, f"\ufeff{name}\n here")
     write(folder / "chat.json", [])
     (folder / "linked").symlink_to(away)
@@ -294,7 +296,9 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
     assert [(r.image, r.answer) for r in records] == [
         ("a.avif", "a.txt here"), ("b.jfif", "b.TXT here"), ("deeper/c.PNG", "deeper/c.txt here"),
         ("photo.2020.tif", "photo.2020.txt here")]
-    assert sorted(skipped.values()) == [1, 2, 2]  # a caption alone; two without one caption; a file and a link
+    assert skipped["a .txt without a picture beside it"] == skipped["a picture without a .txt beside it"] == 1
+    assert skipped["a.jpg, a.png and a.txt, or two texts: which belongs to which?"] == 3
+    assert sum(skipped.values()) == 7  # and a file and a link
     with pytest.raises(UserError, match="captions, for --stage 1"):
         read_records(folder, data.open_pictures(folder), 2)
     (folder / "a.txt").write_bytes(b"f\xfcr")

@@ -633,6 +633,32 @@ def test_an_end_of_text_that_somebody_typed_is_text(tmp_path, clip):
     assert 1 not in model.tokenize(None, ["a </s>"]).answer[0, :-1]
 
 
+def test_the_prompt_begins_with_all_that_the_tokenizer_writes_before_a_text(llm, clip):
+    """GLM-4's writes two tokens; others write bos, which may be eos as well, or nothing. What one writes behind
+    a text would end the prompt at once."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
+    image = tokenizer("Image:", add_special_tokens=False).input_ids
+    for template, before in (("<pad> <start> $A <end>", ["<pad>", "<start>"]), ("$A <start>", [])):
+        pieces = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<start>", "<end>")]
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=pieces)
+        tokenizer.save_pretrained(llm)
+        words = load(llm, clip).image_words.tolist()
+        assert words == tokenizer.convert_tokens_to_ids(before) + image
+
+
+def test_a_tokenizer_that_is_not_as_its_file_says_is_told(llm, clip, capsys, monkeypatch):
+    """For some classes transformers builds another one, which does not do all that its file says."""
+    load(llm, clip)
+    assert "other tokens" not in capsys.readouterr().err
+    built = transformers.AutoTokenizer.from_pretrained(llm)
+    small, other = tokenizers.normalizers.Lowercase(), tokenizers.normalizers.Replace("cups", "one")
+    built.backend_tokenizer.normalizer = tokenizers.normalizers.Sequence([small, other])
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: built)
+    load(llm, clip)
+    assert f"note: {llm}/tokenizer.json: transformers cuts texts into other tokens" in capsys.readouterr().err
+
+
 def test_a_tokenizer_without_a_token_for_a_part_of_the_prompt_is_refused(llm, clip):
     """One of whole words may drop what it does not know, and the answer would have no beginning."""
     words = {token: i for i, token in enumerate(["<pad>", "</s>", *"Image:Quston "])}

@@ -276,7 +276,7 @@ def test_models_that_are_found_nowhere_are_told_with_where_they_were_looked_for(
         told = f"{name}: can't be loaded"
         result = run(*ask, *given, cwd=tmp_path)
         assert fails_in_answering(result, told) and f"looked for here and in {copied}" in result.stderr
-        assert "say with --llm and --clip where they are" in result.stderr
+        assert "others are named by --llm and --clip" in result.stderr
     assert run(*ask, *found, cwd=tmp_path).returncode == 0
 
 
