@@ -655,7 +655,7 @@ def test_a_tokenizer_that_is_not_as_its_file_says_is_told(llm, clip, capsys, mon
     small, other = tokenizers.normalizers.Lowercase(), tokenizers.normalizers.Replace("cups", "one")
     built.backend_tokenizer.normalizer = tokenizers.normalizers.Sequence([small, other])
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: built)
-    load(llm, clip)
+    lmeye.load_llm(str(llm), "cpu", torch.float32)
     assert f"note: {llm}/tokenizer.json: transformers cuts texts into other tokens" in capsys.readouterr().err
 
 
