@@ -114,3 +114,10 @@ def test_memory_is_bounded_by_tokens_in_validations(batch_tokens):
     val = on_gpu.random_dataset(model, 2, 30, 24, 20)
     train.mean_loss(model, val, 100)
     assert len(batch_tokens) > 5 and max(batch_tokens) <= 100
+
+
+def test_flags_for_a_card():
+    peaks = {2048: 5.0e9, 8192: 11.0e9}  # about 1 GB a thousand tokens, and 3 GB whatever there is
+    assert account.flags_for(8, peaks) == "--max-batch-tokens 3584 --accumulate 2"
+    assert account.flags_for(80, peaks) == "--max-batch-tokens 8192"
+    assert account.flags_for(4, peaks) == "does not fit"

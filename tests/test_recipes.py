@@ -157,19 +157,14 @@ def test_both_programs_print_their_tables_of_a_run_of_the_miniature(tmp_path, mo
     assert [line.split(" | ", 1)[1] for line in lines] == [
         "100.0 | 0.0 | 0.0 |", "0.0 | 100.0 | 0.0 |", "0.0 | 100.0 | 0.0 |", "0.0 | 0.0 | 100.0 |",
         "0.0 | 100.0 | 0.0 |"]
-    linear, probed = probe.linear, []
-
-    def note(x, labels, picture):
-        probed.append(labels)
-        return linear(x, labels, picture)
-
-    monkeypatch.setattr(probe, "linear", note)
-    result = run("probe.py", "mini/stage2", cwd=tmp_path)
+    result = run("probe.py", "mini/stage2", "--log", "log.npz", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    second = [labels[6] for labels in probed[1:7]]  # of the first question about the second picture
-    assert second == list(shapes.HELD_OUT[60])
-    request, untrained = [line for line in result.stdout.splitlines() if line.startswith("| request")]
-    assert request.split(" | ", 1)[1] != untrained.split(" | ", 1)[1]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("| request")]
+    request, untrained = [line.split(" | ", 1)[1] for line in lines]
+    assert request != untrained
+    logged = np.load(tmp_path / "log.npz")
+    assert logged["request"].shape == (len(captions) * 6, 36) and logged["v"].shape == (len(captions) * 6, 24)
+    assert [logged[name][6] for name in shapes.Scene._fields] == list(shapes.HELD_OUT[60])
     LMEye.from_settings(replace(settings, variant="static")).save(mini / "stage2-static" / CHECKPOINT, 2)
     refused = run("swap.py", "mini/stage2-static", cwd=tmp_path)
     assert refused.returncode == 2 and "makes no requests" in refused.stderr

@@ -10,6 +10,7 @@ leaves unused, workspace.
 """
 
 import contextlib
+import math
 import sys
 import weakref
 from pathlib import Path
@@ -164,6 +165,7 @@ def evaluation(account, model, weights, stage, max_batch_tokens, question, answe
 STAGES = ((1, 0, 64), (2, 64, 64))  # tokens of question and answer that a record is taken to have
 BUDGETS = (2048, 4096, 8192)  # --max-batch-tokens
 MODELS = ("opt-125m", "opt-1.3b", "opt-6.7b", "bloomz-7b1")
+CARDS = (8, 16, 24, 80)  # GB
 
 
 def steps_of(size, budgets=BUDGETS, evaluate=False):
@@ -185,12 +187,31 @@ def steps_of(size, budgets=BUDGETS, evaluate=False):
 
 
 def rows(models=MODELS, budgets=BUDGETS):
-    """Yield the lines of a table: does it fit my card?"""
+    """Yield the lines of two tables: does it fit my card, and the flags for a card."""
     yield "computed, not measured; frozen weights in bf16; GB, without CUDA's context"
     yield f"records of {STAGES[0][2]} tokens in phase 1, of {STAGES[1][1]} + {STAGES[1][2]} in phase 2"
     yield f"{'':22} tokens a step  weights   a step  evaluation    TFLOP  kernels"
+    peaks = {}
     for size in models:
         for stage, budget, need, peak in steps_of(size, budgets, evaluate=True):
+            peaks.setdefault((size, stage), {})[budget] = need.peak
             yield (f"{size:<13}phase {stage}  {budget:>14,}{need.weights / 1e9:>9.1f}{need.peak / 1e9:>9.2f}"
                    f"{peak / 1e9:>12.2f}{need.operations / 1e12:>9.1f}{need.kernels:>9,}")
-    yield "a card needs 1 GB and a twentieth of it more; tokens a step are --max-batch-tokens of train.py"
+    yield "flags for a card, computed, with 1 GB and a twentieth of it to spare:"
+    for card in CARDS:
+        for size in models:
+            flags = [f"phase {stage}: {flags_for(card, peaks[size, stage])}" for stage in (1, 2)]
+            yield f"{card:>3} GB  {size:<13}{'   '.join(flags)}"
+
+
+def flags_for(card, peaks):
+    """The flags of train.py for a card of so many GB, from {budget: peak in bytes}, which lie on a line."""
+    low, high = min(peaks), max(peaks)
+    a_token = (peaks[high] - peaks[low]) / (high - low)
+    room = 0.95 * card * 1e9 - 1e9
+    tokens = int(low + (room - peaks[low]) / a_token) // 256 * 256
+    if tokens < 512:
+        return "does not fit"
+    tokens = min(tokens, 8192)
+    accumulate = f" --accumulate {math.ceil(4096 / tokens)}" if tokens < 4096 else ""
+    return f"--max-batch-tokens {tokens}{accumulate}"

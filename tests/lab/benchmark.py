@@ -8,7 +8,7 @@
     train       phase-2 samples/s against the authors' schedule (batch 1 × 16, two passes, logits everywhere)
     first       time to the first token of `lmeye` over that of `static`, and of two whole passes over it
     padding     tokens computed over tokens real, on lengths as in LLaVA-Instruct-150K
-    account     memory, operations and kernels of a step at full size: see account.py
+    account     memory, operations and kernels of a step at full size, flags for a card: see account.py
     gpu         see on_gpu.py; with --dry on tiny models, on whatever there is, to see that it would run
 """
 

@@ -1,9 +1,9 @@
 """What does a request say, and what does v, which comes back? A linear probe reads both.
 
-    python tests/lab/probe.py out/mini/stage2
+    python tests/lab/probe.py out/mini/stage2 [--log requests.npz]
 
 Every held-out picture of the miniature is asked the same questions, in the same words, so that what a request
-says of the picture does not come from the words.
+says of the picture does not come from the words. `--log` keeps the requests and v in a file.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("run", help="the folder of a run of stage 2")
     parser.add_argument("--mini", help="the folder of the miniature (default: the one that the run is in)")
+    parser.add_argument("--log", metavar="FILE", help="a .npz for requests and v")
     args = parser.parse_args()
     records, pictures, scenes = ask_all(Path(args.mini or Path(args.run).parent))
     model, dataset = load_run(args.run, records, pictures)
@@ -97,6 +98,9 @@ def main():
     labels = {"kind of question": kinds}
     for name in ASKED:
         labels[name] = np.array([getattr(scenes[record.image], name) for record in dataset.records])
+    if args.log:
+        sample.set_aside(args.log)
+        np.savez(args.log, request=request, v=v, **labels)
 
     torch.manual_seed(0)
     model.request.reset_parameters()
