@@ -446,6 +446,7 @@ def test_where_alpha_is_0_everywhere_the_colors_are_shown(tmp_path):
     assert data.load_image(tmp_path / "a.png").getcolors() == [(32, (200, 10, 30))]
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")
 def test_every_orientation_is_undone_as_pillow_does_and_odd_exif_costs_no_picture(tmp_path):
     """Pillow raises at tags of the wrong type when it writes EXIF back, and at broken EXIF when it reads it."""
     source = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8))
