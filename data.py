@@ -306,9 +306,9 @@ def letters(text):
 def hold_out(dataset, most=500):
     """Set a tenth of the pictures aside with their records, always the same → (training, validation Dataset).
 
-    Copies of a picture, which are known by their equal features, stay together. (One that was saved anew, as a
-    JPEG or in another size, has other features and passes for another picture.) Two pictures are set aside at
-    least, for one could not be shuffled. Of fewer than ten none is, and the second Dataset is None.
+    Copies of a picture, which are known by their equal features, stay together. (One that was saved anew, as
+    a JPEG or in another size, has other features and passes for another picture.) Two pictures are set aside
+    at least, for one could not be shuffled. Of fewer than ten none is, and the second Dataset is None.
     """
     copies = first_copies(dataset)
     distinct = np.unique(copies)
@@ -632,7 +632,8 @@ def load_image(path):
 
 def decode_image(file):
     """A binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is transparent.
-    (Color profiles are not applied, and CLIP's preprocessing sees the middle square only.) UserError if it can't be read, or is several pictures, as an animation and the pages of a TIFF are."""
+    (Color profiles are not applied, and CLIP's preprocessing sees the middle square only.) UserError if it
+    can't be read, or is several pictures, as an animation and the pages of a TIFF are."""
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):

@@ -148,8 +148,8 @@ class LMEye(nn.Module):
         self.clip_text = getattr(clip, "text", clip)  # open_clip.CLIP has the text layers itself
         check_settings(self)
 
-        # The fixed words. What the LM's tokenizer writes before a text, as a rule [bos] or nothing, begins the
-        # prompt. CLIP's makes [SOS, EOS, 0 …] of "".
+        # The fixed words. What the LM's tokenizer writes before a text begins the prompt: as a rule [bos], or
+        # nothing. CLIP's tokenizer makes [SOS, EOS, 0 …] of "".
         whole, image_words = tokenizer(IMAGE).input_ids, self.ids_of([IMAGE])[0]
         before = whole[:whole.index(image_words[0])]
         self.register_buffer("image_words", torch.tensor(before + image_words), persistent=False)
@@ -444,9 +444,9 @@ class LMEye(nn.Module):
     @functools.cached_property
     @torch.no_grad()
     def identity(self):
-        """Numbers by which a checkpoint knows its frozen models again, {what: list}: two of each weight, and of
-        the frequencies that rotate positions; CLIP's activations; and what both models make of a picture and
-        of a text, for other settings may change that behind the same weights."""
+        """Numbers by which a checkpoint knows its frozen models again, {what: list}: two of each weight, and
+        of the frequencies that rotate positions; CLIP's activations; what both models make of a picture and
+        a text, for a setting may change that behind the same weights."""
         weights = []
         rotations = [p for name, p in self.llm.named_buffers() if name.endswith("inv_freq")]
         functions = {type(module).__name__ for module in self.clip.modules()} & {"GELU", "QuickGELU"}
@@ -623,14 +623,13 @@ def load_llm(name, device, dtype):
     if ids <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with "
                         f"{tokenizer.eos_token} as end of text, the model {embeddings}; are all files there?")
-    # transformers builds some kinds anew, without parts of their file: the LM would read tokens that it hardly
-    # knows.
+    # Of some kinds transformers leaves out parts of the file: the LM would read tokens that it hardly knows.
     file = Path(name, "tokenizer.json")
     if file.is_file():
         text = "It's 12345 CUPS, isn't it?\n Où?"
         as_written = tokenizers.Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
         if tokenizer(text, add_special_tokens=False).input_ids != as_written:
-            print(f"note: {file}: transformers cuts texts into other tokens than this file says", file=sys.stderr)
+            print(f"note: {file}: transformers cuts texts into other tokens than it says", file=sys.stderr)
     return llm.to(device), tokenizer
 
 

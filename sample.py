@@ -420,8 +420,8 @@ def load_trained(checkpoint, llm=None, clip=None, precision=None):
     try:
         model = LMEye.from_settings(settings)
     except UserError as error:
-        raise UserError(f"{error}; models as {checkpoint} names them are looked for here and in {out.parent}, "
-                        "others are named by --llm and --clip") from error
+        raise UserError(f"{error}; models as {checkpoint} names them are looked for here and in "
+                        f"{out.parent}, others are named by --llm and --clip") from error
     return model, model.load(checkpoint)
 
 
