@@ -771,6 +771,8 @@ CHECKPOINT = "adapter.safetensors"  # in the folder of a run
 
 def read_adapter(path):
     """A checkpoint → (stage, Settings, identity, {name: tensor}); no code in it runs. UserError otherwise."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file: name an {CHECKPOINT}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["lmeye"])

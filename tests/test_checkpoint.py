@@ -88,6 +88,12 @@ def test_a_file_that_lacks_a_layer_is_refused(tmp_path):
         tiny_model().load(tmp_path / "a.safetensors")
 
 
+def test_a_folder_or_a_missing_file_is_told_as_such(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"^{path}: no such file: name an adapter.safetensors"):
+            lmeye.read_adapter(path)
+
+
 def test_a_dropout_that_was_given_as_a_whole_number_is_read(tmp_path):
     tiny_model(dropout=0).save(tmp_path / "a.safetensors", 2)
     assert tiny_model().load(tmp_path / "a.safetensors") == 2
