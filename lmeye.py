@@ -46,8 +46,8 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import safetensors.torch
-import torch
 import tokenizers
+import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
@@ -553,9 +553,12 @@ def collate(question_ids, answer_ids):
 
 def pad(rows, side):
     """Token ids of B texts of any lengths → (ids, mask), both (B, longest)."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones_like(row) for row in ids]
-    return [nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side=side) for part in (ids, masks)]
+    longest = max(len(row) for row in rows)
+    ids, mask = np.zeros((2, len(rows), longest), np.int64)
+    for i, row in enumerate(rows):
+        places = slice(len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[i, places], mask[i, places] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def context_length(llm):
