@@ -622,7 +622,8 @@ def load_image(path):
     """A picture's path → RGB picture, see `decode_image`. UserError, which begins with the path, if there is
     none that can be used."""
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{path}: no such picture")
+        what = "a folder, not a picture" if os.path.isdir(path) else "no such picture"
+        raise UserError(f"{path}: {what}")
     try:
         with open(path, "rb") as file:  # Pillow maps a path into memory, and then turns it wrongly
             return decode_image(file)

@@ -651,6 +651,8 @@ def load_clip(name, device, dtype):
         model, tag = f"local-dir:{name}", ""
     elif model in ("local-dir", "hf-hub"):  # these have no tag
         model, tag = name, ""
+    elif model.replace("/", "-") not in open_clip.list_models():
+        raise UserError(f"--clip {name}: no such folder, and not a name that open_clip knows, as ViT-B-32 is")
     quick_gelu = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     try:

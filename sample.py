@@ -51,8 +51,7 @@ def main():
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_k": args.top_k,
                "generator": torch.Generator(model.device).manual_seed(args.seed)}
     if stage == 1:  # it was never asked anything
-        if args.question:
-            note("this checkpoint has seen stage 1 only and writes a caption; for answers, train stage 2")
+        note("this checkpoint has seen stage 1 only and writes a caption; for answers, train stage 2")
         write_answer(model, f, None, options)
     elif args.question:
         note_unknown_words(model, args.question)

@@ -360,7 +360,8 @@ def lock(folder):
 
 def parse_args():
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written,
+                                     usage="train.py --stage {1,2} [flags]; train.py --help lists them")
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: captions; 2: questions")
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="PATH", help="JSON, JSON Lines, or a folder of a.jpg beside a.txt: see data.py")
@@ -435,12 +436,12 @@ def main():
                 return
             print(f"note: there is nothing to resume in {folder}: a new run begins")
         init = args.init or (home / "stage1" / CHECKPOINT if args.stage == 2 else None)
-        if init and not Path(init).is_file():
-            advice = "" if args.init else ": run --stage 1 first, for the same models"
-            raise UserError(f"{init} is missing{advice}")
         if args.stage == 2 and not args.init and (home / "stage1" / STATE).exists():
             raise UserError(f"{home / 'stage1'} is not complete: go on with it (--stage 1 --resume), or "
                             "name its adapter as it is now with --init")
+        if init and not Path(init).is_file():
+            advice = "" if args.init else ": run --stage 1 first, for the same models"
+            raise UserError(f"{init} is missing{advice}")
         if (settings.preset, args.stage) in DEFAULTS:
             make_miniature(args, settings)
         train_stage(args, settings, home, folder, init)

@@ -272,6 +272,8 @@ def test_stage_2_does_not_start_from_a_stage_1_that_is_not_complete(trained, tmp
     result = run("train.py", *command, cwd=trained)
     assert fails_in_one_line(result) and "stage1 is not complete" in result.stderr
     trains(*command, "--init", place / CHECKPOINT, cwd=trained)
+    (place / CHECKPOINT).unlink()  # stopped before it saved one
+    assert "stage1 is not complete" in run("train.py", *command, cwd=trained).stderr
 
 
 def test_what_a_run_was_started_from_belongs_to_what_resume_compares(trained, tmp_path, monkeypatch):
@@ -334,7 +336,7 @@ def test_temperatures_next_to_zero_take_the_likeliest_token(temperature):
     ("nowhere", [*ONE, "--data", "chat.json", "--images", "nowhere"]),
     ("questions, for --stage 2", [*ONE, "--data", "chat.json"]),
     ("captions, for --stage 1", [*TWO, "--data", "captions.json"]),
-    ("--clip nowhere", [*ONE, "--clip", "nowhere"]),
+    ("--clip nowhere: no such folder", [*ONE, "--clip", "nowhere"]),
     ("--n-features", [*ONE, "--n-features", 100]),
     ("not read at the end", [*ONE, "--clip", "first"]),
 ])

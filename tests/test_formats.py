@@ -276,6 +276,8 @@ def test_text_in_another_encoding_and_what_is_no_file_is_told_in_one_line(tmp_pa
         Pictures(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe.jpg: no such picture"):
         data.load_image(tmp_path / "b" / "pipe.jpg")
+    with pytest.raises(UserError, match="b: a folder, not a picture"):
+        data.load_image(tmp_path / "b")
     records, skipped = read(tmp_path, [{"image": name, "conversations": CHAT} for name in ("b/pipe.jpg", "a.jpg")])
     assert len(records) == 1 and one_reason(skipped, "no such picture")
 
