@@ -862,6 +862,7 @@ def show_library_notes():
 
     handler.emit = emit
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("huggingface_hub").handlers.clear()  # it would say all a second time
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
     transformers.logging.disable_progress_bar()
