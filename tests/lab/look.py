@@ -10,6 +10,11 @@ Each draws a PNG and prints its path. A picture that is there already is renamed
 or of an evaluation, or an answers.jsonl; --images is the folder or zip of its pictures.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C meanwhile ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import json
@@ -376,4 +381,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lmeye.run_main(main)

@@ -12,6 +12,11 @@ What is written below OUT/mini could as well have been downloaded:
     pictures.zip, examples/              all pictures; six more held-out ones to ask about
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C meanwhile ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import io
 import itertools
@@ -19,7 +24,6 @@ import json
 import math
 import multiprocessing
 import random
-import signal
 import sys
 import tempfile
 import zipfile
@@ -318,8 +322,8 @@ def absent_records(training):
 
 
 def train_llm_in_child(folder, seed, recipe):
-    """What runs in a process of its own, on one core beside CLIP's. The one that started it minds Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What runs in a process of its own, on one core beside CLIP's. `make` sees to Ctrl-C, and stops it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # an end at which nothing is left behind
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     train_llm(folder, seed, **recipe)
@@ -370,7 +374,8 @@ def main():
     args = parser.parse_args()
     if args.width < 4 or args.width % 4 or args.layers < 1 or not 0 <= args.hint_share <= 1:
         parser.error("--width has to be a multiple of 4, --layers at least 1, --hint-share from 0 to 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # both end it in the same way
+        signal.signal(number, signal.default_int_handler)
     torch.set_num_threads(1)
     make(args.out, args.seed, hint_share=args.hint_share, width=args.width, layers=args.layers)
 
