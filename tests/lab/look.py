@@ -261,8 +261,9 @@ FIELDS = ("image", "answer", "truth", "category", "right", "blind_right")  # of 
 
 
 def read_answers(path):
-    """The answers of an evaluation, dicts with FIELDS and "asked": the turns up to the question, in one text.
-    `path` is an answers.jsonl, its folder or that of the run. UserError, with the line, if it is none."""
+    """The answers of an evaluation, dicts with at least FIELDS, and "asked": the turns up to the question, in
+    one text. `path` is an answers.jsonl, its folder or that of the run. UserError, with the line, if it is
+    none."""
     for file in (Path(path), Path(path, "answers.jsonl"), Path(path, "evaluation", "answers.jsonl")):
         if file.is_file():
             break
@@ -271,8 +272,8 @@ def read_answers(path):
         try:
             if line:
                 row = json.loads(line)
-                asked = " / ".join(row["turns"]) or "(caption)"
-                rows.append({name: row[name] for name in FIELDS} | {"asked": asked})
+                row["asked"] = " / ".join(row["turns"]) or "(caption)"
+                rows.append({name: row[name] for name in FIELDS} | row)  # an error if one is missing
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}, line {number}: is not as sample.py writes it ({error!r})") from error
     if not rows:
