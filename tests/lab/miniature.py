@@ -26,6 +26,7 @@ import multiprocessing
 import random
 import sys
 import tempfile
+import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -315,7 +316,7 @@ def absent_records(training):
 
 def train_llm_in_child(folder, seed, recipe):
     """What runs in a process of its own, on one core beside CLIP's. `make` sees to Ctrl-C, and stops it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # an end at which nothing is left behind
+    tqdm.set_lock(threading.RLock())  # tqdm's own, a semaphore, would outlive a process that is stopped
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     train_llm(folder, seed, **recipe)
