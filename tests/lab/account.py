@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import measure
-import sample
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -113,34 +112,6 @@ def train_step(account, model, stage, B, question, answer):
     return peak
 
 
-def evaluation(account, model, stage, max_batch_tokens, question, answer):
-    """The largest peak of what an evaluation does, at the largest batches that it may take, in bytes.
-
-    Of `generate` this is a bound from above: its prompt is taken to be as long as prompt and answer together.
-    """
-    model.eval()
-    pairs = max(1, max_batch_tokens // (question + answer))  # of a question with an answer
-    prompts = max(1, max_batch_tokens // (question + sample.MAX_TOKENS))
-
-    def first_token(f, tokens):  # of `generate`, which can't go on with a token that has no value
-        x, mask, cache = model.read_prompt(*model.to_device(f, tokens.question, tokens.question_mask))
-        model.logits(model.run_llm(x, mask, cache)[0][:, -1]).argmax(-1)
-
-    tasks = [(min(64, pairs), question, model), (prompts, question + sample.MAX_TOKENS, first_token)]
-    if stage == 2:
-        def four_choices(f, _):
-            return model.score(f, [""] * len(f), [["red"] * 4] * len(f))
-
-        tasks.append((max(1, pairs // 4), question, four_choices))
-    peaks = []
-    for B, length, task in tasks:
-        f, tokens = measure.random_batch(model, B, length, answer)
-        _, every_choice = measure.random_batch(model, 4 * B, length, answer)  # what `score` makes of texts
-        with torch.no_grad(), mock.patch.object(model, "tokenize", lambda *_: every_choice):
-            peaks.append(account.peak_of(lambda: task(f, tokens)))
-    return max(peaks)
-
-
 # ---- The tables ----------------------------------------------------------------------------------------
 
 STAGES = ((1, 0, 64), (2, 64, 64))  # tokens of question and answer that a record is taken to have
@@ -149,9 +120,8 @@ MODELS = ("opt-125m", "opt-1.3b", "opt-6.7b", "bloomz-7b1")
 CARDS = (8, 16, 24, 80)  # GB
 
 
-def steps_of(size, budgets=BUDGETS, evaluate=False):
-    """Yield (stage, budget, bytes of the weights, peak of a training step, the largest one of an evaluation or
-    0), all in bf16. The image tower is left out, as in train.py."""
+def steps_of(size, budgets=BUDGETS):
+    """Yield (stage, budget, bytes of the weights, peak of a step), in bf16, without CLIP's image tower."""
     with accounting() as account:
         model = measure.random_model(size, torch.bfloat16, META)
         model.clip.visual = None
@@ -159,23 +129,19 @@ def steps_of(size, budgets=BUDGETS, evaluate=False):
         for stage, question, answer in STAGES:
             for budget in budgets:
                 B = budget // (question + answer)
-                peak, evaluated = train_step(account, model, stage, B, question, answer), 0
-                if evaluate:
-                    evaluated = evaluation(account, model, stage, budget, question, answer)
-                yield stage, budget, weights, peak, evaluated
+                yield stage, budget, weights, train_step(account, model, stage, B, question, answer)
 
 
 def rows(models=MODELS, budgets=BUDGETS):
     """Yield the lines of two tables: does it fit my card, and the flags for a card."""
     yield "computed, not measured; frozen weights in bf16; GB, without CUDA's context"
     yield f"records of {STAGES[0][2]} tokens in phase 1, of {STAGES[1][1]} + {STAGES[1][2]} in phase 2"
-    yield f"{'':22} tokens a step  weights   a step  evaluation"
+    yield f"{'':22} tokens a step  weights   a step"
     peaks = {}
     for size in models:
-        for stage, budget, weights, peak, evaluated in steps_of(size, budgets, evaluate=True):
+        for stage, budget, weights, peak in steps_of(size, budgets):
             peaks.setdefault((size, stage), {})[budget] = peak
-            yield (f"{size:<13}phase {stage}  {budget:>14,}{weights / 1e9:>9.1f}{peak / 1e9:>9.2f}"
-                   f"{evaluated / 1e9:>12.2f}")
+            yield f"{size:<13}phase {stage}  {budget:>14,}{weights / 1e9:>9.1f}{peak / 1e9:>9.2f}"
     yield "flags for a card, computed, with 1 GB and a twentieth of it to spare:"
     for card in CARDS:
         for size in models:

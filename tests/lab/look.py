@@ -261,9 +261,8 @@ FIELDS = ("image", "answer", "truth", "category", "right", "blind_right")  # of 
 
 
 def read_answers(path):
-    """The answers of an evaluation, dicts with at least FIELDS, and "asked": the turns up to the question, in
-    one text. `path` is an answers.jsonl, its folder or that of the run. UserError, with the line, if it is
-    none."""
+    """The answers of an evaluation, dicts with at least FIELDS, and "asked", the turns up to the question.
+    `path` is an answers.jsonl, its folder or that of the run. UserError, with the line, if it is none."""
     for file in (Path(path), Path(path, "answers.jsonl"), Path(path, "evaluation", "answers.jsonl")):
         if file.is_file():
             break

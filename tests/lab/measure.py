@@ -67,8 +67,7 @@ def random_clip(size, dtype, device):
 
 
 def random_model(size, dtype, device=None, llm=None, **settings):
-    """LMEye between random models of published sizes. The miniature's tokenizer stands in for the real
-    one."""
+    """LMEye between random models of published sizes, with the miniature's tokenizer."""
     device = device or here()
     clip, preprocess = random_clip(size, dtype, device)
     llm = llm or random_llm(size, dtype, device)
@@ -78,8 +77,7 @@ def random_model(size, dtype, device=None, llm=None, **settings):
 
 
 def random_batch(model, B, question, answer):
-    """(f, Tokens) of B records on the CPU, all questions and all answers of one length; question 0:
-    captions."""
+    """(f, Tokens) of B records with questions and answers of these lengths, on the CPU; 0: captions."""
     def ids(n):
         return torch.randint(10, 50, (B, n)), torch.ones(B, n, dtype=torch.long)
 

@@ -41,8 +41,7 @@ def check(holds, text):
 
 
 def session(rows, scale):
-    """Run everything, and then `rows` of benchmark.py; yield lines. What raises is told, and the rest goes
-    on."""
+    """Run everything and `rows` of benchmark.py; yield lines. What raises is told, and the rest goes on."""
     start, checks, held = time.perf_counter(), 0, 0
     for part in (equals_cpu, resumes, full_size, memory, share, *rows):
         for line in lines_of(part, scale):
@@ -71,8 +70,7 @@ def free_memory():
 
 
 def equals_cpu(scale):
-    """Loss and gradients of tiny models, against fp32 on the CPU with the same weights, as the dtype rounds
-    them."""
+    """Loss and gradients of tiny models, against fp32 on the CPU with the same weights."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for dtype, (loss_bound, gradient_bound) in BOUNDS.items():
         for size in ("tiny", "tiny-bloom"):
@@ -147,18 +145,10 @@ def resumes(scale):
 
 
 def run_twice(folder, dtype):
-    """Adapters of two runs on tiny models, of which the second is interrupted in its fourth step and
-    resumed."""
-    real_step, calls = torch.optim.AdamW.step, []
-
-    def interrupted(*args, **options):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real_step(*args, **options)
-
+    """Adapters of two runs on tiny models. The second is interrupted in its fourth step, and resumed."""
     whole = short_run(folder / "whole", dtype)
-    with contextlib.suppress(KeyboardInterrupt), mock.patch.object(torch.optim.AdamW, "step", interrupted):
+    interrupted = mock.patch.object(train.Run, "note_line", side_effect=["", "", "", KeyboardInterrupt])
+    with contextlib.suppress(KeyboardInterrupt), interrupted:
         short_run(folder / "resumed", dtype)
     if not (folder / "resumed" / train.STATE).is_file():
         raise RuntimeError("the interrupted run left no state")
@@ -211,7 +201,7 @@ def full_size(scale):
 def memory(scale):
     """The peak of a step beside the computed one. The model that most will take comes first."""
     for size in sorted(scale.sizes, key=lambda name: name != scale.size):
-        needs = {(stage, budget): peak for stage, budget, _, peak, _ in account.steps_of(size, scale.budgets)}
+        needs = {(stage, budget): peak for stage, budget, _, peak in account.steps_of(size, scale.budgets)}
         free_memory()
         model = measure.random_model(size, torch.bfloat16)
         model.clip.visual = None

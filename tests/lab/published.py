@@ -240,37 +240,39 @@ def unpack_webdataset(shards, out, skips):
             raise UserError("a name that is twice in a tar shard")
         if not (group["picture"] and texts):
             raise UserError("a picture without its text, or a text without its picture, in a tar shard")
-        text = bytes_of(*texts[0]).decode("utf-8-sig")
+        tar, info = texts[0]
+        text = tar.extractfile(info).read().decode("utf-8-sig")
         item = {"caption": text} if group["txt"] else parse(text)
         if not item.keys() & {"caption", "conversations"}:
             raise UserError("a .json in a tar shard that has neither a caption nor a conversation")
-        tar, file = group["picture"][0]
-        image = f"{len(pictures):08d}{Path(file.name).suffix.lower()}"
-        pictures[image] = tar, file
-        return item | {"image": image, "id": file.name}
+        tar, info = group["picture"][0]
+        image = f"{len(pictures):08d}{Path(info.name).suffix.lower()}"
+        pictures[image] = tar, info
+        return item | {"image": image, "id": info.name}
 
     records = convert(groups, to_record, skips)
     Path(out).mkdir(parents=True)
     for record in records:
-        Path(out, record["image"]).write_bytes(bytes_of(*pictures[record["image"]]))
+        tar, info = pictures[record["image"]]
+        Path(out, record["image"]).write_bytes(tar.extractfile(info).read())
     return records
 
 
 def read_shard(path, skips):
     """A shard → the groups of its files that have one key, which is the name up to its last dot, as
-    [{"picture": [(shard, file), …], "txt": …, "json": …}, …]. UserError if it is not whole."""
+    [{"picture": [(tar, info), …], "txt": …, "json": …}, …]. UserError if it is not whole."""
     groups = defaultdict(lambda: {"picture": [], "txt": [], "json": []})
     try:
         tar = tarfile.open(path, "r:")  # not compressed: files are read when they are needed
-        for file in tar:
-            key, _, ending = file.name.rpartition(".")
+        for info in tar:
+            key, _, ending = info.name.rpartition(".")
             kind = "picture" if "." + ending.lower() in ENDINGS else ending.lower()
-            if file.isdir():
+            if info.isdir():
                 continue
-            if not file.isfile() or file.size > MAX_BYTES:
+            if not info.isfile() or info.size > MAX_BYTES:
                 skips["a link or an oversized file in a tar shard"] += 1
             elif kind in ("picture", "txt", "json"):
-                groups[key][kind].append((tar, file))
+                groups[key][kind].append((tar, info))
             else:
                 skips["another file in a tar shard, where pictures, .txt and .json are read"] += 1
         tar.fileobj.seek(tar.offset)
@@ -280,10 +282,6 @@ def read_shard(path, skips):
     if len(rest) < 512 or rest.strip(b"\0"):  # for tarfile, too, the archive ends here, but without a word
         raise UserError(f"{path}: is broken, cut off or joined to another: fetch it again")
     return list(groups.values())
-
-
-def bytes_of(tar, file):
-    return tar.extractfile(file).read()
 
 
 # ---- Answers → scores --------------------------------------------------------------------------------------
@@ -368,23 +366,22 @@ def score_vcr(answers, skips):
         if row["truth"] not in [choice["text"] for choice in row["choices"]]:
             skips["an answer whose truth is none of its choices"] += 1
             continue
-        for how, per_token in (("", False), (", per token", True)):
-            seen = likeliest(row["choices"], "logp", per_token) == row["truth"]
-            blind = likeliest(row["choices"], "blind_logp", per_token) == row["truth"]
-            question = (row["id"], row["image"], row["turns"][0], how)  # an id may stand at two pictures
+        question = (row["id"], row["image"], row["turns"][0])  # an id may stand at two pictures
+        for how in ("", ", per token"):
+            right = [likeliest(row["choices"], logp, how) == row["truth"] for logp in ("logp", "blind_logp")]
             if len(row["turns"]) == 1:
-                columns["Q→A" + how].append((row["image"], seen, blind))
-                answered[question] = seen, blind
+                columns["Q→A" + how].append((row["image"], *right))
+                answered[question, how] = right
             else:
-                columns["QA→R" + how].append((row["image"], seen, blind))
-                seen_before, blind_before = answered.get(question, (False, False))
-                columns["Q→AR" + how].append((row["image"], seen and seen_before, blind and blind_before))
+                columns["QA→R" + how].append((row["image"], *right))
+                before = answered.get((question, how), (False, False))
+                columns["Q→AR" + how].append((row["image"], *np.logical_and(right, before)))
     return table(columns)
 
 
-def likeliest(choices, logp, per_token):
+def likeliest(choices, logp, how):
     """The text of the choice with the highest `logp`, a field that holds the sum over its tokens."""
-    values = [choice[logp] / (choice["tokens"] if per_token else 1) for choice in choices]
+    values = [choice[logp] / (choice["tokens"] if how else 1) for choice in choices]
     return choices[np.argmax(values)]["text"]
 
 
