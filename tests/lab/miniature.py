@@ -50,7 +50,7 @@ from shapes import HELD_OUT, KINDS, OFTEN, SIDE, TRAINING, VALUES, Scene, ask, b
 
 
 def minimise(loss, model, steps, muon_lr, adam_lr, name, line):
-    """Train a model: `loss()` gives the loss of the next batch. Its progress bar, `name`, stands in this line.
+    """Train a model: `loss()` gives the loss of the next batch. Its bar, `name`, stands in this line.
 
     Muon (Jordan, 2024) takes a fraction of AdamW's steps. It learns matrices only: convolution kernels are
     given to it as matrices that share their memory.
