@@ -465,11 +465,14 @@ def make_miniature(args, settings):
     script = Path(__file__).resolve().parent / "tests" / "lab" / "miniature.py"
     print(f"first use: tests/lab/miniature.py makes models and data in {Path(args.out, 'mini')}", flush=True)
     with subprocess.Popen([sys.executable, script, "--out", args.out, "--seed", str(args.seed)]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # Ctrl-C reaches it by itself
+        # Ctrl-C reaches the script by itself, and it says so. SIGTERM is passed on.
+        before = signal.signal(signal.SIGINT, lambda *_: None)
+        before_term = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         status = process.wait()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, before_term)
     if status:
-        sys.exit(status)
+        sys.exit(130 if status < 0 else status)  # below zero: a signal ended it while it was still importing
 
 
 def data_of(args, preset):

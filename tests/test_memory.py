@@ -72,15 +72,14 @@ def allocated(function):
 @pytest.mark.parametrize("stage_, question, answer", account.STAGES)
 def test_the_account_agrees_with_what_the_allocator_hands_out(size, stage_, question, answer, monkeypatch):
     """To 2% beside the weights. With attention written out, for CUDA's kernels are not those of a CPU."""
-    kind = "bloom" if size.endswith("bloom") else "opt"
-    monkeypatch.setitem(measure.SIZES, size, measure.Size(256, 4, 4, 1024, vocabulary=5000, kind=kind))
+    monkeypatch.setitem(measure.SIZES, size, (256, 4, 4, 5000))
     random_clip = measure.random_clip
     monkeypatch.setattr(measure, "random_clip", lambda size, *where: random_clip("tiny", *where))
     with account.accounting() as counted:
         model = measure.random_model(size, torch.float32, account.META)
         model.llm.set_attn_implementation("eager")
         weights = counted.live
-        need = account.train_step(counted, model, weights, stage_, 16, question, answer)
+        peak = account.train_step(counted, model, stage_, 16, question, answer)
         assert counted.live == weights  # all that a step made is gone
     real = measure.random_model(size, torch.float32, "cpu")
     real.llm.set_attn_implementation("eager")
@@ -93,19 +92,15 @@ def test_the_account_agrees_with_what_the_allocator_hands_out(size, stage_, ques
 
     assert weights == pytest.approx(sum(t.nbytes for t in [*real.parameters(), *real.buffers()]), rel=0.02)
     state = sum(2 * p.nbytes for p in trained.values())
-    assert need.peak - weights - state == pytest.approx(allocated(forward_and_backward), rel=0.02)
-    assert need.operations == pytest.approx(measure.operations(forward_and_backward), rel=1e-3)
+    assert peak - weights - state == pytest.approx(allocated(forward_and_backward), rel=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size, most", [
     ("opt-1.3b", {1: 7.6e9, 2: 6.5e9}), ("bloomz-7b1", {1: 27e9, 2: 27e9})])
 def test_what_a_step_of_4096_tokens_needs_at_full_size(size, most):
-    """And no evaluation needs more than a training step."""
-    evaluate = size == "opt-1.3b"  # the other one takes long
-    for stage_, _, need, peak in account.steps_of(size, budgets=(4096,), evaluate=evaluate):
-        assert need.weights < need.peak <= most[stage_]
-        assert peak <= need.peak and (peak > need.weights or not evaluate)
+    for stage_, _, weights, peak in account.steps_of(size, budgets=(4096,)):
+        assert weights < peak <= most[stage_]
 
 
 def test_memory_is_bounded_by_tokens_in_validations(batch_tokens):

@@ -10,6 +10,7 @@ about absent things.
 """
 
 import argparse
+import itertools
 import os
 import shlex
 import shutil
@@ -103,32 +104,30 @@ def main():
     add("--out", default="out/ablation", help="the folder of the sets (default: out/ablation)")
     add("--jobs", type=int, default=os.cpu_count(), help="at a time (default: one for each core)")
     args = parser.parse_args()
-    rows, runs = {}, []
+    rows = {}
     for row in args.rows:
         name, equals, flags = row.partition("=")
         if not equals or name in ("", "mini") or "/" in name or name in rows:
             parser.error(f'{row!r}: a row is NAME="FLAGS", with a name of its own')
         rows[name] = shlex.split(flags.replace("=", " "))
     sets = [Path(args.out, f"s{seed}") for seed in range(args.sets)]
-    for of_set in sets:
-        for name, flags in rows.items():
-            runs += [(of_set, name, seed, flags) for seed in range(args.seeds)]
+    runs = list(itertools.product(sets, rows, range(args.seeds)))
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     pool = ThreadPoolExecutor(args.jobs)
     try:
         made = pool.map(lambda of_set: make_set(of_set, shlex.split(args.miniature)), sets)
         list(tqdm(made, "sets", len(sets), disable=None))
-        list(tqdm(pool.map(lambda run: make_run(*run), runs), "runs", len(runs), disable=None))
+        trained = pool.map(lambda run: make_run(*run, rows[run[1]]), runs)
+        list(tqdm(trained, "runs", len(runs), disable=None))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in STARTED:
             process.terminate()
     for evaluation in ("evaluation", "evaluation-absent"):
         print(f"\n{evaluation}\n", flush=True)
-        patterns = []
-        for name, flags in rows.items():
-            patterns.append(f"{name}={args.out}/s*/{name}/seed*/mini/{stage2(flags)}/{evaluation}")
+        patterns = [f"{name}={args.out}/s*/{name}/seed*/mini/{stage2(flags)}/{evaluation}"
+                    for name, flags in rows.items()]
         subprocess.run([sys.executable, ROOT / "tests" / "lab" / "table.py", *patterns], check=True)
 
 

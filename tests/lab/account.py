@@ -1,4 +1,4 @@
-"""What a step needs at full size, computed on any machine: memory, operations and kernels, on meta tensors.
+"""The memory that a step needs at full size, computed on any machine, on meta tensors.
 
     python tests/lab/benchmark.py account
 
@@ -11,13 +11,8 @@ leaves unused, workspace.
 
 import contextlib
 import math
-import sys
 import weakref
-from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import measure
-import sample
 
 aten = torch.ops.aten
 META = torch.device("meta")
 BLOCK = 512  # bytes: CUDA's allocator hands out multiples
-NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
-             "detach", "lift_fresh", "is_same_size", "_local_scalar_dense")  # these compute nothing, as views
 
 
 class Account(TorchDispatchMode):
-    """Adds up the bytes of the meta tensors that are alive, and counts the operations that start a kernel."""
+    """Adds up the bytes of the meta tensors that are alive."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = self.kernels = 0
+        self.live = self.peak = 0
         self.known = set()  # addresses of the storages that are counted
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -52,10 +44,7 @@ class Account(TorchDispatchMode):
         out = function(*args, **kwargs)
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.is_meta:
-                on_meta = True
                 self.add(x.untyped_storage())
-        if on_meta and not function.is_view and function.overloadpacket.__name__ not in NO_KERNEL:
-            self.kernels += 1
         return out
 
     def add(self, storage):
@@ -71,6 +60,12 @@ class Account(TorchDispatchMode):
     def drop(self, address, size):
         self.known.discard(address)
         self.live -= size
+
+    def peak_of(self, function):
+        """Run a function → the most bytes that were alive at once, with those from before."""
+        self.peak = self.live
+        function()
+        return self.peak
 
 
 def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -100,17 +95,8 @@ def accounting():
 # ---- What is accounted for -----------------------------------------------------------------------------
 
 
-class Need(NamedTuple):
-    """Of one step, or of an evaluation. Memory in bytes."""
-    weights: int  # of the frozen models and the adapter
-    peak: int  # all that is alive at once, weights included
-    operations: int
-    kernels: int
-
-
-def train_step(account, model, weights, stage, B, question, answer):
-    """A training step with gradients and the optimiser's state. Its update, in place, is some kernels
-    more."""
+def train_step(account, model, stage, B, question, answer):
+    """The peak of a training step with gradients and the optimiser's state, in bytes."""
     model.train()
     trained = model.set_trained(stage)
     state = [torch.zeros_like(p) for p in trained.values() for _ in range(2)]
@@ -120,44 +106,10 @@ def train_step(account, model, weights, stage, B, question, answer):
         (model(f, tokens) / (B * answer)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
 
-    need = run(account, weights, forward_and_backward)
+    peak = account.peak_of(forward_and_backward)
     model.zero_grad()
     del state
-    return need
-
-
-def run(account, weights, function):
-    account.peak, account.kernels = account.live, 0
-    operations = measure.operations(function)
-    return Need(weights, account.peak, operations, account.kernels)
-
-
-def evaluation(account, model, weights, stage, max_batch_tokens, question, answer):
-    """The largest peak of what an evaluation does, at the largest batches that it may take, in bytes.
-
-    Of `generate` this is a bound from above: its prompt is taken to be as long as prompt and answer together.
-    """
-    model.eval()
-    pairs = max(1, max_batch_tokens // (question + answer))  # of a question with an answer
-    prompts = max(1, max_batch_tokens // (question + sample.MAX_TOKENS))
-
-    def first_token(f, tokens):  # of `generate`, which can't go on with a token that has no value
-        x, mask, cache = model.read_prompt(*model.to_device(f, tokens.question, tokens.question_mask))
-        model.logits(model.run_llm(x, mask, cache)[0][:, -1]).argmax(-1)
-
-    tasks = [(min(64, pairs), question, model), (prompts, question + sample.MAX_TOKENS, first_token)]
-    if stage == 2:
-        def four_choices(f, _):
-            return model.score(f, [""] * len(f), [["red"] * 4] * len(f))
-
-        tasks.append((max(1, pairs // 4), question, four_choices))
-    peaks = []
-    for B, length, task in tasks:
-        f, tokens = measure.random_batch(model, B, length, answer)
-        _, every_choice = measure.random_batch(model, 4 * B, length, answer)  # what `score` makes of texts
-        with torch.no_grad(), mock.patch.object(model, "tokenize", lambda *_: every_choice):
-            peaks.append(run(account, weights, lambda: task(f, tokens)).peak)
-    return max(peaks)
+    return peak
 
 
 # ---- The tables ----------------------------------------------------------------------------------------
@@ -168,11 +120,8 @@ MODELS = ("opt-125m", "opt-1.3b", "opt-6.7b", "bloomz-7b1")
 CARDS = (8, 16, 24, 80)  # GB
 
 
-def steps_of(size, budgets=BUDGETS, evaluate=False):
-    """Yield (stage, budget, Need of a training step in bf16, the largest peak of an evaluation or 0).
-
-    The image tower is left out, as in train.py.
-    """
+def steps_of(size, budgets=BUDGETS):
+    """Yield (stage, budget, bytes of the weights, peak of a step), in bf16, without CLIP's image tower."""
     with accounting() as account:
         model = measure.random_model(size, torch.bfloat16, META)
         model.clip.visual = None
@@ -180,23 +129,19 @@ def steps_of(size, budgets=BUDGETS, evaluate=False):
         for stage, question, answer in STAGES:
             for budget in budgets:
                 B = budget // (question + answer)
-                need, peak = train_step(account, model, weights, stage, B, question, answer), 0
-                if evaluate:
-                    peak = evaluation(account, model, weights, stage, budget, question, answer)
-                yield stage, budget, need, peak
+                yield stage, budget, weights, train_step(account, model, stage, B, question, answer)
 
 
 def rows(models=MODELS, budgets=BUDGETS):
     """Yield the lines of two tables: does it fit my card, and the flags for a card."""
     yield "computed, not measured; frozen weights in bf16; GB, without CUDA's context"
     yield f"records of {STAGES[0][2]} tokens in phase 1, of {STAGES[1][1]} + {STAGES[1][2]} in phase 2"
-    yield f"{'':22} tokens a step  weights   a step  evaluation    TFLOP  kernels"
+    yield f"{'':22} tokens a step  weights   a step"
     peaks = {}
     for size in models:
-        for stage, budget, need, peak in steps_of(size, budgets, evaluate=True):
-            peaks.setdefault((size, stage), {})[budget] = need.peak
-            yield (f"{size:<13}phase {stage}  {budget:>14,}{need.weights / 1e9:>9.1f}{need.peak / 1e9:>9.2f}"
-                   f"{peak / 1e9:>12.2f}{need.operations / 1e12:>9.1f}{need.kernels:>9,}")
+        for stage, budget, weights, peak in steps_of(size, budgets):
+            peaks.setdefault((size, stage), {})[budget] = peak
+            yield f"{size:<13}phase {stage}  {budget:>14,}{weights / 1e9:>9.1f}{peak / 1e9:>9.2f}"
     yield "flags for a card, computed, with 1 GB and a twentieth of it to spare:"
     for card in CARDS:
         for size in models:

@@ -8,7 +8,7 @@
     train       phase-2 samples/s against the authors' schedule (batch 1 × 16, two passes, logits everywhere)
     first       time to the first token of `lmeye` over that of `static`, and of two whole passes over it
     padding     tokens computed over tokens real, on lengths as in LLaVA-Instruct-150K
-    account     memory, operations and kernels of a step at full size, flags for a card: see account.py
+    account     memory of a step at full size, flags for a card: see account.py
     gpu         see on_gpu.py; with --dry on tiny models, on whatever there is, to see that it would run
 """
 
@@ -16,7 +16,6 @@ import argparse
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,12 +41,14 @@ class Scale(NamedTuple):
     prompts: tuple  # lengths
     repeat: int
     product: int  # n, for the machine's rate in n × n products
-    sizes: tuple  # of the language models in rows that compare some
+    sizes: tuple  # of the language models whose memory is computed
+    budgets: tuple  # tokens of a step for which it is
 
 
-GPU = Scale("opt-1.3b", torch.bfloat16, (48, 192, 384), (40, 200, 800), 5, 8192, account.MODELS)
-CPU = Scale("opt-125m", torch.float32, (16,), (40, 200, 800), 3, 2048, ("opt-125m",))
-DRY = Scale("tiny", torch.float32, (4,), (40,), 1, 256, ("tiny", "tiny-bloom"))
+ALL = account.MODELS, account.BUDGETS
+GPU = Scale("opt-1.3b", torch.bfloat16, (48, 192, 384), (40, 200, 800), 5, 8192, *ALL)
+CPU = Scale("opt-125m", torch.float32, (16,), (40, 200, 800), 3, 2048, *ALL)
+DRY = Scale("tiny", torch.float32, (4,), (40,), 1, 256, ("tiny", "tiny-bloom"), (256, 512))
 
 
 # ---- The rows: each yields lines -----------------------------------------------------------------------
@@ -125,47 +126,40 @@ def padding(scale):
     dataset = data.Dataset([], [(range(question), range(answer)) for question, answer in lengths], None, None)
     lengths = np.array(lengths)
     for name, size, tokens in (("64 records", 64, 10 ** 9), ("4,096 tokens", 1000, 4096)):
-        start = time.perf_counter()
         plan = data.plan_epoch(dataset, size, tokens, 0, 0)
-        taken = time.perf_counter() - start
         computed = sum(len(rows) * lengths[rows].max(0).sum() for rows in plan)
-        yield (f"batches of {name}: {computed / lengths.sum():.3f}, planned in {taken:.1f} s for "
-               f"{len(lengths):,} records")
+        yield f"batches of {name}: {computed / lengths.sum():.3f}, for {len(lengths):,} records"
 
 
-def computed(scale):
-    if scale == DRY:
-        return account.rows(models=DRY.sizes, budgets=(256, 512))
-    return account.rows()
+def gpu(scale):
+    if scale == CPU:
+        yield "there is no CUDA GPU here: nothing was run (--dry runs it on tiny models)"
+    else:
+        yield from on_gpu.session((train, first), scale)
 
 
-ROWS = {"train": train, "first": first, "padding": padding, "account": computed}
+ROWS = {"train": train, "first": first, "padding": padding, "gpu": gpu,
+        "account": lambda scale: account.rows(scale.sizes, scale.budgets)}
 
 
 def main():
     logging.disable(logging.WARNING)  # open_clip's, about weights that are random on purpose
-    usage, rows_text = __doc__.split("\n", 2)[::2]
-    parser = argparse.ArgumentParser(description=usage, epilog=rows_text,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of {', '.join(ROWS)}, gpu")
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--dry", action="store_true", help="on tiny models: only to see that a row runs")
     args = parser.parse_args()
     for row in args.rows:
-        if row not in ROWS and row != "gpu":
-            raise lmeye.UserError(f"no such row: {row}; there are {', '.join(ROWS)}, gpu")
+        if row not in ROWS:
+            raise lmeye.UserError(f"no such row: {row}; there are {', '.join(ROWS)}")
     cuda = torch.cuda.is_available()
     scale = DRY if args.dry else GPU if cuda else CPU
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     for row in args.rows or ("train", "first", "padding"):
         torch.manual_seed(0)
-        if row == "gpu" and not cuda and not args.dry:
-            print("gpu        there is no CUDA GPU here: nothing was run (--dry runs it on tiny models)")
-        elif row == "gpu":
-            on_gpu.session((train, first), scale, args.dry)
-        else:
-            for line in ROWS[row](scale):
-                print(f"{'dry ' if args.dry else ''}{row:<10} {line}", flush=True)
+        for line in ROWS[row](scale):
+            print(f"{'dry ' if args.dry else ''}{row:<10} {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ Each draws a PNG and prints its path. A picture that is there already is renamed
 or of an evaluation, or an answers.jsonl; --images is the folder or zip of its pictures.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C meanwhile ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import json
@@ -256,7 +261,7 @@ FIELDS = ("image", "answer", "truth", "category", "right", "blind_right")  # of 
 
 
 def read_answers(path):
-    """The answers of an evaluation, dicts with FIELDS and "asked": the turns up to the question, in one text.
+    """The answers of an evaluation, dicts with at least FIELDS, and "asked", the turns up to the question.
     `path` is an answers.jsonl, its folder or that of the run. UserError, with the line, if it is none."""
     for file in (Path(path), Path(path, "answers.jsonl"), Path(path, "evaluation", "answers.jsonl")):
         if file.is_file():
@@ -266,8 +271,8 @@ def read_answers(path):
         try:
             if line:
                 row = json.loads(line)
-                asked = " / ".join(row["turns"]) or "(caption)"
-                rows.append({name: row[name] for name in FIELDS} | {"asked": asked})
+                row["asked"] = " / ".join(row["turns"]) or "(caption)"
+                rows.append({name: row[name] for name in FIELDS} | row)  # an error if one is missing
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file}, line {number}: is not as sample.py writes it ({error!r})") from error
     if not rows:
@@ -376,4 +381,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lmeye.run_main(main)

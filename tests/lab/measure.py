@@ -6,43 +6,23 @@ benchmark.py.
 
 import functools
 import statistics
-import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import open_clip
 import torch
 import transformers
-from torch.utils.flop_counter import (FlopCounterMode, register_flop_formula, sdpa_backward_flop_count,
-                                      sdpa_flop_count)
+from torch.utils.flop_counter import FlopCounterMode
 
 import lmeye
 import shapes
 from lmeye import LMEye, Settings
 
 
-class Size(NamedTuple):
-    """Of a language model, as its configuration on the hub gives it."""
-    width: int
-    layers: int
-    heads: int
-    inner: int = 0  # width of the feed-forward layer; BLOOM's is four times the model's
-    vocabulary: int = 50272
-    kind: str = "opt"
-    activation: str = "relu"  # of OPT
-
-
-SIZES = {
-    "opt-125m": Size(768, 12, 12, 3072), "opt-1.3b": Size(2048, 24, 32, 8192),
-    "opt-6.7b": Size(4096, 32, 32, 16384), "bloomz-7b1": Size(4096, 30, 32, vocabulary=250880, kind="bloom"),
-    "tiny": Size(64, 2, 4, 128, vocabulary=1000, activation="gelu"),  # ReLU has a kink: rounding would decide
-    "tiny-bloom": Size(64, 2, 4, vocabulary=1000, kind="bloom"),
+SIZES = {  # width, layers, heads, vocabulary of a language model, as its configuration on the hub has them
+    "opt-125m": (768, 12, 12, 50272), "opt-1.3b": (2048, 24, 32, 50272), "opt-6.7b": (4096, 32, 32, 50272),
+    "bloomz-7b1": (4096, 30, 32, 250880), "tiny": (64, 2, 4, 1000), "tiny-bloom": (64, 2, 4, 1000),
 }
-SLOTS = {"bloomz-7b1": 5, "tiny-bloom": 5}  # Q; 1 for the others
 CLIP = "ViT-L-14-quickgelu"
 TINY_CLIP = {  # arguments of open_clip.CLIP
     "embed_dim": 24,
@@ -60,15 +40,15 @@ def here():
 
 def random_llm(size, dtype, device):
     """A causal language model with new weights."""
-    shape = SIZES[size]
-    common = dict(vocab_size=shape.vocabulary, hidden_size=shape.width, pad_token_id=0, bos_token_id=1,
-                  eos_token_id=2)
-    if shape.kind == "bloom":
-        config = transformers.BloomConfig(n_layer=shape.layers, n_head=shape.heads, **common)
+    width, layers, heads, vocabulary = SIZES[size]
+    common = dict(vocab_size=vocabulary, hidden_size=width, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if "bloom" in size:
+        config = transformers.BloomConfig(n_layer=layers, n_head=heads, **common)
     else:
+        activation = "gelu" if size == "tiny" else "relu"  # ReLU has a kink: there, rounding would decide
         config = transformers.OPTConfig(
-            word_embed_proj_dim=shape.width, ffn_dim=shape.inner, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, activation_function=shape.activation, **common)
+            word_embed_proj_dim=width, ffn_dim=4 * width, num_hidden_layers=layers,
+            num_attention_heads=heads, activation_function=activation, **common)
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
@@ -87,18 +67,17 @@ def random_clip(size, dtype, device):
 
 
 def random_model(size, dtype, device=None, llm=None, **settings):
-    """LMEye between random models of published sizes. The miniature's tokenizer stands in for the real
-    one."""
+    """LMEye between random models of published sizes, with the miniature's tokenizer."""
     device = device or here()
     clip, preprocess = random_clip(size, dtype, device)
-    settings = Settings(**{"n_slots": SLOTS.get(size, 1), "precision": PRECISIONS[dtype], **settings})
     llm = llm or random_llm(size, dtype, device)
+    n_slots = 5 if "bloom" in size else 1
+    settings = Settings(n_slots=n_slots, precision=PRECISIONS[dtype], **settings)
     return LMEye(settings, llm, shapes.build_tokenizer(ends=False), clip, preprocess, clip_tokenizer(CLIP))
 
 
 def random_batch(model, B, question, answer):
-    """(f, Tokens) of B records on the CPU, all questions and all answers of one length; question 0:
-    captions."""
+    """(f, Tokens) of B records with questions and answers of these lengths, on the CPU; 0: captions."""
     def ids(n):
         return torch.randint(10, 50, (B, n)), torch.ones(B, n, dtype=torch.long)
 
@@ -121,19 +100,6 @@ def step(model, batch, optimizer):
     optimizer.zero_grad()
 
 
-aten = torch.ops.aten
-
-
-@register_flop_formula([aten._scaled_dot_product_flash_attention_for_cpu])  # which PyTorch lacks
-def count_cpu_attention(q, k, v, *args, **kwargs):
-    return sdpa_flop_count(q, k, v)
-
-
-@register_flop_formula([aten._scaled_dot_product_flash_attention_for_cpu_backward])
-def count_cpu_attention_backward(gradient, q, k, v, *args, **kwargs):
-    return sdpa_backward_flop_count(gradient, q, k, v)
-
-
 def operations(function):
     """The number of floating-point operations in what a function runs, by PyTorch's own counter."""
     counter = FlopCounterMode(display=False)
@@ -147,32 +113,24 @@ def operations(function):
 # ---- Seconds -------------------------------------------------------------------------------------------
 
 
-def wait():
+def seconds_of(function):
+    start = time.perf_counter()
+    function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def seconds(*functions, repeat=5):
     """Median time of each function; they take turns, so that a machine that slows down slows all of them.
 
-    Each is run once before; on a GPU all of them until half a second has passed, which its clock takes to
-    rise.
+    They are run before, once; on a GPU for half a second, which its clock takes to rise.
     """
-    start = time.perf_counter()
-    warm = False
-    while not warm:
-        for function in functions:
-            function()
-        wait()
-        warm = not torch.cuda.is_available() or time.perf_counter() - start > 0.5
-    times = [[] for _ in functions]
-    for _ in range(repeat):
-        for function, taken in zip(functions, times):
-            start = time.perf_counter()
-            function()
-            wait()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+    warm_up = sum(map(seconds_of, functions))
+    while torch.cuda.is_available() and warm_up < 0.5:
+        warm_up += sum(map(seconds_of, functions))
+    rounds = [[*map(seconds_of, functions)] for _ in range(repeat)]
+    return [statistics.median(times) for times in zip(*rounds)]
 
 
 def matmul_rate(dtype, n):

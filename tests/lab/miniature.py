@@ -12,6 +12,11 @@ What is written below OUT/mini could as well have been downloaded:
     pictures.zip, examples/              all pictures; six more held-out ones to ask about
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C meanwhile ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import io
 import itertools
@@ -19,14 +24,14 @@ import json
 import math
 import multiprocessing
 import random
-import signal
 import sys
 import tempfile
+import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import open_clip
@@ -44,30 +49,20 @@ from shapes import HELD_OUT, KINDS, OFTEN, SIDE, TRAINING, VALUES, Scene, ask, b
 # ---- The frozen models ---------------------------------------------------------------------------------
 
 
-class Muon(torch.optim.Muon):
-    """Muon (Jordan, 2024) learns the miniature's models in a fraction of AdamW's steps. torch's takes only
-    matrices: it is given convolution kernels as matrices that share their memory."""
-
-    def __init__(self, parameters, lr):
-        self.parameters = parameters
-        super().__init__([p.detach().flatten(1) for p in parameters], lr, weight_decay=0.0, momentum=0.9)
-
-    def step(self):
-        for p, matrix in zip(self.parameters, self.param_groups[0]["params"]):
-            matrix.grad = p.grad.flatten(1)
-        super().step()
-
-
 def minimise(loss, model, steps, muon_lr, adam_lr, name, line):
-    """Train a model: `loss()` gives the loss of the next batch. Its progress bar, `name`, stands in this
-    line."""
+    """Train a model: `loss()` gives the loss of the next batch. Its bar, `name`, stands in this line.
+
+    Muon (Jordan, 2024) takes a fraction of AdamW's steps. It learns matrices only: convolution kernels are
+    given to it as matrices that share their memory.
+    """
     matrices, others = [], []
     for key, p in model.named_parameters():
         if p.ndim > 1 and "embed" not in key:
             matrices.append(p)
         else:
             others.append(p)  # embeddings, gains and biases
-    muon = Muon(matrices, muon_lr)
+    flat = [p.detach().flatten(1) for p in matrices]
+    muon = torch.optim.Muon(flat, muon_lr, weight_decay=0.0, momentum=0.9)
     adam = torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.98))
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")
     for step in tqdm(range(steps), name, disable=None, position=line):
@@ -75,6 +70,8 @@ def minimise(loss, model, steps, muon_lr, adam_lr, name, line):
         rate = min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
         model.zero_grad()
         loss().backward()
+        for p, matrix in zip(matrices, flat):
+            matrix.grad = p.grad.flatten(1)
         for optimizer, highest in ((muon, muon_lr), (adam, adam_lr)):
             optimizer.param_groups[0]["lr"] = highest * rate
             optimizer.step()
@@ -233,17 +230,19 @@ def write_json(path, records):
     path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n", "utf-8")
 
 
+def to_record(image, texts, **more):
+    """[question, answer, …] about a picture → a conversation in LLaVA's shape."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"id": Path(image).stem, "image": image, "conversations": turns} | more
+
+
 def question_record(image, scene, kinds, rng):
-    """A conversation in LLaVA's shape, with a question of each of these kinds; one alone is its category."""
-    turns = []
+    """A conversation with a question of each of these kinds; one alone is its category."""
+    texts = []
     for kind in kinds:
-        question, answer = ask(scene, kind, rng)
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    turns[0]["value"] = "<image>\n" + turns[0]["value"]
-    record = {"id": Path(image).stem, "image": image, "conversations": turns}
-    if len(kinds) == 1:
-        record["category"] = kinds[0]
-    return record
+        texts += ask(scene, kind, rng)
+    texts[0] = "<image>\n" + texts[0]
+    return to_record(image, texts, **({"category": kinds[0]} if len(kinds) == 1 else {}))
 
 
 def draw_kinds(rng):
@@ -266,9 +265,7 @@ def write_data(folder, seed, pictures):
                 image, file = f"{part}/{number:06d}.png", io.BytesIO()
                 draw(scene, rng).save(file, "PNG", compress_level=1)
                 archive.writestr(image, file.getvalue())
-                turns = [{"from": "human", "value": "Describe the picture.\n<image>"},
-                         {"from": "gpt", "value": describe(scene)}]
-                captions.append({"id": Path(image).stem, "image": image, "conversations": turns})
+                captions.append(to_record(image, ["Describe the picture.\n<image>", describe(scene)]))
                 for kinds in draw_kinds(rng) if part == "train" else [[kind] for kind in KINDS]:
                     questions.append(question_record(image, scene, kinds, rng))
             write_json(folder / f"{prefix}captions.json", captions)
@@ -318,8 +315,8 @@ def absent_records(training):
 
 
 def train_llm_in_child(folder, seed, recipe):
-    """What runs in a process of its own, on one core beside CLIP's. The one that started it minds Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What runs in a process of its own, on one core beside CLIP's. `make` sees to Ctrl-C, and stops it."""
+    tqdm.set_lock(threading.RLock())  # tqdm's own, a semaphore, would outlive a process that is stopped
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     train_llm(folder, seed, **recipe)
@@ -340,17 +337,16 @@ def make(out, seed=0, clip_steps=550, pictures=6000, **recipe):
         part = Path(part)
         context = multiprocessing.get_context("spawn")  # there is on every system
         child = context.Process(target=train_llm_in_child, args=(part / "llm", seed, recipe), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits that
+        child.start()
+        signal.signal(signal.SIGINT, handler)
         try:
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits that
-            child.start()
-            signal.signal(signal.SIGINT, handler)
             write_data(part, seed, pictures)
             train_clip(part / "clip", seed, steps=clip_steps)
             child.join()
         finally:
-            if child.pid:
-                child.terminate()
-                child.join()
+            child.terminate()
+            child.join()
         if child.exitcode != 0:
             raise UserError(f"the language model's training failed, with status {child.exitcode}: see above")
         for name in FILES:
@@ -370,7 +366,8 @@ def main():
     args = parser.parse_args()
     if args.width < 4 or args.width % 4 or args.layers < 1 or not 0 <= args.hint_share <= 1:
         parser.error("--width has to be a multiple of 4, --layers at least 1, --hint-share from 0 to 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # both end it in the same way
+        signal.signal(number, signal.default_int_handler)
     torch.set_num_threads(1)
     make(args.out, args.seed, hint_share=args.hint_share, width=args.width, layers=args.layers)
 

@@ -14,13 +14,10 @@ import copy
 import csv
 import gc
 import io
-import sys
 import tempfile
 import time
 from pathlib import Path
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -38,41 +35,29 @@ BOUNDS = {  # of the loss, and of each gradient, against fp32 arithmetic on the 
 }
 
 
-class Report:
-    """Prints each line when it is known, and counts what held."""
-
-    def __init__(self, dry):
-        self.start, self.dry = time.perf_counter(), dry
-        self.held = self.checks = 0
-
-    def line(self, text):
-        seconds = time.perf_counter() - self.start
-        print(f"{'dry ' if self.dry else ''}gpu {seconds:>5.0f} s  {text}", flush=True)
-
-    def check(self, holds, text):
-        self.checks += 1
-        self.held += bool(holds)
-        self.line(f"{'held  ' if holds else 'FAILED'}  {text}")
+def check(holds, text):
+    """A line about what must hold, as the parts below yield it."""
+    return f"{'held  ' if holds else 'FAILED'}  {text}"
 
 
-def session(rows, scale, dry):
-    """Run everything; `rows` are rows of benchmark.py. What raises is reported, and the rest goes on."""
-    report = Report(dry)
-
-    def lines(row):
-        for line in row(scale):
-            report.line(f"{row.__name__}: {line}")
-
-    parts = [(part, (report, scale, dry)) for part in (equals_cpu, resumes, full_size, memory)]
-    parts += [(lines, (row,)) for row in (share, *rows)]
-    for part, arguments in parts:
-        try:
-            part(*arguments)
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            report.check(False, f"{part.__name__}: {type(error).__name__}: {text}")
+def session(rows, scale):
+    """Run everything and `rows` of benchmark.py; yield lines. What raises is told, and the rest goes on."""
+    start, checks, held = time.perf_counter(), 0, 0
+    for part in (equals_cpu, resumes, full_size, memory, share, *rows):
+        for line in lines_of(part, scale):
+            checks += line.startswith(("held", "FAILED"))
+            held += line.startswith("held")
+            yield f"{time.perf_counter() - start:>5.0f} s  {part.__name__}: {line}"
         free_memory()
-    report.line(f"{report.held} of {report.checks} held")
+    yield f"{held} of {checks} held"
+
+
+def lines_of(part, scale):
+    try:
+        yield from part(scale)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        yield check(False, f"{type(error).__name__}: {text}")
 
 
 def free_memory():
@@ -84,18 +69,17 @@ def free_memory():
 # ---- CUDA gives what the CPU gives ---------------------------------------------------------------------
 
 
-def equals_cpu(report, scale, dry):
-    """Loss and gradients of tiny models, against fp32 on the CPU with the same weights, as the dtype rounds
-    them."""
+def equals_cpu(scale):
+    """Loss and gradients of tiny models, against fp32 on the CPU with the same weights."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for dtype, (loss_bound, gradient_bound) in BOUNDS.items():
         for size in ("tiny", "tiny-bloom"):
             for stage, variant in KINDS:
                 loss, gradient = distance(size, dtype, stage, variant)
                 name = f"{size} in {measure.PRECISIONS[dtype]}, phase {stage}, {variant}"
-                report.check(loss <= loss_bound and gradient <= gradient_bound,
-                             f"{name}: loss to {loss:.1e} (bound {loss_bound:g}), "
-                             f"gradients to {gradient:.1e} (bound {gradient_bound:g})")
+                yield check(loss <= loss_bound and gradient <= gradient_bound,
+                            f"{name}: loss to {loss:.1e} (bound {loss_bound:g}), "
+                            f"gradients to {gradient:.1e} (bound {gradient_bound:g})")
 
 
 def distance(size, dtype, stage, variant):
@@ -146,7 +130,7 @@ def quietly_train(*args, **options):
         train.train_adapter(*args, **options)
 
 
-def resumes(report, scale, dry):
+def resumes(scale):
     torch.use_deterministic_algorithms(True)
     try:
         for dtype in BOUNDS:
@@ -155,24 +139,16 @@ def resumes(report, scale, dry):
             same = all(torch.equal(whole[name], resumed[name]) for name in whole)
             ends = "as one that was not, to the bit" if same else "otherwise than one that was not"
             precision = measure.PRECISIONS[dtype]
-            report.check(same, f"a run in {precision} that was interrupted and resumed ends {ends}")
+            yield check(same, f"a run in {precision} that was interrupted and resumed ends {ends}")
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def run_twice(folder, dtype):
-    """Adapters of two runs on tiny models, of which the second is interrupted in its fourth step and
-    resumed."""
-    real_step, calls = torch.optim.AdamW.step, []
-
-    def interrupted(*args, **options):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real_step(*args, **options)
-
+    """Adapters of two runs on tiny models. The second is interrupted in its fourth step, and resumed."""
     whole = short_run(folder / "whole", dtype)
-    with contextlib.suppress(KeyboardInterrupt), mock.patch.object(torch.optim.AdamW, "step", interrupted):
+    interrupted = mock.patch.object(train.Run, "note_line", side_effect=["", "", "", KeyboardInterrupt])
+    with contextlib.suppress(KeyboardInterrupt), interrupted:
         short_run(folder / "resumed", dtype)
     if not (folder / "resumed" / train.STATE).is_file():
         raise RuntimeError("the interrupted run left no state")
@@ -191,7 +167,7 @@ def short_run(folder, dtype, resume=False):
 # ---- Full size -----------------------------------------------------------------------------------------
 
 
-def full_size(report, scale, dry):
+def full_size(scale):
     """The real loop on a full-size model with random weights, both phases, and an answer."""
     for dtype in (torch.bfloat16, torch.float16):
         name = f"{scale.size} in {measure.PRECISIONS[dtype]}"
@@ -206,47 +182,46 @@ def full_size(report, scale, dry):
                     last = list(csv.DictReader(file))[-1]
             finite = all(p.isfinite().all() for p in model.adapter(2).values()) and float(last["loss"]) < 100
             few_skipped = int(last["skipped"]) <= 2  # fp16's scaler may begin too high
-            report.check(finite and few_skipped,
-                         f"{name}, phase {stage}: 6 steps of 16 records, the last loss {last['loss']}, "
-                         f"steps skipped {last['skipped']}, {last['tokens_per_second']} tokens/s")
+            yield check(finite and few_skipped,
+                        f"{name}, phase {stage}: 6 steps of 16 records, the last loss {last['loss']}, "
+                        f"steps skipped {last['skipped']}, {last['tokens_per_second']} tokens/s")
         model.eval()
         question = ["what color is it?"]
         f = model.encode_image(model.preprocess(Image.new("RGB", (640, 480), "red"))[None])
         text = model.generate(f, question, max_tokens=8)[0]
         logp = model.score(f, question, [["red", "blue"]])
-        report.check(f.isfinite().all() and logp.isfinite().all(),
-                     f"{name}: an answer about a picture ({lmeye.printable(text)[:40]!r})")
+        yield check(f.isfinite().all() and logp.isfinite().all(),
+                    f"{name}: an answer about a picture ({lmeye.printable(text)[:40]!r})")
         model = None
 
 
 # ---- Memory, and share of the rate ---------------------------------------------------------------------
 
 
-def memory(report, scale, dry):
+def memory(scale):
     """The peak of a step beside the computed one. The model that most will take comes first."""
-    budgets = (256, 512) if dry else account.BUDGETS
     for size in sorted(scale.sizes, key=lambda name: name != scale.size):
-        needs = {(stage, budget): need for stage, budget, need, _ in account.steps_of(size, budgets)}
+        needs = {(stage, budget): peak for stage, budget, _, peak in account.steps_of(size, scale.budgets)}
         free_memory()
         model = measure.random_model(size, torch.bfloat16)
         model.clip.visual = None
         for stage, question, answer in account.STAGES:
             optimizer = measure.optimizer_of(model, stage)
-            for budget in budgets:
+            for budget in scale.budgets:
                 batch = measure.random_batch(model, budget // (question + answer), question, answer)
                 batch[1].answer_mask[0, -1] = 0  # so that a mask has to be made, as is computed
                 for _ in range(2):  # in the second the optimiser has its state
                     if torch.cuda.is_available():
                         torch.cuda.reset_peak_memory_stats()
                     measure.step(model, batch, optimizer)
-                need = needs[stage, budget].peak
+                need = needs[stage, budget]
                 name = f"{size}, phase {stage}, {budget:,} tokens: computed {need / 1e9:.2f} GB"
-                if dry:
-                    report.line(f"{name}, not measured")
+                if scale.size == "tiny":
+                    yield f"{name}, not measured"
                     continue
                 peak = torch.cuda.max_memory_allocated()
-                report.check(abs(peak / need - 1) <= 0.1,
-                             f"{name}, measured {peak / 1e9:.2f}: {peak / need:.3f} ×")
+                yield check(abs(peak / need - 1) <= 0.1,
+                            f"{name}, measured {peak / 1e9:.2f}: {peak / need:.3f} ×")
             model.zero_grad()
         model = optimizer = None
 
@@ -264,7 +239,3 @@ def share(scale):
             taken, = measure.seconds(lambda: measure.step(model, batch, optimizer), repeat=scale.repeat)
             yield (f"{scale.size}, phase {stage}, {records} records of {question} + {answer} tokens: "
                    f"{1000 * taken:.0f} ms, {100 * operations / taken / rate:.0f}%")
-            start = time.perf_counter()
-            measure.step(model, batch, optimizer)  # comes back when all kernels are queued
-            yield f"  the processor is done with it after {1000 * (time.perf_counter() - start):.0f} ms"
-            measure.wait()

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -42,11 +42,6 @@ def load_run(run, records, pictures):
     return model, dataset
 
 
-def chunks(dataset):
-    """The rows of a Dataset in order, some at a time."""
-    return torch.arange(len(dataset.records)).split(256)
-
-
 @torch.no_grad()
 def requests_and_v(model, dataset):
     """The request (R, W) and v (R, C) of each record: what leaves `request`, and what enters `transmit`."""
@@ -54,7 +49,7 @@ def requests_and_v(model, dataset):
     hook = model.request.register_forward_hook(lambda layer, inputs, output: requests.append(output.cpu()))
     hook_of_v = model.transmit.register_forward_pre_hook(lambda layer, inputs: v.append(inputs[0].cpu()))
     with hook, hook_of_v:
-        for rows in chunks(dataset):
+        for rows in torch.arange(len(dataset.records)).split(256):
             f, tokens = dataset.batch(rows)
             model.read_prompt(*model.to_device(f, tokens.question, tokens.question_mask))
     return torch.cat(requests), torch.cat(v)

@@ -6,18 +6,18 @@ stands `python tests/lab/`.)
     published.py coco captions_train2014.json > coco.jsonl
     published.py vqa questions.json annotations.json > vqa.jsonl     (a test split: without annotations)
     published.py vcr train.jsonl > vcr.jsonl
-    published.py release data.json --images pictures.zip > release.jsonl             (LMEye's own data)
-    published.py webdataset 00000.tar 00001.tar --out folder         (its pictures, and folder/data.jsonl)
+    published.py release data.json > release.jsonl                   (LMEye's own data)
+    published.py webdataset 00000.tar 00001.tar --out folder > webdataset.jsonl      (its pictures)
 
 An evaluation leaves answers.jsonl. These commands score it as the data sets' own programs do, beside the
 blind answers, or write the file that those programs take:
 
-    published.py score-vqa answers.jsonl annotations.json [questions.json]
+    published.py score-vqa answers.jsonl annotations.json
     published.py score-vcr answers.jsonl
     published.py results-vqa answers.jsonl questions.json > vqa.json
     published.py results-coco answers.jsonl captions.json > captions.json
 
-What is left out is counted by reason on the standard error. With --out FILE the result is written there.
+What is left out is counted by reason on the standard error.
 """
 
 import argparse
@@ -34,8 +34,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import ENDINGS, MALFORMED, MAX_BYTES, Pictures, is_text, read_json, read_object, read_text
+from data import ENDINGS, MALFORMED, MAX_BYTES, is_text, read_json, read_object, read_text
 from lmeye import UserError, printable, run_main
+from look import read_answers
 from sample import table_lines, table_row
 
 # What reading a malformed record raises:
@@ -53,34 +54,13 @@ def parse(text):
         return None
 
 
-def read_tables(path, names, advice):
+def read_tables(path, *names):
     """A JSON object that holds lists under `names`, as COCO's and VQA's files do. UserError if it is none."""
     content = parse(read_text(path))
     for name in names:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise UserError(f'{path}: is cut off, or has no list "{name}": {advice}')
+            raise UserError(f'{path}: is cut off, or has no list "{name}": take the file as it was published')
     return content
-
-
-def read_coco(path):
-    advice = "take COCO's captions_….json (Karpathy's file mixes training and test pictures, and is not read)"
-    return read_tables(path, ("images", "annotations"), advice)
-
-
-def read_vqa(questions, annotations):
-    """VQA's two files, of which one may be None → (their split, questions, annotations). UserError if they
-    are of two splits, whose ids have nothing to do with each other."""
-    splits, rows = {}, {"questions": [], "annotations": []}
-    for path, name in ((questions, "questions"), (annotations, "annotations")):
-        if path:
-            content = read_tables(path, [name], f"take VQA's file of {name}")
-            split = str(content.get("data_subtype", "val2014"))
-            splits[split.replace("-dev", "")] = path  # the pictures of test-dev2015 are those of test2015
-            rows[name] = content[name]
-    if len(splits) == 2:
-        which = ", ".join(f"{path} is of {split}" for split, path in splits.items())
-        raise UserError(f"{which}: take two files of one split")
-    return *splits, rows["questions"], rows["annotations"]
 
 
 def index(rows, key, skips):
@@ -116,6 +96,8 @@ def convert(rows, to_record, skips):
             records.append(record)
         except UserError as reason:
             skips[str(reason)] += 1
+        except UnicodeDecodeError:
+            skips["a text that is not UTF-8"] += 1
         except MISSHAPEN:
             skips[MALFORMED] += 1
     return records
@@ -128,15 +110,14 @@ def conversation(turns):
 
 def convert_coco(captions, skips):
     """COCO's captions → a record each, whose id is the image_id: https://cocodataset.org/#format-data"""
-    content = read_coco(captions)
+    content = read_tables(captions, "images", "annotations")
     images = index(content["images"], "id", skips)
 
     def to_record(row):
         image = images.get(str(row["image_id"]))
         if image is None:
             raise UserError("a caption without its picture")
-        caption = " ".join(row["caption"].split())  # some have a line break
-        return {"image": image["file_name"], "caption": caption, "id": row["image_id"]}
+        return {"image": image["file_name"], "caption": row["caption"], "id": row["image_id"]}
 
     return convert(content["annotations"], to_record, skips)
 
@@ -146,9 +127,12 @@ def convert_vqa(questions, annotations, skips):
     most annotators gave. Questions without annotations, as in the test split, have no answer in their record.
     Format: https://visualqa.org/download.html. The picture's name is made of the split and the image_id.
     """
-    split, question_rows, annotation_rows = read_vqa(questions, annotations)
-    asked = index(question_rows, "question_id", skips)
-    annotated = index(annotation_rows, "question_id", skips)
+    content = read_tables(questions, "questions")
+    split = str(content["data_subtype"]).replace("-dev", "")  # test-dev2015 has the pictures of test2015
+    asked, annotated = index(content["questions"], "question_id", skips), {}
+    if annotations:
+        rows = read_tables(annotations, "annotations")["annotations"]
+        annotated = index(rows, "question_id", skips)
     skips["an answer without its question"] += len(annotated.keys() - asked.keys())
 
     def to_record(row):
@@ -209,13 +193,11 @@ def render(words, objects):
 NUMBERED = r"\s*(?:\d+\s*[.)]\s*)?(Question|Answer)\s*\d*\s*:\s*(.*\S)\s*"
 
 
-def convert_release(file, images, skips):
+def convert_release(file, skips):
     """LMEye's own data → a record each, with its caption, its conversation or both. "questions" lists
-    "Question: …" and "Answer: …" in turn, but some lists begin in mid-caption. A picture is named without its
-    ending, which is looked for in `images`, a folder or zip archive. (Format: as seen in the published file.)
+    "Question: …" and "Answer: …" in turn, but some lists begin in mid-caption. Pictures are named without
+    their ending, which is .jpg. (Format: as seen in the published file.)
     """
-    pictures = Pictures(images) if images else None
-
     def to_record(item):
         turns, question = [], ""
         for text in item["questions"]:
@@ -233,33 +215,21 @@ def convert_release(file, images, skips):
         if isinstance(name, int):
             name = f"{name:012d}.jpg"  # as COCO names its pictures
         elif is_text(name) and not name.lower().endswith(ENDINGS):
-            name = with_ending(name, pictures) if pictures else name + ".jpg"
+            name += ".jpg"
         record = {"caption": caption, "conversations": conversation(turns), "category": item.get("category")}
         return {"image": name} | {field: value for field, value in record.items() if value}
 
     return convert(read_json(file, skips), to_record, skips)
 
 
-def with_ending(name, pictures):
-    """A picture's name without its ending → the name under which it is there. UserError if it is not."""
-    for ending in ENDINGS:
-        for candidate in (name + ending, name + ending.upper()):
-            try:
-                pictures.find(candidate)
-                return candidate
-            except UserError:  # it may have another ending
-                pass
-    raise UserError("no such picture in --images")
-
-
-def unpack_webdataset(shards, folder, skips):
+def unpack_webdataset(shards, out, skips):
     """Tar shards with a.jpg beside a.txt (a caption) or a.json (or a conversation) → a record each. The
-    pictures are written into the new `folder`, numbered: their names in a shard, which become the ids, may be
-    anything. UserError if `folder` exists or a shard is broken, before anything is written.
+    pictures are written into the new folder `out`, numbered: their names in a shard, which become the ids,
+    may be anything. UserError if `out` exists or a shard is broken, before anything is written.
     Format: https://github.com/webdataset/webdataset
     """
-    if os.path.exists(folder):
-        raise UserError(f"{folder}: exists already: name a new folder with --out")
+    if os.path.exists(out):
+        raise UserError(f"{out}: exists already: name a new folder with --out")
     groups, pictures = [], {}
     for shard in shards:
         groups += read_shard(shard, skips)
@@ -270,77 +240,54 @@ def unpack_webdataset(shards, folder, skips):
             raise UserError("a name that is twice in a tar shard")
         if not (group["picture"] and texts):
             raise UserError("a picture without its text, or a text without its picture, in a tar shard")
-        try:
-            text = read_bytes(*texts[0]).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError("a text in a tar shard that is not UTF-8") from error
+        text = bytes_of(*texts[0]).decode("utf-8-sig")
         item = {"caption": text} if group["txt"] else parse(text)
-        if not isinstance(item, dict) or not ("caption" in item or "conversations" in item):
+        if not item.keys() & {"caption", "conversations"}:
             raise UserError("a .json in a tar shard that has neither a caption nor a conversation")
-        if "caption" in item:
-            item["caption"] = " ".join(item["caption"].split())
-        picture = group["picture"][0]  # copied at the end, if its record can be used
-        image = f"{len(pictures):08d}{Path(picture[1]).suffix.lower()}"
-        pictures[image] = picture
-        return item | {"image": image, "id": picture[1]}
+        shard, info = group["picture"][0]
+        image = f"{len(pictures):08d}{Path(info.name).suffix.lower()}"
+        pictures[image] = shard, info
+        return item | {"image": image, "id": info.name}
 
     records = convert(groups, to_record, skips)
-    Path(folder).mkdir(parents=True)
+    Path(out).mkdir(parents=True)
     for record in records:
-        Path(folder, record["image"]).write_bytes(read_bytes(*pictures[record["image"]]))
+        Path(out, record["image"]).write_bytes(bytes_of(*pictures[record["image"]]))
     return records
 
 
 def read_shard(path, skips):
     """A shard → the groups of its files that have one key, which is the name up to its last dot, as
-    [{"picture": [(shard, name, offset, size), …], "txt": …, "json": …}, …]. UserError if it is not whole.
-    """
+    [{"picture": [(shard, info), …], "txt": …, "json": …}, …]. UserError if it is not whole."""
     groups = defaultdict(lambda: {"picture": [], "txt": [], "json": []})
     try:
-        with tarfile.open(path, "r:") as tar:  # not compressed: files are read where they lie
+        with tarfile.open(path, "r:") as tar:  # not compressed: a file of it is found at once
             for info in tar:
                 key, _, ending = info.name.rpartition(".")
                 kind = "picture" if "." + ending.lower() in ENDINGS else ending.lower()
                 if info.isdir():
                     continue
-                # A link leads anywhere, and of a sparse file only the parts that are not zero lie there.
-                if not info.isfile() or info.issparse() or info.size > MAX_BYTES:
-                    skips["a link, a sparse or an oversized file in a tar shard"] += 1
+                if not info.isfile() or info.size > MAX_BYTES:
+                    skips["a link or an oversized file in a tar shard"] += 1
                 elif kind in ("picture", "txt", "json"):
-                    groups[key][kind].append((path, info.name, info.offset_data, info.size))
+                    groups[key][kind].append((path, info))
                 else:
                     skips["another file in a tar shard, where pictures, .txt and .json are read"] += 1
-            end = tar.offset
+            tar.fileobj.seek(tar.offset)
+            rest = tar.fileobj.read(1_000_000)
     except Exception as error:  # tarfile raises what it likes at broken bytes
         raise UserError(f"{path}: is no whole tar without compression ({error}): fetch it again") from error
-    rest = read_bytes(path, "", end, 1_000_000)
     if len(rest) < 512 or rest.strip(b"\0"):  # for tarfile, too, the archive ends here, but without a word
-        raise UserError(f"{path}: is broken, cut off or joined to another at byte {end:,}: fetch it again")
+        raise UserError(f"{path}: is broken, cut off or joined to another: fetch it again")
     return list(groups.values())
 
 
-def read_bytes(path, name, offset, size):
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def bytes_of(shard, info):
+    with tarfile.open(shard, "r:") as tar:
+        return tar.extractfile(info).read()
 
 
 # ---- Answers → scores --------------------------------------------------------------------------------------
-
-
-def read_answers(path):
-    """answers.jsonl, which an evaluation leaves → a list of dicts. UserError if a line is no such answer."""
-    rows = []
-    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
-        row = parse(line)
-        try:
-            texts = [row["id"], row["image"], row["answer"], row["blind"], *row["turns"]]
-        except (KeyError, TypeError):
-            texts = [None]
-        if not all(isinstance(text, str) for text in texts[1:]) or not isinstance(texts[0], (int, str)):
-            raise UserError(f"{path}: line {number} is cut off, or no evaluation's answer: evaluate again")
-        rows.append(row)
-    return rows
 
 
 def read_vqa_answers(path):
@@ -353,22 +300,11 @@ def read_vqa_answers(path):
     return said
 
 
-def score_vqa(answers, annotations, questions, skips):
+def score_vqa(answers, annotations, skips):
     """VQA's soft accuracy → lines of a table. Every question with annotations counts, as 0 if it has no
-    answer. With `questions`, only those count, and it is a UserError if something else was asked.
-    """
-    said = read_vqa_answers(answers)
-    _, question_rows, annotation_rows = read_vqa(questions, annotations)
-    # It is the annotations that decide which questions count: an evaluation may have left some out.
-    annotated = index(annotation_rows, "question_id", skips)  # one that is there twice is not to be scored
-    if questions:
-        texts = {str(row["question_id"]): row["question"] for row in question_rows}
-        for key in annotated.keys() - texts.keys():
-            del annotated[key]
-            skips["an answer without its question"] += 1
-        for key in annotated.keys() & said.keys():
-            if said[key]["turns"][-1].split() != texts[key].split():
-                raise UserError(f"{answers}: another question than {questions} has was asked as {key}")
+    answer: an evaluation may have left some out."""
+    said, rows = read_vqa_answers(answers), read_tables(annotations, "annotations")["annotations"]
+    annotated = index(rows, "question_id", skips)  # one that is there twice is not to be scored
     columns = defaultdict(list)
     for key, row in annotated.items():
         people = [str(answer["answer"]) for answer in row.get("answers", ())]
@@ -433,23 +369,22 @@ def score_vcr(answers, skips):
         if row["truth"] not in [choice["text"] for choice in row["choices"]]:
             skips["an answer whose truth is none of its choices"] += 1
             continue
-        for how, per_token in (("", False), (", per token", True)):
-            seen = likeliest(row["choices"], "logp", per_token) == row["truth"]
-            blind = likeliest(row["choices"], "blind_logp", per_token) == row["truth"]
-            question = (row["id"], row["image"], row["turns"][0], how)  # an id may stand at two pictures
+        question = (row["id"], row["image"], row["turns"][0])  # an id may stand at two pictures
+        for how in ("", ", per token"):
+            right = [likeliest(row["choices"], logp, how) == row["truth"] for logp in ("logp", "blind_logp")]
             if len(row["turns"]) == 1:
-                columns["Q→A" + how].append((row["image"], seen, blind))
-                answered[question] = seen, blind
+                columns["Q→A" + how].append((row["image"], *right))
+                answered[question, how] = right
             else:
-                columns["QA→R" + how].append((row["image"], seen, blind))
-                seen_before, blind_before = answered.get(question, (False, False))
-                columns["Q→AR" + how].append((row["image"], seen and seen_before, blind and blind_before))
+                columns["QA→R" + how].append((row["image"], *right))
+                before = answered.get((question, how), (False, False))
+                columns["Q→AR" + how].append((row["image"], *np.logical_and(right, before)))
     return table(columns)
 
 
-def likeliest(choices, logp, per_token):
+def likeliest(choices, logp, how):
     """The text of the choice with the highest `logp`, a field that holds the sum over its tokens."""
-    values = [choice[logp] / (choice["tokens"] if per_token else 1) for choice in choices]
+    values = [choice[logp] / (choice["tokens"] if how else 1) for choice in choices]
     return choices[np.argmax(values)]["text"]
 
 
@@ -465,22 +400,21 @@ def table(columns):
 def results_vqa(answers, questions, skips):
     """VQA's results file, which has every question of the split: https://visualqa.org/evaluation.html"""
     said, results = read_vqa_answers(answers), {}
-    _, rows, _ = read_vqa(questions, None)
-    for row in rows:
+    for row in read_tables(questions, "questions")["questions"]:
         key = str(row["question_id"])
         skips["a question that was not answered"] += key not in said
-        text = said[key]["answer"] if key in said else ""
-        results[key] = {"question_id": row["question_id"], "answer": text}
-    return [json.dumps(list(results.values()))]
+        answer = said[key]["answer"] if key in said else ""
+        results[key] = {"question_id": row["question_id"], "answer": answer}
+    return [list(results.values())]
 
 
 def results_coco(answers, captions, skips):
     """COCO's results file, which has every picture of the split: https://cocodataset.org/#format-results"""
     said, results = {row["image"]: row["answer"] for row in read_answers(answers) if not row["turns"]}, {}
-    for row in read_coco(captions)["images"]:
+    for row in read_tables(captions, "images")["images"]:
         skips["a picture without a caption"] += row["file_name"] not in said
         results[row["id"]] = {"image_id": row["id"], "caption": said.get(row["file_name"], "")}
-    return [json.dumps(list(results.values()))]
+    return [list(results.values())]
 
 
 # ---- The command line --------------------------------------------------------------------------------------
@@ -488,7 +422,7 @@ def results_coco(answers, captions, skips):
 COMMANDS = {  # the function of each, and its files: "?" marks one that may be left out, "+" several
     "coco": (convert_coco, "captions"), "vqa": (convert_vqa, "questions annotations?"),
     "vcr": (convert_vcr, "file"), "release": (convert_release, "file"),
-    "webdataset": (unpack_webdataset, "shards+"), "score-vqa": (score_vqa, "answers annotations questions?"),
+    "webdataset": (unpack_webdataset, "shards+"), "score-vqa": (score_vqa, "answers annotations"),
     "score-vcr": (score_vcr, "answers"), "results-vqa": (results_vqa, "answers questions"),
     "results-coco": (results_coco, "answers captions"),
 }
@@ -502,17 +436,14 @@ def parse_args():
         command = commands.add_parser(name, description=function.__doc__, formatter_class=as_written)
         for file in files.split():
             command.add_argument(file.rstrip("?+"), nargs=file[-1] if file[-1] in "?+" else None)
-        command.add_argument("--out", required=name == "webdataset", help="where to write")
-        if name == "release":
-            command.add_argument("--images", help="a folder or zip archive (default: all pictures are .jpg)")
+        if name == "webdataset":
+            command.add_argument("--out", required=True, help="a new folder for the pictures")
     return parser.parse_args()
 
 
 def main():
     given, skips = vars(parse_args()), Counter()
-    command, out = given.pop("command"), given.pop("out")
-    if command == "webdataset":
-        given["folder"], out = out, Path(out, "data.jsonl")
+    command = given.pop("command")
     try:
         rows = COMMANDS[command][0](**given, skips=skips)
     except MISSHAPEN as error:
@@ -521,11 +452,8 @@ def main():
         print(f"{n:,} × {reason}", file=sys.stderr)
     if not rows:
         raise UserError(f"{command}: no record remains")
-    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    if out:
-        Path(out).write_text(text, "utf-8")
-    else:
-        print(text, end="")
+    for row in rows:
+        print(row if command.startswith("score") else json.dumps(row))
 
 
 if __name__ == "__main__":

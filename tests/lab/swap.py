@@ -14,14 +14,15 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import data
 from lmeye import run_main
-from probe import chunks, load_run, requests_and_v
+from probe import load_run, requests_and_v
 from table import print_table
 
 COLUMNS = ("its own", "the other's", "neither's")
@@ -31,7 +32,7 @@ def answers_with(model, dataset, method, vectors):
     """The answers of a model whose `method`, ask or interact, gives these vectors (R, ·) to the records of a
     Dataset. All else that it reads, picture and question, stays as it is."""
     texts = []
-    for rows in tqdm(chunks(dataset), "answers", disable=None):
+    for rows in tqdm(torch.arange(len(dataset.records)).split(256), "answers", disable=None):
         given, questions = vectors[rows].to(model.device), [dataset.records[i].question for i in rows]
         with mock.patch.object(model, method, lambda *_: given):
             texts += model.generate(dataset.f(rows), questions, max_tokens=8)
