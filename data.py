@@ -45,6 +45,7 @@ MAX_PIXELS = 100_000_000  # of a picture, in the place of Pillow's own limits
 FEATURE_BATCH = 128  # pictures that go through CLIP together
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
            ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
+PLACEHOLDER = r"(?i)<\|?(image|img|video)[^<>=]{0,15}>"  # as other programs write it, <|image_1|> and so on
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of LLaVA's speakers
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
@@ -298,9 +299,10 @@ def lost(model, ids, text):
 
 
 def letters(text):
-    """Letters and digits of a text, without case, however accents are composed. A tokenizer may change the
-    rest: the miniature's drops every question mark."""
-    return "".join(c for c in unicodedata.normalize("NFC", text).casefold() if c.isalnum())
+    """Letters with their marks and digits of a text, without case, however accents are composed. A tokenizer
+    may change the rest: the miniature's drops every question mark."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    return "".join(c for c in text if c.isalnum() or unicodedata.category(c).startswith("M"))
 
 
 def hold_out(dataset, most=500):
@@ -439,10 +441,14 @@ def read_folder(folder, skipped):
             skipped["a.jpg, a.png and a.txt, or two texts: which belongs to which?"] += len(pictures)
         elif pictures:
             try:
-                caption = read_text(texts[0])
-                items.append({"image": pictures[0].relative_to(folder).as_posix(), "caption": caption})
+                caption = read_text(texts[0]).strip()
             except UserError:
                 skipped["a .txt that is no UTF-8 text"] += 1
+                continue
+            if "\n" in caption:
+                skipped["a .txt of several lines: is it one caption, or several?"] += 1
+                continue
+            items.append({"image": pictures[0].relative_to(folder).as_posix(), "caption": caption})
     return items
 
 
@@ -463,8 +469,8 @@ def read_item(item, stage, answered, skipped):
     texts = [turn["value"].strip() for turn in conversation]
     if texts:  # LLaVA marks the picture's place, before the first question or after it
         texts[0] = re.sub("^<image>|<image>$", "", texts[0], count=1).strip()
-    if "<image>" in " ".join(texts):  # the model would read and write it as text
-        raise UserError('"<image>" inside a text, or again: a record about several pictures?')
+    if re.search(PLACEHOLDER, " ".join(texts)):  # the model would read and write it as text
+        raise UserError('"<image>" or the like inside a text, or again: a record about several pictures?')
     category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
     record = Record(item.get("image"), (), "", category, item.get("id"))
 

@@ -114,10 +114,14 @@ def test_image_is_a_placeholder_only_at_one_end_of_the_first_question(tmp_path):
     odd = [turns("<image>\nWhat does <image> show?", "a cat"), turns("<image><image>\nWhat?", "a cat"),
            turns("<image>\nAnd this?\n<image>", "a cat"), turns("Of <image>, what?", "a cat"),
            turns("<image>\nWhat?", "a cat", "<image>\nAnd this?", "a dog"), turns("What?", "as in <image>")]
+    odd += [turns(f"{mark} What?", "a cat") for mark in ("<image 1>", "<ImageHere>", "<|image_1|>", "<video>",
+                                                         "<img>a.jpg</img>", "<image_placeholder>")]
     for stage in (1, 2):
         items = [{"image": "a.jpg", "conversations": talk} for talk in [*odd, turns("<image>\nWhat?", "a cat")]]
         records, skipped = read(tmp_path, items, stage)
-        assert len(records) == 1 and one_reason(skipped, '"<image>"', "several pictures", n=6)
+        assert len(records) == 1 and one_reason(skipped, '"<image>"', "several pictures", n=12)
+    text = "Is 1 <imagine> <b> or <img src='a.jpg'>?"
+    assert not read(tmp_path, [{"image": "a.jpg", "conversations": turns(text, "no")}])[1]
     assert read(tmp_path, [{"image": "a.jpg", "caption": "<image> is a tag"}], 1)[0][0].answer == "<image> is a tag"
 
 
@@ -285,11 +289,12 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
     for place in (folder / "deeper", away):
         place.mkdir(parents=True)
     for name in ("a.avif", "b.jfif", "deeper/c.PNG", "lone.jpg", "photo.2020.tif", "two.jpg", "pair.jpg",
-                 "pair.png"):
+                 "pair.png", "lines.jpg"):
         Image.new("RGB", (40, 30)).save(folder / name, {".jfif": "JPEG"}.get(name[-5:]))
     for name in ("a.txt", "b.TXT", "deeper/c.txt", "alone.txt", "photo.2020.txt", "two.txt", "two.TXT",
                  "pair.txt"):
-        write(folder / name, f"\ufeff{name}\n here")
+        write(folder / name, f"\ufeff\n{name} here\r\n")
+    write(folder / "lines.txt", "a cat\nthere is a cat\na black cat")
     write(folder / "chat.json", [])
     (folder / "linked").symlink_to(away)
     records, skipped = read_records(folder, data.open_pictures(folder), 1)
@@ -298,7 +303,8 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
         ("photo.2020.tif", "photo.2020.txt here")]
     assert skipped["a .txt without a picture beside it"] == skipped["a picture without a .txt beside it"] == 1
     assert skipped["a.jpg, a.png and a.txt, or two texts: which belongs to which?"] == 3
-    assert sum(skipped.values()) == 7  # and a file and a link
+    assert skipped["a .txt of several lines: is it one caption, or several?"] == 1
+    assert sum(skipped.values()) == 8  # and a file and a link
     with pytest.raises(UserError, match="captions, for --stage 1"):
         read_records(folder, data.open_pictures(folder), 2)
     (folder / "a.txt").write_bytes(b"f\xfcr")
