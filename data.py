@@ -649,12 +649,15 @@ def decode_image(file):
             if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
                 raise UserError("several frames or pages: save the one that is meant as a picture")
             image.load()
+            file.seek(-16, os.SEEK_END)  # of a picture that was not written whole: Pillow takes them for data
+            if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and not any(file.read()):
+                raise UserError("zeros at its end: is it there in part only, after a download that stopped?")
             file.seek(24)  # where a PNG tells its bits
             return to_rgb(image, bits=int.from_bytes(file.read(1), "big"))
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError("no picture that can be read (HEIC, for one, has to be converted)") from error
+        raise UserError("no picture that can be read (convert HEIC, for one, or odd TIFFs)") from error
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
         fault = re.sub(r"\d+", "…", str(error))  # so that faults of one kind are counted together
         raise UserError(f"a picture that can't be read ({type(error).__name__}: {fault})") from error
@@ -663,9 +666,11 @@ def decode_image(file):
 def to_rgb(image, bits):
     """A picture of any mode, as Pillow opened it → RGB. `bits`, of each value, are known of a PNG only."""
     many_bits = image.mode.startswith(("I", "F"))
-    deep = image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8  # in colors, too
-    if (many_bits and image.format != "PNG") or deep:
-        raise UserError("more than 8 bits, of a range that Pillow does not tell: save it as PNG")
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    deep = max(tags.get(258, (8,))) > 8  # in colors, too
+    signed = max(tags.get(339, (1,))) > 1  # or of no known kind
+    if (many_bits and image.format != "PNG") or deep or signed:
+        raise UserError("more than 8 bits, or signed, of a range that Pillow does not tell: save it as PNG")
     # One color of a PNG may be transparent. Pillow tells it in the file's bits, but makes 8 of the pixels'.
     color = image.info.get("transparency")
     if image.format == "PNG" and color:
