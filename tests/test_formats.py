@@ -393,7 +393,13 @@ def test_gray_of_16_bits_in_a_png_keeps_its_shades_and_other_gray_of_many_bits_i
     for kind in ("uint16", "int32", "float32"):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / f"{kind}.tif")
     Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "signed.tif", tiffinfo={339: 2})
-    for name in ("a.pgm", "uint16.tif", "int32.tif", "float32.tif", "signed.tif"):
+    Image.fromarray(ramp.astype(np.uint8)).convert("RGB").save(tmp_path / "colors.tif")
+    colors = (tmp_path / "colors.tif").read_bytes()  # the same bytes as half as many pixels of twice the bits
+    for tag, before, after in (("<HHII", (256, 4, 1, 16), (256, 4, 1, 8)), ("<3H", (8, 8, 8), (16, 16, 16))):
+        assert colors.count(struct.pack(tag, *before)) == 1
+        colors = colors.replace(struct.pack(tag, *before), struct.pack(tag, *after))
+    (tmp_path / "colors.tif").write_bytes(colors)
+    for name in ("a.pgm", "uint16.tif", "int32.tif", "float32.tif", "signed.tif", "colors.tif"):
         with pytest.raises(UserError, match=f"{name}: more than 8 bits"):
             data.load_image(tmp_path / name)
 
