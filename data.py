@@ -45,6 +45,7 @@ MAX_PIXELS = 100_000_000  # of a picture, in the place of Pillow's own limits
 FEATURE_BATCH = 128  # pictures that go through CLIP together
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
            ".jp2", ".tga", ".ico", ".pbm", ".pgm", ".ppm", ".pnm")  # of pictures
+PLACEHOLDER = r"(?i)<\|?(image|img|video)[^<>=]{0,15}>"  # as other programs write it, <|image_1|> and so on
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of LLaVA's speakers
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")  # about faults that it works around
@@ -298,9 +299,10 @@ def lost(model, ids, text):
 
 
 def letters(text):
-    """Letters and digits of a text, without case, however accents are composed. A tokenizer may change the
-    rest: the miniature's drops every question mark."""
-    return "".join(c for c in unicodedata.normalize("NFC", text).casefold() if c.isalnum())
+    """Letters with their marks and digits of a text, without case, however accents are composed. A tokenizer
+    may change the rest: the miniature's drops every question mark."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    return "".join(c for c in text if c.isalnum() or unicodedata.category(c).startswith("M"))
 
 
 def hold_out(dataset, most=500):
@@ -439,10 +441,14 @@ def read_folder(folder, skipped):
             skipped["a.jpg, a.png and a.txt, or two texts: which belongs to which?"] += len(pictures)
         elif pictures:
             try:
-                caption = read_text(texts[0])
-                items.append({"image": pictures[0].relative_to(folder).as_posix(), "caption": caption})
+                caption = read_text(texts[0]).strip()
             except UserError:
                 skipped["a .txt that is no UTF-8 text"] += 1
+                continue
+            if "\n" in caption:
+                skipped["a .txt of several lines: is it one caption, or several?"] += 1
+                continue
+            items.append({"image": pictures[0].relative_to(folder).as_posix(), "caption": caption})
     return items
 
 
@@ -463,8 +469,8 @@ def read_item(item, stage, answered, skipped):
     texts = [turn["value"].strip() for turn in conversation]
     if texts:  # LLaVA marks the picture's place, before the first question or after it
         texts[0] = re.sub("^<image>|<image>$", "", texts[0], count=1).strip()
-    if "<image>" in " ".join(texts):  # the model would read and write it as text
-        raise UserError('"<image>" inside a text, or again: a record about several pictures?')
+    if re.search(PLACEHOLDER, " ".join(texts)):  # the model would read and write it as text
+        raise UserError('"<image>" or the like inside a text, or again: a record about several pictures?')
     category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
     record = Record(item.get("image"), (), "", category, item.get("id"))
 
@@ -644,12 +650,15 @@ def decode_image(file):
             if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
                 raise UserError("several frames or pages: save the one that is meant as a picture")
             image.load()
+            file.seek(-16, os.SEEK_END)  # of a picture that was not written whole: Pillow takes them for data
+            if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and not any(file.read()):
+                raise UserError("zeros at its end: is it there in part only, after a download that stopped?")
             file.seek(24)  # where a PNG tells its bits
             return to_rgb(image, bits=int.from_bytes(file.read(1), "big"))
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError("no picture that can be read (HEIC, for one, has to be converted)") from error
+        raise UserError("no picture that can be read (convert HEIC, for one, or odd TIFFs)") from error
     except Exception as error:  # Pillow's decoders raise what they like at broken bytes
         fault = re.sub(r"\d+", "…", str(error))  # so that faults of one kind are counted together
         raise UserError(f"a picture that can't be read ({type(error).__name__}: {fault})") from error
@@ -658,9 +667,11 @@ def decode_image(file):
 def to_rgb(image, bits):
     """A picture of any mode, as Pillow opened it → RGB. `bits`, of each value, are known of a PNG only."""
     many_bits = image.mode.startswith(("I", "F"))
-    deep = image.format == "TIFF" and max(image.tag_v2.get(258, (8,))) > 8  # in colors, too
-    if (many_bits and image.format != "PNG") or deep:
-        raise UserError("more than 8 bits, of a range that Pillow does not tell: save it as PNG")
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    deep = max(tags.get(258, (8,))) > 8  # in colors, too
+    signed = max(tags.get(339, (1,))) > 1  # or of no known kind
+    if (many_bits and image.format != "PNG") or deep or signed:
+        raise UserError("more than 8 bits, or signed, of a range that Pillow does not tell: save it as PNG")
     # One color of a PNG may be transparent. Pillow tells it in the file's bits, but makes 8 of the pixels'.
     color = image.info.get("transparency")
     if image.format == "PNG" and color:

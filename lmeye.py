@@ -271,6 +271,9 @@ class LMEye(nn.Module):
         The mask covers the cache and x. A token's position is the number of tokens before it: padding does
         not count. (BLOOM takes no positions; it computes them from the mask.)
         """
+        if mask.shape[1] > self.context and self.llm.config.model_type in ("mpt", "gpt_neo"):
+            raise UserError("of this kind of language model a batch can't be wider, padding included, than "
+                            f"its context: lower --max-batch-tokens to {self.context}")
         if cache is None:
             cache = transformers.DynamicCache()  # keeps all keys, also of sliding windows: it can be cropped
         options = {"past_key_values" if "past_key_values" in self.llm_takes else "cache": cache}
@@ -589,12 +592,12 @@ def device_and_dtype(precision):
 def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, or
     where transformers would go on without a word: with weights made up or left out, or another tokenizer."""
-    if Path(name, "adapter_config.json").is_file():  # transformers would leave it out without a word
-        raise UserError(f"--llm {name}: holds an adapter (PEFT, LoRA): merge it into the weights first")
     # A name whose first part is a folder here is not asked for at the hub: it is a path with a slip.
     is_hub_name = name.count("/") == 1 and not Path(name).parent.is_dir()
     if not (Path(name).is_dir() or is_hub_name):
         raise UserError(f"--llm {name}: no such folder, and not a hub name as facebook/opt-1.3b is")
+    if file_of(name, "adapter_config.json"):  # transformers would leave it out without a word
+        raise UserError(f"--llm {name}: holds an adapter (PEFT, LoRA): merge it into the weights first")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # In half precision a CPU takes 1.4 times as long for a step with the attention that torch has fused.
@@ -622,6 +625,8 @@ def load_llm(name, device, dtype):
     if ignored:
         some = ", ".join(ignored[:3])
         print(f"note: --llm {name}: {len(ignored)} weights of the file are not used: {some}", file=sys.stderr)
+    if getattr(llm.config, "auto_map", None):
+        print(f"note: --llm {name}: its own code (auto_map) is not run, but transformers'", file=sys.stderr)
 
     # A tokenizer whose files are missing is made up by transformers: all words are unknown to it.
     ids = set(tokenizer(IMAGE + QUESTION + ANSWER).input_ids)
@@ -630,13 +635,22 @@ def load_llm(name, device, dtype):
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with "
                         f"{tokenizer.eos_token} as end of text, the model {embeddings}; are all files there?")
     # Of some kinds transformers leaves out parts of the file: the LM would read tokens that it hardly knows.
-    file = Path(name, "tokenizer.json")
-    if file.is_file():
-        text = "It's 12345 CUPS, isn't it?\n Où?"
-        as_written = tokenizers.Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
-        if tokenizer(text, add_special_tokens=False).input_ids != as_written:
+    # Compared are a start of the prompt, with [bos], a question and an answer, which begins with a space.
+    file = file_of(name, "tokenizer.json")
+    if file:
+        as_written = tokenizers.Tokenizer.from_file(file)
+        texts = [IMAGE, QUESTION + "Isn't it 12345 CUPS?\n Où, cafe\u0301?", " It's red."]
+        if any(tokenizer(text).input_ids != as_written.encode(text).ids for text in texts):
             print(f"note: {file}: transformers cuts texts into other tokens than it says", file=sys.stderr)
     return llm.to(device), tokenizer
+
+
+def file_of(name, file):
+    """The path of a model's file, in its folder or as fetched from the hub, or None if it has none."""
+    try:
+        return transformers.utils.cached_file(name, file)
+    except OSError:
+        return None
 
 
 def is_layer_of_block(key, modules):
@@ -688,6 +702,9 @@ def check_settings(model):
             raise UserError(f"--{name.replace('_', '-')} has to be from 1 to {highest}")
     if not 0 <= settings.dropout < 1 or settings.variant not in VARIANTS:
         raise UserError("--dropout has to be from 0 to below 1, and --variant one of " + ", ".join(VARIANTS))
+    if model.clip_tokenizer([""]).max() >= len(model.clip_text.token_embedding.weight):
+        raise UserError(f"--clip {settings.clip}: its tokenizer does not fit: it has more tokens than the "
+                        "model; does the configuration name the right one (hf_tokenizer_name)?")
     for text in (IMAGE, QUESTION, ANSWER):
         if not model.ids_of([text])[0]:
             raise UserError(f"--llm {settings.llm}: its tokenizer has no token for {text!r}, which it needs")

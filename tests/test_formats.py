@@ -114,10 +114,14 @@ def test_image_is_a_placeholder_only_at_one_end_of_the_first_question(tmp_path):
     odd = [turns("<image>\nWhat does <image> show?", "a cat"), turns("<image><image>\nWhat?", "a cat"),
            turns("<image>\nAnd this?\n<image>", "a cat"), turns("Of <image>, what?", "a cat"),
            turns("<image>\nWhat?", "a cat", "<image>\nAnd this?", "a dog"), turns("What?", "as in <image>")]
+    odd += [turns(f"{mark} What?", "a cat") for mark in ("<image 1>", "<ImageHere>", "<|image_1|>", "<video>",
+                                                         "<img>a.jpg</img>", "<image_placeholder>")]
     for stage in (1, 2):
         items = [{"image": "a.jpg", "conversations": talk} for talk in [*odd, turns("<image>\nWhat?", "a cat")]]
         records, skipped = read(tmp_path, items, stage)
-        assert len(records) == 1 and one_reason(skipped, '"<image>"', "several pictures", n=6)
+        assert len(records) == 1 and one_reason(skipped, '"<image>"', "several pictures", n=12)
+    text = "Is 1 <imagine> <b> or <img src='a.jpg'>?"
+    assert not read(tmp_path, [{"image": "a.jpg", "conversations": turns(text, "no")}])[1]
     assert read(tmp_path, [{"image": "a.jpg", "caption": "<image> is a tag"}], 1)[0][0].answer == "<image> is a tag"
 
 
@@ -287,11 +291,12 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
     for place in (folder / "deeper", away):
         place.mkdir(parents=True)
     for name in ("a.avif", "b.jfif", "deeper/c.PNG", "lone.jpg", "photo.2020.tif", "two.jpg", "pair.jpg",
-                 "pair.png"):
+                 "pair.png", "lines.jpg"):
         Image.new("RGB", (40, 30)).save(folder / name, {".jfif": "JPEG"}.get(name[-5:]))
     for name in ("a.txt", "b.TXT", "deeper/c.txt", "alone.txt", "photo.2020.txt", "two.txt", "two.TXT",
                  "pair.txt"):
-        write(folder / name, f"\ufeff{name}\n here")
+        write(folder / name, f"\ufeff\n{name} here\r\n")
+    write(folder / "lines.txt", "a cat\nthere is a cat\na black cat")
     write(folder / "chat.json", [])
     (folder / "linked").symlink_to(away)
     records, skipped = read_records(folder, data.open_pictures(folder), 1)
@@ -300,7 +305,8 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
         ("photo.2020.tif", "photo.2020.txt here")]
     assert skipped["a .txt without a picture beside it"] == skipped["a picture without a .txt beside it"] == 1
     assert skipped["a.jpg, a.png and a.txt, or two texts: which belongs to which?"] == 3
-    assert sum(skipped.values()) == 7  # and a file and a link
+    assert skipped["a .txt of several lines: is it one caption, or several?"] == 1
+    assert sum(skipped.values()) == 8  # and a file and a link
     with pytest.raises(UserError, match="captions, for --stage 1"):
         read_records(folder, data.open_pictures(folder), 2)
     (folder / "a.txt").write_bytes(b"f\xfcr")
@@ -388,7 +394,14 @@ def test_gray_of_16_bits_in_a_png_keeps_its_shades_and_other_gray_of_many_bits_i
     (tmp_path / "a.pgm").write_bytes(b"P5 16 16 65535\n" + ramp.astype(">u2").tobytes())
     for kind in ("uint16", "int32", "float32"):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / f"{kind}.tif")
-    for name in ("a.pgm", "uint16.tif", "int32.tif", "float32.tif"):
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "signed.tif", tiffinfo={339: 2})
+    Image.fromarray(ramp.astype(np.uint8)).convert("RGB").save(tmp_path / "colors.tif")
+    colors = (tmp_path / "colors.tif").read_bytes()  # the same bytes as half as many pixels of twice the bits
+    for tag, before, after in (("<HHII", (256, 4, 1, 16), (256, 4, 1, 8)), ("<3H", (8, 8, 8), (16, 16, 16))):
+        assert colors.count(struct.pack(tag, *before)) == 1
+        colors = colors.replace(struct.pack(tag, *before), struct.pack(tag, *after))
+    (tmp_path / "colors.tif").write_bytes(colors)
+    for name in ("a.pgm", "uint16.tif", "int32.tif", "float32.tif", "signed.tif", "colors.tif"):
         with pytest.raises(UserError, match=f"{name}: more than 8 bits"):
             data.load_image(tmp_path / name)
 
@@ -471,7 +484,7 @@ def test_every_orientation_is_undone_as_pillow_does_and_odd_exif_costs_no_pictur
 
 def test_what_is_no_picture_too_large_or_too_narrow_is_told(tmp_path, monkeypatch):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
-    with pytest.raises(UserError, match="a.heic: no picture that can be read .*HEIC, for one, has to be converted"):
+    with pytest.raises(UserError, match="a.heic: no picture that can be read .convert HEIC"):
         data.load_image(tmp_path / "a.heic")
     (tmp_path / "cut.jpg").write_bytes(jpeg()[:-200])
     with pytest.raises(UserError, match="cut.jpg: a picture that can't be read"):
@@ -505,6 +518,22 @@ def test_published_data_is_found_or_the_commands_that_fetch_it_are_told(tmp_path
     for name in files:
         (home / name).touch()
     assert data.published_data(stage, tmp_path / "my out") == tuple(Path(home, name) for name in files)
+
+
+@pytest.mark.parametrize("kind", ("JPEG", "PNG", "WEBP", "AVIF"))
+def test_a_picture_whose_end_is_zeros_is_told(kind):
+    """A disk or a download that stopped may leave the whole length, and Pillow takes the zeros for data."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    for picture in (noise, Image.new("RGB", (120, 90)), Image.new("RGB", (1, 1), "white")):
+        stream = io.BytesIO()
+        picture.save(stream, kind)
+        data.decode_image(stream)
+    stream = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(stream, kind) if kind == "PNG" else noise.save(stream, kind)
+    whole = stream.getvalue()
+    half = whole[:len(whole) // 2]
+    with pytest.raises(UserError, match="zeros at its end"):
+        data.decode_image(io.BytesIO(half + bytes(len(whole) - len(half))))
 
 
 def test_a_turned_tiff_is_the_same_by_its_path_and_from_a_file(tmp_path):
