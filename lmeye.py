@@ -271,9 +271,6 @@ class LMEye(nn.Module):
         The mask covers the cache and x. A token's position is the number of tokens before it: padding does
         not count. (BLOOM takes no positions; it computes them from the mask.)
         """
-        if mask.shape[1] > self.context and self.llm.config.model_type in ("mpt", "gpt_neo"):
-            raise UserError("of this kind of language model a batch can't be wider, padding included, than "
-                            f"its context: lower --max-batch-tokens to {self.context}")
         if cache is None:
             cache = transformers.DynamicCache()  # keeps all keys, also of sliding windows: it can be cropped
         options = {"past_key_values" if "past_key_values" in self.llm_takes else "cache": cache}
@@ -596,8 +593,6 @@ def load_llm(name, device, dtype):
     is_hub_name = name.count("/") == 1 and not Path(name).parent.is_dir()
     if not (Path(name).is_dir() or is_hub_name):
         raise UserError(f"--llm {name}: no such folder, and not a hub name as facebook/opt-1.3b is")
-    if file_of(name, "adapter_config.json"):  # transformers would leave it out without a word
-        raise UserError(f"--llm {name}: holds an adapter (PEFT, LoRA): merge it into the weights first")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # In half precision a CPU takes 1.4 times as long for a step with the attention that torch has fused.
@@ -607,6 +602,9 @@ def load_llm(name, device, dtype):
             attn_implementation="eager" if slow else None)
     except Exception as error:  # a foreign folder or a missing network may raise anything
         raise UserError(f"--llm {name}: can't be loaded ({why_not(error, name)})") from error
+
+    if file_of(name, "adapter_config.json"):  # transformers would leave it out without a word
+        raise UserError(f"--llm {name}: holds an adapter (PEFT, LoRA): merge it into the weights first")
 
     # transformers ignores weights that have no place in the model. Inside a layer that exists, this means
     # that it computes something else than it should: a bias that config.json does not name, the scales of

@@ -56,7 +56,7 @@ def test_both_phases_train_on_it_and_it_answers(home, llm):
 
 def test_its_prompt_has_no_bos_its_answers_end_and_its_numbers_are_those_of_two_whole_passes(llm):
     base = tiny_model()
-    llm, tokenizer = load_llm(llm, "cpu", torch.float32)
+    llm, tokenizer = load_llm(llm, torch.device("cpu"), torch.float32)
     assert tokenizer("").input_ids == [] and tokenizer.eos_token_id == tokenizer.pad_token_id
     clip = base.clip, base.preprocess, base.clip_tokenizer
     model = LMEye(Settings(llm="a/b", dropout=0.0), llm, tokenizer, *clip)

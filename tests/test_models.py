@@ -657,7 +657,7 @@ def test_a_tokenizer_that_is_not_as_its_file_says_is_told(llm, clip, capsys, mon
     small, other = tokenizers.normalizers.Lowercase(), tokenizers.normalizers.Replace("cups", "one")
     built.backend_tokenizer.normalizer = tokenizers.normalizers.Sequence([small, other])
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: built)
-    lmeye.load_llm(str(llm), "cpu", torch.float32)
+    lmeye.load_llm(str(llm), torch.device("cpu"), torch.float32)
     assert f"note: {llm}/tokenizer.json: transformers cuts texts into other tokens" in capsys.readouterr().err
 
 
@@ -687,7 +687,7 @@ def sentencepiece_tokenizer(folder):
 
 def test_an_answers_first_space_and_a_start_that_transformers_leaves_out_are_told(llm, clip, capsys):
     sentencepiece_tokenizer(llm)
-    lmeye.load_llm(str(llm), "cpu", torch.float32)
+    lmeye.load_llm(str(llm), torch.device("cpu"), torch.float32)
     assert "transformers cuts texts into other tokens" in capsys.readouterr().err
     tokenizer = shapes.build_tokenizer(ends=False)
     start = [("<start>", tokenizer.convert_tokens_to_ids("<start>"))]
@@ -695,7 +695,7 @@ def test_an_answers_first_space_and_a_start_that_transformers_leaves_out_are_tol
         single="<start> $A", special_tokens=start)
     tokenizer.save_pretrained(llm)
     random_llm("llama").save_pretrained(llm)
-    lmeye.load_llm(str(llm), "cpu", torch.float32)
+    lmeye.load_llm(str(llm), torch.device("cpu"), torch.float32)
     assert "other tokens" not in capsys.readouterr().err
     other = tokenizers.Tokenizer.from_file(str(llm / "tokenizer.json"))
     other.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -703,19 +703,19 @@ def test_an_answers_first_space_and_a_start_that_transformers_leaves_out_are_tol
     real = transformers.AutoTokenizer.from_pretrained
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tokenizer)
-        lmeye.load_llm(str(llm), "cpu", torch.float32)
+        lmeye.load_llm(str(llm), torch.device("cpu"), torch.float32)
     assert "other tokens" in capsys.readouterr().err
 
 
 def test_a_model_of_the_hub_is_looked_at_like_a_folder(tmp_path, llm, capsys, monkeypatch):
     sentencepiece_tokenizer(llm)
     name = put_in_cache(monkeypatch, llm, tmp_path / "cache")
-    lmeye.load_llm(name, "cpu", torch.float32)
+    lmeye.load_llm(name, torch.device("cpu"), torch.float32)
     assert "tokenizer.json: transformers cuts texts into other tokens" in capsys.readouterr().err
     snapshot = next((tmp_path / "cache").glob("*/snapshots/*"))
     (snapshot / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="--llm org/name: holds an adapter"):
-        lmeye.load_llm(name, "cpu", torch.float32)
+        lmeye.load_llm(name, torch.device("cpu"), torch.float32)
 
 
 def test_that_a_models_own_code_is_not_run_is_told(llm, clip, capsys):
@@ -725,20 +725,6 @@ def test_that_a_models_own_code_is_not_run_is_told(llm, clip, capsys):
     change_json(llm / "config.json", lambda config: config.update(auto_map=code))
     load(llm, clip)
     assert f"note: --llm {llm}: its own code (auto_map) is not run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ("mpt", "gpt_neo"))
-def test_a_batch_wider_than_the_context_is_told_for_kinds_that_count_padding(name):
-    """Each record fits by itself, but a long question and a long answer of two records stand side by side."""
-    model = model_with(random_llm(name, **RIGHT[name]))
-    long = "red " * (model.max_text_tokens - 12)
-    questions, answers = ["is it?", f"is {long}?"], [long, "red"]
-    for i in range(2):
-        model.loss(features(model)[:1], questions[i:i + 1], answers[i:i + 1])
-    with pytest.raises(UserError, match="lower --max-batch-tokens to 128"):
-        model.loss(features(model)[:2], questions, answers)
-    with pytest.raises(UserError, match="lower --max-batch-tokens to 128"):
-        model.generate(features(model)[:2], questions, max_tokens=64)
 
 
 def test_a_clip_whose_tokenizer_is_another_is_refused(tmp_path, llm, clip):
