@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -105,7 +104,8 @@ def test_flags_reach_the_run(trained, tmp_path):
 
 def test_defaults_are_those_of_the_help(trained):
     found = {name: (row.n_features, row.n_slots, row.dropout) for name, row in lmeye.PRESETS.items()}
-    assert found == {"mini": (5, 1, 0), "smollm2": (5, 1, 0), "opt-1.3b": (5, 1, 0.5), "bloomz-7b1": (5, 5, 0.5)}
+    small, large = (5, 1, 0), (5, 1, 0.5)
+    assert found == {"mini": small, "smollm2": small, "opt-1.3b": large, "bloomz-7b1": (5, 5, 0.5)}
     assert (lmeye.Settings().n_image_tokens, lmeye.Settings().variant) == (1, "lmeye")
     first, second = [about(trained / "out", f"stage{n}")["learning rate"] for n in (1, 2)]
     assert first / second == pytest.approx(5, rel=0.12)  # reach 40 and 8, of the same pictures, in two digits
@@ -181,9 +181,10 @@ def test_small_data_of_ones_own_works_by_itself(trained, tmp_path, monkeypatch):
         assert 500 <= steps < 520 and pictures == 6 and records == 9 * n
         found = about(tmp_path / "out", f"stage{stage}")
         assert f"in {steps:,} steps ({found['epochs']:g} epochs)" in told
-        assert f"{records} records to train on, {n} to validate on" in told
+        assert f"{records} records to train on, {n} to validate on\n" in told  # nothing is shared
         assert found["scores"][row]["n"] == n
-    trains("--stage", 1, *models, "--data", "captions.json", "--max-batch-tokens", 30, "--out", "few", cwd=tmp_path)
+    few = ["--max-batch-tokens", 30, "--out", "few"]
+    trains("--stage", 1, *models, "--data", "captions.json", *few, cwd=tmp_path)
     assert asked[-1][0] > 500  # of more, smaller batches
 
 
@@ -193,38 +194,39 @@ def test_by_default_whole_epochs_make_500_steps_at_least():
 
 
 def test_validation_pictures_that_are_trained_on_are_told(trained, tmp_path):
-    for folder, color in (("new", "pink"), ("copy", "red")):  # by another name, and yet the same
-        save_picture(tmp_path / folder / "a.jpg", color)
-        (tmp_path / folder / "a.txt").write_text("a red picture")
-    shared = "of their pictures are trained on as well\n"
-    for val, told in (("pictures", f"6 to validate on; 6 {shared}"), (tmp_path / "new", "1 to validate on\n"),
-                      (tmp_path / "copy", f"1 to validate on; 1 {shared}")):
-        flags = ["--steps", 1, "--val", val, "--val-images", val, "--out", tmp_path / "out"]
-        assert told in trains(*ONE, *flags, cwd=trained).stdout, val
+    save_picture(tmp_path / "val/a.jpg", "pink")
+    save_picture(tmp_path / "val/b.jpg", "red")  # by another name, and yet the same
+    for name in ("a", "b"):
+        (tmp_path / f"val/{name}.txt").write_text("a picture")
+    flags = ["--steps", 1, "--val", tmp_path / "val", "--val-images", tmp_path / "val", "--out", tmp_path]
+    told = "2 to validate on; 1 of their pictures are trained on as well\n"
+    assert told in trains(*ONE, *flags, cwd=trained).stdout
 
 
 def test_both_programs_report_what_is_left_out(trained, tmp_path):
     rows = json.loads((trained / "chat.json").read_text())
     rows += [rows[0] | {"image": "none.jpg"}, {"image": "red.jpg"}]
     (tmp_path / "chat.json").write_text(json.dumps(rows))
-    shutil.copytree(trained / "out", tmp_path / "out")
-    given = ["--data", tmp_path / "chat.json", "--images", "pictures", "--out", tmp_path / "out"]
-    told = trains(*TWO, "--steps", 1, *given, cwd=trained).stdout, asks(*given, cwd=trained).stderr
+    given = ["--data", tmp_path / "chat.json", "--images", "pictures", "--out", tmp_path]
+    start = made(trained / "out", "stage1") / CHECKPOINT
+    told = [trains(*TWO, "--steps", 1, *given, "--init", start, cwd=trained).stdout,
+            asks(*given, cwd=trained).stderr]
     for text in told:
         assert "skipped 1: a record of no known kind" in text
         assert "skipped 1: no such picture" in text and "none.jpg" in text
-    assert sum(about(tmp_path / "out", "stage2")["skipped"].values()) == 2
+    assert sum(about(tmp_path, "stage2")["skipped"].values()) == 2
 
 
 def test_without_data_a_gpu_names_the_commands_that_fetch_it(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     start = made(trained / "out", "stage1") / CHECKPOINT
-    for flags, told in ((["--stage", 1], "chat.json and images.zip into big/data/llava-cc3m-595k:  hf download"),
-                        (["--stage", 2, "--init", start], "into big/data/llava-instruct-150k:  hf download")):
+    for flags, folder in ((["--stage", 1], "llava-cc3m-595k"),
+                          (["--stage", 2, "--init", start], "llava-instruct-150k")):
         result = run("train.py", *flags, "--out", "big", cwd=tmp_path)
         assert "models: opt-1.3b, on cuda, frozen weights in bfloat16" in result.stdout
-        assert fails_in_one_line(result) and told.replace("  ", " ") in result.stderr
+        assert fails_in_one_line(result)
+        assert f"into big/data/{folder}: hf download liuhaotian" in result.stderr
 
 
 def test_the_users_commands_write_nothing_but_their_notes_to_the_standard_error(trained, tmp_path):
@@ -241,7 +243,7 @@ def test_the_users_commands_write_nothing_but_their_notes_to_the_standard_error(
     process = subprocess.run([sys.executable, *strict], cwd=trained, text=True, capture_output=True,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
     answers = f"answers: {made(tmp_path, 'stage2') / CHECKPOINT}\n"
-    notes = [line for line in process.stderr.splitlines(True) if not line.startswith("note: the answer was cut")]
+    notes = [line for line in process.stderr.splitlines(True) if not line.startswith("note: the answer was")]
     assert "".join(notes) == answers * 2 + "data: 12 records to evaluate\n" and process.returncode == 0
 
 
@@ -326,14 +328,18 @@ def test_mistakes_in_training_end_in_one_line(trained, tmp_path, told, mistake):
 
 
 @pytest.mark.parametrize("flag", [
-    ["--steps", 0], ["--lr", -1], ["--lr", "nan"], ["--accumulate", 0], ["--stage", 3], ["--precision", "int8"],
-    ["--variant", "full"], ["--seed", 10 ** 30], ["--images", "pictures"], ["--val", "pictures"],
+    ["--steps", 0], ["--lr", -1], ["--lr", "nan"], ["--accumulate", 0], ["--stage", 3],
+    ["--precision", "int8"], ["--variant", "full"], ["--seed", 10 ** 30],
+    ["--images", "pictures"], ["--val", "pictures"],
 ])
 def test_flags_out_of_range_or_without_effect_are_named(flag):
     assert told_last(run("train.py", "--stage", 1, *flag), flag[0])
 
 
-@pytest.mark.parametrize("flags, told", [([], "--stage 1 first"), (["--init", "nowhere"], "nowhere is missing")])
+@pytest.mark.parametrize("flags, told", [
+    ([], "--stage 1 first"),
+    (["--init", "nowhere"], "nowhere is missing"),
+])
 def test_stage_2_without_a_stage_1_says_so_before_it_does_anything(tmp_path, flags, told):
     result = run("train.py", "--stage", 2, "--preset", "mini", *flags, cwd=tmp_path)
     assert fails_in_one_line(result) and told in result.stderr
@@ -367,7 +373,9 @@ def test_photographs_are_learned_by_heart_with_opts_own_tokenizer(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
     photos = SHARED / "photos"
     items = json.loads((photos / "instruct.json").read_text())
-    talks = [[turn["value"].replace("<image>", "").strip() for turn in item["conversations"]] for item in items]
+    talks = []
+    for item in items:
+        talks.append([turn["value"].replace("<image>", "").strip() for turn in item["conversations"]])
     torch.manual_seed(0)
     opt = transformers.OPTForCausalLM(transformers.OPTConfig(
         vocab_size=50272, hidden_size=64, word_embed_proj_dim=64, ffn_dim=128, num_hidden_layers=2,

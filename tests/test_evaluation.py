@@ -29,8 +29,8 @@ def dataset(model, records, seed=2):
 
 @pytest.fixture
 def evaluate(tmp_path, capsys):
-    """→ (scores, lines of answers.jsonl, printed rows {name: words}). `answer` is what the model says, given
-    a question or None, and the feature of the picture that is shown."""
+    """→ (scores, lines of answers.jsonl, printed rows {name: words}). `answer` is what the model says,
+    given a question or None, and the feature of the picture that is shown."""
     def run(model, some, answer=None, **options):
         def answer_all(model, f, questions):
             pairs = zip(questions or [None] * len(f), f.tolist())
@@ -115,14 +115,8 @@ def test_a_line_of_answers_has_exactly_the_fields_that_others_read(evaluate):
     assert [choice.keys() for choice in two["choices"]] == [{"text", "logp", "tokens", "blind_logp"}] * 2
 
 
-def log_p_of(model, f, question, text):
-    """log p of each token of an answer, by single passes."""
-    ids = model.ids_of([" " + text])[0]
-    log_p = lmeye.plain_loss(model, f, question, text)[1].log_softmax(-1)
-    return np.array([log_p[t, token].item() for t, token in enumerate(ids)])
-
-
-def test_choices_are_ranked_by_the_likelihood_that_single_passes_give(evaluate):
+def test_choices_are_ranked_by_their_likelihood_of_all_tokens_and_of_one(evaluate):
+    """The likelihoods themselves are compared with whole passes in test_two_passes.py."""
     model = tiny_model()
     sets = (("three", "two small", "yes it is on a red background", "three three"),
             ("left", "a ring at the top", "blue", "three"))
@@ -133,13 +127,13 @@ def test_choices_are_ranked_by_the_likelihood_that_single_passes_give(evaluate):
     for name, logp, shown in (("blind", "blind_logp", data.shuffled(some)), ("answer", "logp", some)):
         right, right_per_token = [], []
         for i, (record, line) in enumerate(zip(records, lines)):
-            found = [log_p_of(model, shown.f([i]), record.question, choice) for choice in record.choices]
-            sums, means = [part.sum() for part in found], [part.mean() for part in found]
-            assert [choice[logp] for choice in line["choices"]] == pytest.approx(sums, abs=1e-4)
-            assert [choice["tokens"] for choice in line["choices"]] == [len(part) for part in found]
-            assert line[name] == record.choices[np.argmax(sums)]
+            alone = model.score(shown.f([i]), [record.question], [list(record.choices)])[0].numpy()
+            lengths = [len(model.ids_of([" " + choice])[0]) for choice in record.choices]
+            assert [choice[logp] for choice in line["choices"]] == pytest.approx(alone, abs=1e-4)
+            assert [choice["tokens"] for choice in line["choices"]] == lengths
+            assert line[name] == record.choices[alone.argmax()]
             right.append(line[name] == record.answer)
-            right_per_token.append(record.choices[np.argmax(means)] == record.answer)
+            right_per_token.append(record.choices[(alone / lengths).argmax()] == record.answer)
     assert [line["right"] for line in lines] == right and 0 < sum(right) < 8
     assert scores["all"]["percent"] == 100 * sum(right) / 8
     assert scores["all, per token"]["percent"] == 100 * sum(right_per_token) / 8 and right != right_per_token
@@ -182,16 +176,14 @@ def test_what_was_seen_stands_before_what_is_right_when_blind_with_their_interva
     assert printed["all"] == ["100.0%", "(72.2–100.0)", "0.0%", "(0.0–27.8)", "10"]
 
 
-def test_blind_is_shown_another_picture_and_judged_on_its_own(monkeypatch, tmp_path):
-    model, shown, judged = tiny_model(), [], []
+def test_a_blind_caption_is_compared_with_its_records_own_picture(evaluate, monkeypatch):
+    model, compared = tiny_model(), []
     some = dataset(model, [Record(f"{i}.jpg", (), "x") for i in range(6)])
-    monkeypatch.setattr(
-        sample, "answer_all", lambda model, f, _: shown.append(f) or (["red"] * len(f), [True] * len(f)))
-    monkeypatch.setattr(sample, "clip_scores", lambda model, f, texts: judged.append(f) or [0.5] * len(f))
-    sample.evaluate(model, some, tmp_path / "e")
-    assert torch.equal(shown[0], judged[0]) and torch.equal(judged[0], judged[1])
-    assert not (shown[1] == judged[1]).all(1).any()
-    assert sorted(map(tuple, shown[1].tolist())) == sorted(map(tuple, shown[0].tolist()))
+    monkeypatch.setattr(sample, "clip_scores", lambda model, f, texts: compared.append(f) or [0.5] * 6)
+    evaluate(model, some, lambda *_: "red")
+    assert len(compared) == 2
+    for f in compared:
+        assert torch.equal(f, some.f(range(6)))
 
 
 @pytest.mark.parametrize("most", (100, 4096))

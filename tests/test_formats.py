@@ -7,7 +7,6 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest

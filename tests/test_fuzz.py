@@ -15,7 +15,8 @@ import data
 from lmeye import UserError
 
 CASES = int(os.environ.get("LMEYE_FUZZ", 1000))
-JUNK = (None, True, -1, 0, 1e308, "", "\0", "../../etc/passwd", "\x1b[2J", "\ud800", [], {}, [[]], {"a": 1}, "x" * 5000)
+JUNK = (None, True, -1, 0, 1e308, "", "\0", "../../etc/passwd", "\x1b[2J", "\ud800", [], {}, [[]], {"a": 1},
+        "x" * 5000)
 RECORDS = json.dumps([
     SHORT | {"image": "1.jpg", "id": "1", "category": "cat"},
     SHORT | {"image": "2.jpg", "choices": [["A cat.", "blue"]]},
@@ -56,8 +57,8 @@ def test_any_input_is_read_or_left_out_and_counted_or_told_in_one_line(tmp_path,
         (tmp_path / "1.jpg").write_bytes(damage(jpeg(), rng) if kind == "pictures" else jpeg())
         try:
             pictures = data.Pictures(tmp_path / "images.zip" if kind == "archives" else tmp_path)
-            answered = rng.random() < 0.7
-            records, skipped = data.read_records(tmp_path / "data.json", pictures, rng.choice((1, 2)), answered)
+            stage, answered = rng.choice((1, 2)), rng.random() < 0.7
+            records, skipped = data.read_records(tmp_path / "data.json", pictures, stage, answered)
             assert all(record.answer or not answered for record in records)
             some = data.encode(model, records, skipped, pictures, tmp_path / f"features{seed}")
             f, tokens = some.batch(range(len(some.records)))
