@@ -200,19 +200,21 @@ def test_features_kept_in_a_file_are_those_of_this_clip_and_its_preprocessing(fo
 
 
 def test_features_kept_in_a_file_are_those_of_these_pictures(folder):
-    model, picture = tiny_model(), folder / NAMES[1]
-    keys = [data.features_key(model, Pictures(folder), names) for names in (NAMES, NAMES[::-1])]
-    for content in (picture.read_bytes(), picture.read_bytes() + b" "):  # another time, then another size
-        picture.write_bytes(content)
-        os.utime(picture, (1, 1))
-        keys.append(data.features_key(model, Pictures(folder), NAMES))
+    """By their names, sizes and times of change."""
+    model, content, keys = tiny_model(), (folder / NAMES[0]).read_bytes(), []
+    for names, more, seconds in ((NAMES, b"", 1), (NAMES[::-1], b"", 1),
+                                 (NAMES, b" ", 1), (NAMES, b"", 2)):
+        for name in NAMES:
+            (folder / name).write_bytes(content + more)
+            os.utime(folder / name, (seconds, seconds))
+        keys.append(data.features_key(model, Pictures(folder), names))
     assert len(set(keys)) == 4
 
 
 def test_of_a_long_chat_the_newest_turns_that_fit_stand_in_the_prompt(folder):
     """In a time that grows with the chat, not with its square; the shortened prompts are told."""
     model = tiny_model()
-    texts = [f"what color is the red thing {'at the left ' * (i % 3)}" for i in range(800)]
+    texts = ["what color is " + "red " * (i * i % 7) for i in range(800)]
     records = [Record("red.png", tuple(texts[:i + 1]), texts[i + 1]) for i in range(0, 800, 2)]
     start = time.perf_counter()
     some, skipped, noted = encode(model, records, folder)
