@@ -17,7 +17,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from conftest import CLIP_CONFIG, save_clip, save_llm, tiny_model
+from conftest import CLIP_CONFIG, save_clip, save_llm, tiny_model, with_random_weights
 from test_two_passes import QUESTIONS, assert_equals_two_whole_passes
 
 import shapes
@@ -111,16 +111,8 @@ def small_config(name, more):
 
 def random_llm(name, seed=0, std=0.2, **more):
     """A small random causal LM of a family, with `more` in its configuration."""
-    return with_random_weights(small_config(name, more), seed, std)
-
-
-def with_random_weights(config, seed=0, std=0.2):
     torch.manual_seed(seed)
-    llm = transformers.AutoModelForCausalLM.from_config(config)
-    for p in llm.parameters():  # the published initialisations are so small that mistakes would hide in rounding
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=std)
-    return llm
+    return with_random_weights(small_config(name, more), std)
 
 
 def model_with(llm, **settings):

@@ -7,12 +7,11 @@ no mask, no padding, nothing but `inputs_embeds`.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import FAMILIES, tiny_model
 
 import lmeye
 from lmeye import UserError, choose_token
 
-FAMILIES = ("opt", "opt-350m", "bloom", "llama", "gpt2")
 QUESTIONS = ["what color is it?", "is the background red?", "how many things are there?"]
 ANSWERS = ["red", "yes it is on a red background", "two small"]
 
