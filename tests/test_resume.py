@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import run, tiny_model
+from conftest import fails_in_one_line, run, tiny_model
 from test_training import dataset, log_of
 
 import lmeye
@@ -256,6 +256,11 @@ def test_a_run_cannot_be_resumed_on_other_data(tmp_path, monkeypatch):
     for given, named in (((other, some), "data"), ((some, other), "val data"), ((some, None), "val data")):
         with pytest.raises(UserError, match=f"other settings: hash of the {named} "):
             train.train_adapter(tiny_model(), 2, *given, *recipe, resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert fails_in_one_line(run("train.py", "--stage", 1, "--preset", "mini", "--out", "file", cwd=tmp_path))
 
 
 @pytest.mark.parametrize("bad, skipped", [  # a single one may be of fp16's scaler, also at the end

@@ -89,10 +89,17 @@ def test_four_examples_are_learned_by_heart(tmp_path, stage):
 def test_a_seed_repeats_a_run_and_another_has_another_order_and_another_dropout(tmp_path):
     """Each step, too, has a dropout of its own."""
     runs, orders, dropped = [], [], []
+
+    def note_order(layer, inputs):
+        orders.append(inputs[0].numpy().tobytes())
+
+    def note_dropout(layer, inputs, output):
+        dropped.append((output == 0).numpy().tobytes())
+
     for i, seed in enumerate((0, 0, 1)):
         model = tiny_model(dropout=0.5)
-        model.decompose.register_forward_pre_hook(lambda layer, inputs: orders.append(inputs[0].numpy().tobytes()))
-        model.dropout.register_forward_hook(lambda layer, inputs, x: dropped.append((x == 0).numpy().tobytes()))
+        model.decompose.register_forward_pre_hook(note_order)
+        model.dropout.register_forward_hook(note_dropout)
         runs.append(train_briefly(model, 2, tmp_path / str(i), batch_size=1, seed=seed))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     assert orders[:3] != orders[6:]

@@ -208,8 +208,10 @@ def test_the_answer_cannot_alter_the_request_but_question_and_picture_do():
     model.request.register_forward_hook(lambda layer, inputs, output: requests.append(output.detach()))
     one, another = features(model).split(1)[:2]
     color, size = ["what color is it?"], ["how big is it?"]
-    for f, question, answer in ((one, color, "red"), (one, color, "blue"), (one, size, "red"), (another, color, "red")):
-        model.loss(f, question, [answer])
+    model.loss(one, color, ["red"])
+    model.loss(one, color, ["blue"])
+    model.loss(one, size, ["red"])
+    model.loss(another, color, ["red"])
     first, other_answer, other_question, other_picture = requests
     assert torch.equal(first, other_answer)
     assert not torch.allclose(first, other_question, atol=1e-2)
