@@ -57,28 +57,30 @@ CLIP_CONFIG = {
     "text_cfg": {"context_length": 16, "width": 36, "heads": 4, "layers": 2, "hf_tokenizer_name": "in this folder"},
 }
 HIDDEN = 64
+FAMILIES = {  # of language models, which differ in positions, embeddings or norm: what each has beside its sizes
+    "opt": dict(word_embed_proj_dim=HIDDEN, ffn_dim=128),
+    # Embeddings narrower than the states, norm after, none at the end.
+    "opt-350m": dict(word_embed_proj_dim=20, ffn_dim=128, do_layer_norm_before=False),
+    "bloom": {},
+    "llama": dict(intermediate_size=128, num_key_value_heads=2),
+    "gpt2": {},
+}
 
 
-def tiny_llm(family, vocabulary, **ends):
-    """A random causal LM of one of the families that differ in positions, embeddings or norm."""
-    common = dict(vocab_size=vocabulary, **ends)
-    config = {
-        "opt": lambda: transformers.OPTConfig(
-            hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, **common),
-        "opt-350m": lambda: transformers.OPTConfig(  # embeddings narrower than the states, norm after, none at the end
-            hidden_size=HIDDEN, word_embed_proj_dim=20, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, do_layer_norm_before=False, **common),
-        "bloom": lambda: transformers.BloomConfig(hidden_size=HIDDEN, n_layer=2, n_head=4, **common),
-        "llama": lambda: transformers.LlamaConfig(
-            hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, **common),
-        "gpt2": lambda: transformers.GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64, **common),
-    }[family]()
+def tiny_llm(family, tokenizer):
+    """A random causal LM of one of the families."""
+    return with_random_weights(transformers.AutoConfig.for_model(
+        family.partition("-")[0], hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, vocab_size=len(tokenizer), pad_token_id=0,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **FAMILIES[family]))
+
+
+def with_random_weights(config, std=0.2):
+    """The published initialisations are so small that mistakes would hide in rounding."""
     llm = transformers.AutoModelForCausalLM.from_config(config)
-    for p in llm.parameters():  # the published initialisations are so small that mistakes would hide in rounding
+    for p in llm.parameters():
         if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.2)
+            torch.nn.init.normal_(p, std=std)
     return llm.eval()
 
 
@@ -129,8 +131,7 @@ def save_llm(folder, seed=0):
     torch.manual_seed(seed)
     tokenizer = shapes.build_tokenizer(ends=False)
     tokenizer.save_pretrained(folder)
-    tiny_llm("opt", len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
-             eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tiny_llm("opt", tokenizer).save_pretrained(folder)
     return str(folder)
 
 
@@ -163,8 +164,7 @@ def tiny_model(family="opt", seed=0, **settings):
     torch.manual_seed(seed)
     tokenizer = shapes.build_tokenizer(ends=False)
     clip_tokenizer = shapes.build_tokenizer(ends=True)
-    llm = tiny_llm(family, len(tokenizer), pad_token_id=0, bos_token_id=tokenizer.bos_token_id,
-                   eos_token_id=tokenizer.eos_token_id)
+    llm = tiny_llm(family, tokenizer)
     clip, _ = tiny_clip(len(clip_tokenizer))
 
     def tokenize_for_clip(texts):
@@ -172,20 +172,6 @@ def tiny_model(family="opt", seed=0, **settings):
 
     preprocess = open_clip.image_transform(32, is_train=False)
     return LMEye(Settings(**{"dropout": 0.0, **settings}), llm, tokenizer, clip, preprocess, tokenize_for_clip)
-
-
-@pytest.fixture
-def batch_tokens(monkeypatch):
-    """The tokens, with padding, of each batch whose loss is taken from here on."""
-    sizes, forward = [], LMEye.forward
-
-    def noting(self, f, tokens):
-        width = tokens.answer.shape[1] + (0 if tokens.question is None else tokens.question.shape[1])
-        sizes.append(len(f) * width)
-        return forward(self, f, tokens)
-
-    monkeypatch.setattr(LMEye, "forward", noting)
-    return sizes
 
 
 def run(program, *flags, cwd=".", stdin=""):

@@ -6,6 +6,7 @@ import json
 import open_clip
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 from conftest import tiny_model
 from safetensors import safe_open
@@ -33,35 +34,22 @@ def test_what_is_saved_is_loaded(tmp_path, stage, variant):
         assert set(file.keys()) == set(model.adapter(stage))
 
 
-def test_layers_that_are_not_used_are_not_saved():
-    assert set(tiny_model(variant="norequest").adapter(2)) == set(tiny_model().adapter(2)) - {
-        "request.weight", "request.bias"}
-    assert set(tiny_model(variant="static").adapter(2)) == {"align.weight", "align.bias", "img"}
-
-
-@pytest.mark.parametrize("other, reason", [
-    (dict(seed=1), "others"),  # models of the same shape with other weights
-    (dict(family="opt-350m"), "others"),
-    (dict(n_features=4), "decompose"),
-    (dict(n_slots=2), "transmit"),
-    (dict(variant="norequest"), "request"),
+@pytest.mark.parametrize("saved, here, reason", [
+    ({}, dict(seed=1), "the weights of .* are others"),  # of the same shapes
+    ({}, dict(family="opt-350m"), "the weights of .* are others"),
+    ({}, dict(n_features=4), "decompose"),
+    ({}, dict(n_slots=2), "transmit"),
+    ({}, dict(variant="norequest"), "request"),
+    (dict(variant="norequest"), {}, "request.weight of shape None"),  # would keep its random numbers
 ])
-def test_a_file_of_another_model_is_refused_in_one_line_and_nothing_is_loaded(tmp_path, other, reason):
-    tiny_model().save(tmp_path / "a.safetensors", 2)
-    model = tiny_model(**other)
+def test_a_file_of_another_model_is_refused_in_one_line_and_nothing_is_loaded(tmp_path, saved, here, reason):
+    tiny_model(**saved).save(tmp_path / "a.safetensors", 2)
+    model = tiny_model(**here)
     before = {name: p.clone() for name, p in model.adapter(2).items()}
-    with pytest.raises(UserError, match=reason) as error:
+    with pytest.raises(UserError, match=f"a.safetensors: .*{reason}") as error:
         model.load(tmp_path / "a.safetensors")
-    assert "\n" not in str(error.value) and "a.safetensors" in str(error.value)
+    assert "\n" not in str(error.value)
     assert all(torch.equal(p, before[name]) for name, p in model.adapter(2).items())
-
-
-def test_a_file_is_refused_where_either_frozen_model_is_another_of_the_same_shape(tmp_path):
-    mine, other = tiny_model(), tiny_model(seed=1)
-    mine.save(tmp_path / "a.safetensors", 2)
-    for part in (dict(llm=other.llm), dict(clip=other.clip)):
-        with pytest.raises(UserError, match="are others"):
-            same_but(mine, **part).load(tmp_path / "a.safetensors")
 
 
 def with_weights(model, change):
@@ -81,13 +69,6 @@ def test_rounded_weights_are_taken_for_the_same_and_those_of_a_finetuned_model_a
         with_weights(model, lambda weight: weight * 1.02).load(tmp_path / "a.safetensors")
 
 
-def test_a_file_that_lacks_a_layer_is_refused(tmp_path):
-    """The layer would keep its random numbers."""
-    tiny_model(variant="norequest").save(tmp_path / "a.safetensors", 2)
-    with pytest.raises(UserError, match="request.weight of shape None"):
-        tiny_model().load(tmp_path / "a.safetensors")
-
-
 def test_a_folder_or_a_missing_file_is_told_as_such(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=f"^{path}: no such file: name an adapter.safetensors"):
@@ -99,83 +80,62 @@ def test_a_dropout_that_was_given_as_a_whole_number_is_read(tmp_path):
     assert tiny_model().load(tmp_path / "a.safetensors") == 2
 
 
-def header(**changes):
-    whole = {"stage": 2, "settings": {}, "identity": {"weights": [0.0] * 16}} | changes
-    return {"lmeye": json.dumps(whole)}
+def file(number=0.0, **changes):
+    """A checkpoint of one number, with changes in its header."""
+    header = {"stage": 2, "settings": {}, "identity": {"weights": [0.0] * 16}} | changes
+    return safetensors.torch.save({"a": torch.tensor(number)}, {"lmeye": json.dumps(header)})
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"not a checkpoint", b"\xff" * 100, safetensors.torch.save({"a": torch.zeros(1)}),
-    safetensors.torch.save({"a": torch.zeros(1)}, {"lmeye": "[]"}),
-    safetensors.torch.save({"a": torch.zeros(1)}, header(stage=3)),
-    safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"n_features": "5"})),
-    safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"folder": "/"})),
-    safetensors.torch.save({"a": torch.zeros(1)}, header(settings={"variant": "half"})),
-    safetensors.torch.save({"a": torch.zeros(1)}, header(identity={"weights": ["x"]})),
-])
+    b"", b"not a checkpoint", safetensors.torch.save({"a": torch.zeros(1)}), file(stage=3),
+    file(settings={"n_features": "5"}), file(settings={"folder": "/"}), file(settings={"variant": "half"}),
+    file(identity={"weights": ["x"]}), file(float("nan")), file(float("inf"))])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(UserError, match="is not a checkpoint of this program"):
         lmeye.read_adapter(tmp_path / "a")
 
 
-def test_a_file_is_refused_behind_another_tokenizer_or_another_preprocessing(tmp_path):
-    """The same weights with other ids of words, or with pictures in other colors, would answer otherwise."""
-    model = tiny_model()
+def test_a_file_is_refused_where_a_part_is_another_or_the_same_weights_compute_something_else(tmp_path):
+    """A setting is changed in a model's folder, or read otherwise by another version of a library."""
+    model = tiny_model("llama")
     model.save(tmp_path / "a.safetensors", 2)
     assert same_but(model).load(tmp_path / "a.safetensors") == 2
-
-    class Shifted:
-        def __init__(self, tokenizer):
-            self.tokenizer = tokenizer
-
-        def __getattr__(self, name):
-            return getattr(self.tokenizer, name)
-
-        def __len__(self):
-            return len(self.tokenizer)
-
-        def __call__(self, texts, **options):
-            found = self.tokenizer(texts, **options)
-            rows = [found["input_ids"]] if isinstance(texts, str) else found["input_ids"]
-            shifted = [[(i + 1) % len(self) for i in ids] for ids in rows]
-            found["input_ids"] = shifted[0] if isinstance(texts, str) else shifted
-            return found
-
-    with pytest.raises(UserError, match="the tokens of .* are others"):
-        same_but(model, tokenizer=Shifted(model.tokenizer)).load(tmp_path / "a.safetensors")
-    darker = open_clip.image_transform(32, is_train=False, mean=(0.1, 0.1, 0.1))
-    with pytest.raises(UserError, match="the pixels of .* are others"):
-        same_but(model, preprocess=darker).load(tmp_path / "a.safetensors")
-
-
-def test_a_file_is_refused_where_the_same_weights_compute_something_else(tmp_path):
-    """A setting is changed in a model's folder, or read otherwise by another version of a library."""
-    model = tiny_model()
-    model.save(tmp_path / "a.safetensors", 2)
 
     def refused(what, **parts):
         with pytest.raises(UserError, match=f"the {what} of .* are others"):
             same_but(model, **parts).load(tmp_path / "a.safetensors")
 
+    other = tiny_model("llama", seed=1)
+    refused("weights", llm=other.llm)
+    refused("weights", clip=other.clip)
     llm = copy.deepcopy(model.llm)
-    for layer in llm.model.decoder.layers:  # twice as many heads, half as wide
-        layer.self_attn.num_heads, layer.self_attn.head_dim = 4, layer.self_attn.head_dim // 2
-        layer.self_attn.scaling *= 2 ** 0.5
+    llm.model.rotary_emb.inv_freq *= 2
+    refused("weights", llm=llm)
+    llm = copy.deepcopy(model.llm)
+    for layer in llm.model.layers:
+        layer.input_layernorm.variance_epsilon = 10.0
     refused("states", llm=llm)
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.eos_token = "<pad>"  # where an answer ends
     refused("tokens", tokenizer=tokenizer)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("red", "blue")
+    refused("tokens", tokenizer=tokenizer)
+    clip = copy.deepcopy(model.clip)
+    for block in clip.visual.transformer.resblocks:
+        block.mlp.gelu = open_clip.transformer.QuickGELU()
+    refused("activation functions", clip=clip)
     clip = copy.deepcopy(model.clip)
     for block in clip.transformer.resblocks:
         block.attn.num_heads, block.attn.head_dim = 1, block.attn.embed_dim
     refused("text features", clip=clip)
     clip = copy.deepcopy(model.clip)
     for block in clip.visual.transformer.resblocks:
-        block.ln_1.eps = block.ln_2.eps = 10.0
+        block.ln_1.eps = 10.0
     refused("picture features", clip=clip)
-    squashed = open_clip.image_transform(32, is_train=False, resize_mode="squash")
-    refused("pixels", preprocess=squashed)
+    refused("pixels", preprocess=open_clip.image_transform(32, is_train=False, mean=(0.1, 0.1, 0.1)))
+    refused("pixels", preprocess=open_clip.image_transform(32, is_train=False, resize_mode="squash"))
 
 
 def test_a_file_with_another_list_of_numbers_is_of_an_earlier_version(tmp_path):
@@ -186,18 +146,8 @@ def test_a_file_with_another_list_of_numbers_is_of_an_earlier_version(tmp_path):
         tiny_model().load(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-def test_numbers_that_are_not_finite_are_refused(tmp_path, bad):
-    model = tiny_model()
-    model.transmit.weight.data[3, 4] = bad
-    model.save(tmp_path / "a.safetensors", 2)
-    with pytest.raises(UserError, match="not a checkpoint .*numbers are not finite"):
-        tiny_model().load(tmp_path / "a.safetensors")
-
-
 def test_a_file_of_an_earlier_version_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "a").write_bytes(safetensors.torch.save(
-        {"a": torch.zeros(1)}, header(settings={"interaction": "full"}, fingerprint=[0.0])))
+    (tmp_path / "a").write_bytes(file(settings={"interaction": "full"}))
     with pytest.raises(UserError, match="an earlier version wrote it, with other names: train it again"):
         lmeye.read_adapter(tmp_path / "a")
 

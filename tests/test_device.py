@@ -5,7 +5,6 @@ waits for.
 """
 
 import functools
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-import transformers
-from conftest import fails_in_one_line, run, save_llm
+from conftest import run
 
-import data
 import on_gpu
 import rivals
 import sample
 import train
-from lmeye import CHECKPOINT, LMEye, Settings, UserError
+from lmeye import CHECKPOINT, LMEye, Settings
 
 # ---- The pretended GPU ---------------------------------------------------------------------------------
 
@@ -149,39 +146,6 @@ def test_the_exercises_keep_to_the_gpu(model_on_gpu, name):
         model.set_trained(2)
         model.loss(torch.randn(2, 24), ["what color are they?", "is it red?"], ["red", "no"]).backward()
         assert model.generate(torch.randn(1, 24), ["is it red?"], max_tokens=2)
-
-
-def test_a_picture_that_can_be_read_again_is_encoded_on_the_gpu(home, model_on_gpu, tmp_path, monkeypatch):
-    """The row of a picture that was away is done by itself, into a file where others stand already."""
-    names, real, away = [f"{i}.png" for i in range(3)], data.Pictures.open, [True]
-
-    def away_at_first(pictures, name):
-        if name == names[1] and away:
-            raise UserError("away")
-        return real(pictures, name)
-
-    monkeypatch.setattr(data.Pictures, "open", away_at_first)
-    records, pictures = [data.Record(name, (), "red") for name in names], data.Pictures(home)
-    with pretend.gpu():
-        first, second = Counter(), Counter()
-        assert len(data.encode(model_on_gpu(), records, first, pictures, tmp_path / "features").records) == 2
-        away.clear()
-        some = data.encode(model_on_gpu(), records, second, pictures, tmp_path / "features")
-    assert first.total() == 1 and not second and len(some.records) == 3
-    assert np.isfinite(some.features).all() and len(set(map(bytes, some.features))) == 3
-
-
-def test_a_language_model_that_is_infinite_in_fp16_is_refused_where_fp16_is_taken(home, tmp_path):
-    """Llama-like models have single states of tens of thousands."""
-    llm = transformers.AutoModelForCausalLM.from_pretrained(save_llm(tmp_path / "llm"))
-    llm.model.decoder.layers[0].fc2.bias.data[5] = 70_000
-    llm.save_pretrained(tmp_path / "llm")
-    command = [*stage(1, "--steps", 1, "--out", tmp_path), *MODELS, "--llm", tmp_path / "llm"]
-    with pretend.gpu(bf16=False):
-        result = run(*command, cwd=home)
-        assert fails_in_one_line(result) and "fp16 ends at 65,504, so" in result.stderr
-        result = run(*command, "--precision", "fp32", cwd=home)
-    assert result.returncode == 0, result.stderr
 
 
 # ---- A step does not wait ------------------------------------------------------------------------------

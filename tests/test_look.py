@@ -20,10 +20,9 @@ QUESTION, ANSWER = "what color is it?", "red"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with two pictures and, below out/, untrained checkpoints of all variants and of stage 1."""
+    """A folder with a picture and, below out/, untrained checkpoints of all variants and of stage 1."""
     folder = tmp_path_factory.mktemp("look")
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
-    Image.new("RGB", (40, 30), "blue").save(folder / "blue.png")
     settings = Settings("llm+clip", save_llm(folder / "llm"), save_clip(folder / "clip"))
     for name, stage in (("stage1", 1), ("stage2-norequest", 2), ("stage2-static", 2), ("stage2", 2)):
         settings.variant = name.partition("-")[2] or "lmeye"
@@ -32,25 +31,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """What is drawn from here on: ("text", place, text, color) or ("bar", box, color)."""
-    found, text, rectangle = [], ImageDraw.ImageDraw.text, ImageDraw.ImageDraw.rectangle
+def said(monkeypatch):
+    """The texts that are drawn from here on."""
+    found, text = [], ImageDraw.ImageDraw.text
 
-    def note_text(self, place, written, color=None, *rest):
-        found.append(("text", place, written, color))
-        text(self, place, written, color, *rest)
+    def note(self, place, written, *rest):
+        found.append(written)
+        text(self, place, written, *rest)
 
-    def note_bar(self, box, color=None, *rest):
-        found.append(("bar", box, color))
-        rectangle(self, box, color, *rest)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note_text)
-    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", note_bar)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
     return found
-
-
-def texts(drawn):
-    return [item[2] for item in drawn if item[0] == "text"]
 
 
 def write_log(path, lines):
@@ -62,16 +52,14 @@ def write_log(path, lines):
 
 
 def write_answers(path, rows):
-    """An answers.jsonl as sample.py writes it, with (image, turns, answer, truth) in each line."""
+    """An answers.jsonl as sample.py writes it, with (turns, answer, truth) about red.png in each line."""
     lines = []
-    for image, turns, answer, truth in rows:
-        line = {"id": None, "image": image, "question": turns[-1] if turns else None, "turns": turns,
-                "answer": answer, "blind": "", "truth": truth, "category": "all",
-                "right": truth and answer == truth, "blind_right": truth and False}
-        lines.append(json.dumps(line))
+    for turns, answer, truth in rows:
+        right = None if truth is None else answer == truth
+        lines.append(json.dumps({"image": "red.png", "turns": turns, "answer": answer, "truth": truth,
+                                 "category": "all", "right": right, "blind_right": False}))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 # ---- Looking into an answer --------------------------------------------------------------------------------
@@ -172,46 +160,46 @@ def test_leave_one_out_equals_removing_a_feature_by_hand():
     assert look.log_p(model, f, QUESTION, ANSWER) == whole  # nothing of it stays in the model
 
 
+def loaded(checkpoint):
+    """The model of a checkpoint."""
+    model = LMEye.from_settings(lmeye.read_adapter(checkpoint)[1])
+    model.load(checkpoint)
+    return model
+
+
 def test_a_model_is_compared_with_itself_without_its_request_the_controls_and_blind(folder):
     runs = folder / "out" / "llm+clip"
-    model = LMEye.from_settings(lmeye.read_adapter(runs / "stage2" / CHECKPOINT)[1])
-    model.load(runs / "stage2" / CHECKPOINT)
+    model = loaded(runs / "stage2" / CHECKPOINT)
     f, gray = torch.randn(1, 24), torch.randn(1, 24)
-    found = look.compared_with(model, runs / "stage2" / CHECKPOINT, f, gray)
-    assert [name for name, _, _ in found] == ["lmeye", "the same, its request zero", "norequest, as trained",
-                                              "static, as trained", "blind: a gray picture"]
-    said = [look.log_p(other, seen, QUESTION, ANSWER) for _, other, seen in found]
-    tokens = len(model.answer_ids([ANSWER])[0])  # with its end
-    plain = [-tokens * lmeye.plain_loss(model, x, QUESTION, ANSWER)[0].item() for x in (f, gray)]
-    assert [said[0], said[4]] == pytest.approx(plain, rel=1e-5) and abs(said[0] - said[1]) > 1e-3
-    for i, name in ((2, "norequest"), (3, "static")):
-        control = LMEye.from_settings(lmeye.read_adapter(runs / f"stage2-{name}" / CHECKPOINT)[1])
-        control.load(runs / f"stage2-{name}" / CHECKPOINT)
-        assert said[i] == pytest.approx(look.log_p(control, f, QUESTION, ANSWER), abs=1e-5)
+    found = {name: look.log_p(other, seen, QUESTION, ANSWER)
+             for name, other, seen in look.compared_with(model, runs / "stage2" / CHECKPOINT, f, gray)}
+    tokens, expected = len(model.answer_ids([ANSWER])[0]), {}  # with its end
+    for name, seen in (("lmeye", f), ("blind: a gray picture", gray)):
+        expected[name] = -tokens * lmeye.plain_loss(model, seen, QUESTION, ANSWER)[0].item()
+    for name in ("norequest", "static"):
+        control = loaded(runs / f"stage2-{name}" / CHECKPOINT)
+        expected[f"{name}, as trained"] = look.log_p(control, f, QUESTION, ANSWER)
     with torch.no_grad():
-        model.request.weight.zero_(), model.request.bias.zero_()
-    assert said[1] == pytest.approx(look.log_p(model, f, QUESTION, ANSWER), abs=1e-5)
+        for p in model.request.parameters():
+            p.zero_()
+    expected["the same, its request zero"] = look.log_p(model, f, QUESTION, ANSWER)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len(set(found.values())) == 5
 
 
-def test_the_page_of_an_answer_has_its_numbers_and_its_bars_have_one_scale(folder, drawn, monkeypatch):
-    monkeypatch.setattr(look, "leave_one_out", lambda model, f, question, answer: {
-        QUESTION: [0.5, -1.0, 0.0, 0.0, 0.0], look.SECOND: [2.0, 0.0, 0.0, 0.0, -0.25]}[question])
+def test_the_page_of_an_answer_has_its_numbers(folder, said, monkeypatch):
+    lost = {QUESTION: [0.5, -1.0, 0.0, 0.0, 0.0], look.SECOND: [2.0, 0.0, 0.0, 0.0, -0.25]}
+    monkeypatch.setattr(look, "leave_one_out", lambda model, f, question, answer: lost[question])
     result = run("look.py", "answer", "red.png", QUESTION, "--png", "page.png", cwd=folder)
-    assert result.returncode == 0 and result.stdout == "page.png\n", result.stderr
-    page = Image.open(folder / "page.png")
-    assert page.format == "PNG" and page.getpixel((148, 158)) == (255, 0, 0)  # the picture
-    said = texts(drawn)
-    assert said.count("f1: +0.50") == said.count("f2: -1.00") == said.count("f5: -0.25") == 1
-    bars = [item[1] for item in drawn if item[0] == "bar" and item[2] == look.BLUE]
-    zeros = [look.MIDDLE + 80] * 5 + [look.RIGHT + 80] * 5
-    ends = [box[0] + box[2] - zero - zero for box, zero in zip(bars, zeros)]
-    assert [end / 37.5 for end in ends] == [0.5, -1, 0, 0, 0, 2, 0, 0, 0, -0.25]
-    model, _ = look.sample.load_trained(folder / "out" / "llm+clip" / "stage2" / CHECKPOINT)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(folder / "page.png").format == "PNG"
+    assert {"f1: +0.50", "f2: -1.00", "f1: +2.00", "f5: -0.25"} < set(said)
+    model = loaded(folder / "out" / "llm+clip" / "stage2" / CHECKPOINT)
     f = model.encode_image(model.preprocess(Image.open(folder / "red.png"))[None])
     answer = model.generate(f, [QUESTION])[0]
-    p = math.exp(look.log_p(model, f, QUESTION, answer))
     below = said.index("answers, and p of the first one")
-    assert said[below + 1].startswith(f"lmeye: {answer}"[:40]) and said[below + 2] == f"{p:.2f}"
+    assert said[below + 1].startswith(f"lmeye: {answer}"[:40])
+    assert said[below + 2] == f"{math.exp(look.log_p(model, f, QUESTION, answer)):.2f}"
 
 
 @pytest.mark.parametrize("mistake", [
@@ -225,81 +213,73 @@ def test_mistakes_in_looking_are_told_and_nothing_is_drawn(folder, mistake):
 # ---- Logs --------------------------------------------------------------------------------------------------
 
 
-def test_the_losses_of_two_runs_are_drawn_on_the_same_named_axes(tmp_path, drawn):
+def test_the_losses_of_two_runs_are_drawn_on_the_same_named_axes(tmp_path, said):
     mine = write_log(tmp_path / "mine.csv", [(1, 3.0, ""), (2, 2.0, 2.5), (3, "nan", "inf"), (4, 0.0, "")])
     other = write_log(tmp_path / "other.csv", [(1, 8.0, ""), (5, 1.0, 0.5)])
     result = run("look.py", "logs", mine, other, cwd=tmp_path)
-    assert result.returncode == 0 and "4 losses that are not finite" in result.stderr
+    assert "4 losses that are not finite" in result.stderr
     assert f"{mine}: val_loss 2.5000 at step 2\n" in result.stdout
     assert f"{other}: loss 1.0000 at step 5\n" in result.stdout
-    said = texts(drawn)
-    assert "step" in said and "loss of a token (logarithmic)" in said
-    assert [text for text in said if text.endswith(("loss", "shuffled"))] == [
-        f"{path}: {column}" for path in (other, mine) for column in ("loss", "val_loss", "val_loss_shuffled")]
-    for mark in ("1", "2", "3", "4", "5", "0.5", "8"):  # the losses' axis: 0.5, 1, 2, 4, 8
-        assert mark in said
+    steps, losses = ("1", "2", "3", "4", "5"), ("0.5", "1", "2", "4", "8")
+    named = ("step", "loss of a token (logarithmic)", f"{mine}: loss", f"{other}: val_loss")
+    assert {*named, *steps, *losses} < set(said)
     assert Image.open(tmp_path / "logs.png").format == "PNG"
 
 
 # ---- Sheets ------------------------------------------------------------------------------------------------
 
 
-def test_a_sheet_has_a_chats_last_question_whole_and_the_truth_where_it_differs(folder, tmp_path, drawn):
+def test_a_sheet_has_a_chats_last_question_whole_and_the_truth_where_it_differs(folder, tmp_path, said):
     long = "what " + "very " * 60 + "last?"
     write_answers(tmp_path / "run" / "evaluation" / "answers.jsonl", [
-        ("blue.png", ["earlier?", "before", long], "yes", "no"), ("red.png", ["asked?"], "right", "right"),
-        ("red.png", ["unknown?"], "said", None), ("red.png", [], "a caption", None)])
+        (["earlier?", "before", long], "yes", "no"), (["asked?"], "right", "right"),
+        (["unknown?"], "said", None), ([], "a caption", None)])
     result = run("look.py", "sheet", tmp_path / "run", "--images", folder, cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout == "sheet.png\n", result.stderr
-    said = texts(drawn)
-    assert f"earlier? / before / {long}" in " ".join(said) and "(caption)" in said and "right" in said
+    assert result.stdout == "sheet.png\n", result.stderr
+    assert f"earlier? / before / {long}" in " ".join(said)
+    assert {"(caption)", "right", "said"} < set(said)
     assert [text for text in said if text.startswith("truth")] == ["truth: no"]
-    page = Image.open(tmp_path / "sheet.png")
-    assert all(x + 190 < page.width and y + 14 < page.height for _, (x, y), *_ in drawn)  # nothing is cut off
-    drawn.clear()
+    said.clear()
     result = run("look.py", "sheet", tmp_path / "run", "--wrong", "--images", folder, cwd=tmp_path)
-    assert result.stdout == "1 of 4 answers are wrong\nsheet.png\n" and "truth: no" in texts(drawn)
-    assert "said" not in texts(drawn) and "right" not in texts(drawn)  # of one nobody knows, one is right
+    assert result.stdout == "1 of 4 answers are wrong\nsheet.png\n"
+    assert "truth: no" in said
+    assert {"right", "said"}.isdisjoint(said)  # one is right, of one nobody knows
 
 
-def test_the_key_tells_who_gave_which_answer_and_the_sheet_does_not(folder, tmp_path, drawn):
-    for run_name in ("mine", "theirs"):
-        answers = [f"{run_name} {i}" for i in range(20)] + ["same"] * 5
-        rows = [("red.png", [f"question {i}?"], answer, "x") for i, answer in enumerate(answers)]
-        write_answers(tmp_path / run_name / "answers.jsonl", rows)
-    result = run("look.py", "compare", "mine", "theirs", "--images", folder, "--number", 16, cwd=tmp_path)
-    assert result.returncode == 0 and "the two differ on 20 of 25 questions" in result.stdout, result.stderr
+def test_the_key_tells_who_gave_which_answer_and_the_sheet_does_not(folder, tmp_path, said):
+    for name in ("mine", "theirs"):
+        rows = [([f"question {i}?"], f"{name} {i}", "x") for i in range(20)]
+        rows += [([f"question {i}?"], "same", "x") for i in range(20, 25)]
+        write_answers(tmp_path / name / "answers.jsonl", rows)
+    command = ("look.py", "compare", "mine", "theirs", "--images", folder)
+    result = run(*command, "--number", 16, cwd=tmp_path)
+    assert "the two differ on 20 of 25 questions" in result.stdout, result.stderr
     key = json.loads((tmp_path / "compare.key.json").read_text())
-    said = texts(drawn)
-    assert len(key) == 16 and len(said) == 48
+    assert len(key) == 16
     for entry, question, a, b in zip(key, said[0::3], said[1::3], said[2::3]):
-        number, i = question.split()[0].rstrip("."), question.split()[2].rstrip("?")
-        assert entry["number"] == int(number)
-        assert (a, b) == (f"A: {entry['A']} {i}", f"B: {entry['B']} {i}")
-        assert {entry["A"], entry["B"]} == {"mine", "theirs"}
+        number, _, i = question.rstrip("?").split()
+        assert number == f"{entry['number']}."
+        assert [a, b] == [f"A: {entry['A']} {i}", f"B: {entry['B']} {i}"]
     answers = [look.read_answers(tmp_path / name) for name in ("mine", "theirs")]
     _, key = look.pair_blindly(*answers, ("mine", "theirs"), 20, random.Random(0))
     assert {entry["A"] for entry in key} == {"mine", "theirs"}
     write_answers(tmp_path / "theirs" / "answers.jsonl", rows[:-1])
-    other = run("look.py", "compare", "mine", "theirs", "--images", folder, cwd=tmp_path)
+    other = run(*command, cwd=tmp_path)
     assert other.returncode == 2 and "not asked the same" in other.stderr
 
 
 def test_a_picture_or_key_that_is_there_is_renamed_and_not_written_over(folder, tmp_path):
     log = write_log(tmp_path / "log.csv", [(1, 2.0, 2.0), (2, 1.0, "")])
     for name, answer in (("a", "yes"), ("b", "no")):
-        write_answers(tmp_path / name / "answers.jsonl", [("red.png", ["q?"], answer, "x")])
-    files = {"logs.png": ["logs", log], "sheet.png": ["sheet", "a", "--images", folder],
-             "compare.png": ["compare", "a", "b", "--images", folder]}
-    for name, command in files.items():
-        kept = [tmp_path / name] + [tmp_path / "compare.key.json"] * (name == "compare.png")
-        for path in kept:
-            path.write_bytes(b"precious")
-        for n in (1, 2):
-            result = run("look.py", *command, cwd=tmp_path)
-            assert result.returncode == 0 and f"{name}.{n}" in result.stderr, result.stderr
-        for path in kept:
-            assert path.with_name(f"{path.name}.1").read_bytes() == b"precious" != path.read_bytes()
+        write_answers(tmp_path / name / "answers.jsonl", [(["q?"], answer, "x")])
+    names = ("logs.png", "compare.png", "compare.key.json")
+    for name in names:
+        (tmp_path / name).write_bytes(b"precious")
+    for command in (["logs", log], ["compare", "a", "b", "--images", folder]):
+        result = run("look.py", *command, cwd=tmp_path)
+        assert f"{command[0]}.png.1" in result.stderr
+    for name in names:
+        assert (tmp_path / f"{name}.1").read_bytes() == b"precious" != (tmp_path / name).read_bytes()
 
 
 HEAD = "step,loss,val_loss,val_loss_shuffled\n"

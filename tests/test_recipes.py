@@ -1,10 +1,7 @@
 """The lab's recipes: tables of several runs, swapped requests, probes."""
 
-import io
 import json
 import math
-import random
-import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 from conftest import fails_in_one_line, run, save_clip, save_llm, tiny_model
 
 import data
+import miniature
 import probe
 import shapes
 import swap
@@ -35,20 +33,16 @@ def test_seeds_are_averaged_before_intervals_over_sets_and_differences_are_paire
         for seed, right in enumerate(shares):
             write_run(tmp_path / of_set / f"mine-{seed}" / "evaluation", right, blind=2)
         write_run(tmp_path / of_set / "theirs" / "evaluation", right - 1)
+
+    def interval(*shares):
+        return f"{np.mean(shares):.1f} ± {4.303 * np.std(shares, ddof=1) / math.sqrt(3):.1f}"
+
     result = run("table.py", "--blind", "mine=s*/mine-*", "theirs=s*/theirs/evaluation", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    rows = {}
-    for line in result.stdout.splitlines():
-        if line.startswith("| "):
-            name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-            rows[name] = cells
-    half = 4.303 * np.std([80, 60, 90], ddof=1) / math.sqrt(3)
-    assert rows[""] == ["color", "all"]
-    assert rows["mine"] == [f"76.7 ± {half:.1f}"] * 2  # sets of 80, 60 and 90
-    assert rows["mine, blind"] == ["20.0 ± 0.0"] * 2
-    assert rows["theirs"][0].startswith("60.0 ± ")  # 60, 50, 70
-    half = 4.303 * np.std([20, 10, 20], ddof=1) / math.sqrt(3)
-    assert rows["mine − theirs"] == [f"16.7 ± {half:.1f}"] * 2  # 20, 10, 20
+    expected = {"mine": interval(80, 60, 90), "mine, blind": "20.0 ± 0.0", "theirs": interval(60, 50, 70),
+                "mine − theirs": interval(20, 10, 20)}
+    assert "| color | all |" in result.stdout, result.stderr
+    for name, cell in expected.items():
+        assert f"| {name} | {cell} | {cell} |" in result.stdout
     assert "mine: 6 runs of 3 sets (s0, s1, s2)" in result.stdout
     one = run("table.py", "mine=s1/mine-0/evaluation/answers.jsonl", cwd=tmp_path)
     assert "| mine | 60.0 | 60.0 |" in one.stdout
@@ -94,13 +88,11 @@ def test_requests_and_v_are_those_that_the_method_computes():
 def test_its_own_request_and_its_own_v_change_nothing_and_another_ones_do():
     model = tiny_model()
     dataset = asked(model, 6)
-    questions = [record.question for record in dataset.records]
-    own = model.generate(dataset.f(np.arange(6)), questions, max_tokens=8)
+    own = model.generate(dataset.f(range(6)), [record.question for record in dataset.records], max_tokens=8)
     request, v = probe.requests_and_v(model, dataset)
-    assert swap.answers_with(model, dataset, "ask", request).tolist() == own
-    assert swap.answers_with(model, dataset, "interact", v).tolist() == own
     assert swap.answers_with(model, dataset, "ask", request[[1, 0, 3, 2, 5, 4]]).tolist() != own
-    assert model.generate(dataset.f(np.arange(6)), questions, max_tokens=8) == own  # nothing stays replaced
+    assert swap.answers_with(model, dataset, "ask", request).tolist() == own  # nothing stayed replaced
+    assert swap.answers_with(model, dataset, "interact", v).tolist() == own
 
 
 def test_a_swapped_request_brings_nothing_of_the_other_question_but_the_slot(monkeypatch):
@@ -126,20 +118,11 @@ def test_a_swapped_request_brings_nothing_of_the_other_question_but_the_slot(mon
 
 def test_both_programs_print_their_tables_of_a_run_of_the_miniature(tmp_path, monkeypatch):
     """With untrained models, for ten of its held-out pictures."""
-    mini, captions, questions = tmp_path / "mini", [], []
+    mini, scenes = tmp_path / "mini", shapes.HELD_OUT[::60]
     settings = Settings("mini", save_llm(mini / "llm"), save_clip(mini / "clip"))
     LMEye.from_settings(settings).save(mini / "stage2" / CHECKPOINT, 2)
-    with zipfile.ZipFile(mini / "pictures.zip", "w") as archive:
-        for i, scene in enumerate(shapes.HELD_OUT[::60]):
-            image, file = f"val/{i}.png", io.BytesIO()
-            shapes.draw(scene, random.Random(i)).save(file, "PNG")
-            archive.writestr(image, file.getvalue())
-            captions.append({"image": image, "caption": shapes.describe(scene)})
-            for kind in shapes.KINDS:
-                question, answer = shapes.ask(scene, kind, random.Random(i))
-                questions.append({"image": image, "question": question, "answer": answer, "category": kind})
-    (mini / "val_captions.json").write_text(json.dumps(captions))
-    (mini / "val_questions.json").write_text(json.dumps(questions))
+    monkeypatch.setattr(miniature, "HELD_OUT", scenes)
+    miniature.write_data(mini, seed=0, pictures=1)
     result = run("swap.py", "mini/stage2", cwd=tmp_path)
     assert result.returncode == 0 and "| another picture's v |" in result.stdout, result.stderr
 
@@ -163,8 +146,9 @@ def test_both_programs_print_their_tables_of_a_run_of_the_miniature(tmp_path, mo
     request, untrained = [line.split(" | ", 1)[1] for line in lines]
     assert request != untrained
     logged = np.load(tmp_path / "log.npz")
-    assert logged["request"].shape == (len(captions) * 6, 36) and logged["v"].shape == (len(captions) * 6, 24)
-    assert [logged[name][6] for name in shapes.Scene._fields] == list(shapes.HELD_OUT[60])
+    assert logged["request"].shape == (len(scenes) * 6, 36)
+    assert logged["v"].shape == (len(scenes) * 6, 24)
+    assert [logged[name][6] for name in shapes.Scene._fields] == list(scenes[1])
     LMEye.from_settings(replace(settings, variant="static")).save(mini / "stage2-static" / CHECKPOINT, 2)
     refused = run("swap.py", "mini/stage2-static", cwd=tmp_path)
     assert refused.returncode == 2 and "makes no requests" in refused.stderr

@@ -7,12 +7,11 @@ no mask, no padding, nothing but `inputs_embeds`.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import FAMILIES, tiny_model
 
 import lmeye
 from lmeye import UserError, choose_token
 
-FAMILIES = ("opt", "opt-350m", "bloom", "llama", "gpt2")
 QUESTIONS = ["what color is it?", "is the background red?", "how many things are there?"]
 ANSWERS = ["red", "yes it is on a red background", "two small"]
 
@@ -56,8 +55,8 @@ def plain_logits(model, f, question, ids):
     return model.llm(inputs_embeds=torch.cat([x, answer], 1)).logits[0, x.shape[1] - 1:]
 
 
-def answer_ids(model, answer, eos=True):
-    return model.tokenizer(" " + answer, add_special_tokens=False).input_ids + [model.tokenizer.eos_token_id] * eos
+def answer_ids(model, answer):
+    return model.tokenizer(" " + answer, add_special_tokens=False).input_ids + [model.tokenizer.eos_token_id]
 
 
 def plain_loss(model, f, questions, answers):
@@ -92,31 +91,40 @@ def gradients(model, loss):
 
 
 def assert_same_gradients(mine, theirs):
+    assert mine.keys() == theirs.keys()
     for name, gradient in mine.items():
         largest = theirs[name].abs().max()
         assert largest > 0, name
-        assert torch.allclose(gradient, theirs[name], rtol=1e-4, atol=1e-5 * largest), name
+        assert torch.allclose(gradient, theirs[name], rtol=1e-3, atol=1e-4 * largest), name
+
+
+def assert_equals_two_whole_passes(model, questions):
+    """Loss, gradients and greedy answers of three records, for both stages."""
+    f = features(model)
+    for stage, asked in ((1, None), (2, questions)):
+        trained = model.set_trained(stage, train_align=True)
+        loss = model.loss(f, asked, ANSWERS)
+        plain = plain_loss(model, f, asked or [None] * 3, ANSWERS)
+        assert abs(loss - plain) < 1e-5 * plain
+        mine = gradients(model, loss)
+        assert mine.keys() == trained.keys()
+        assert_same_gradients(mine, gradients(model, plain))
+    with torch.no_grad():
+        expected = plain_answers(model, f, questions, 6)
+    assert model.generate(f, questions, max_tokens=6) == expected
 
 
 @pytest.mark.parametrize("n_slots, n_image_tokens", ((1, 1), (3, 2)))
 @pytest.mark.parametrize("variant", ("lmeye", "norequest", "static"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_equal_those_of_two_whole_passes(family, variant, n_slots, n_image_tokens):
+def test_loss_gradients_and_answers_equal_those_of_two_whole_passes(family, variant, n_slots, n_image_tokens):
     model = tiny_model(family, variant=variant, n_slots=n_slots, n_image_tokens=n_image_tokens)
-    f = features(model)
-    for stage, questions in ((1, [None] * 3), (2, QUESTIONS)):
-        trained = model.set_trained(stage, train_align=stage == 2)
-        given = questions if stage == 2 else None
-        loss, plain = model.loss(f, given, ANSWERS), plain_loss(model, f, questions, ANSWERS)
-        assert abs(loss - plain) < 1e-5 * plain
-        mine, theirs = gradients(model, loss), gradients(model, plain)
-        assert mine.keys() == theirs.keys() == trained.keys() == model.adapter(stage).keys()
-        assert_same_gradients(mine, theirs)
+    assert_equals_two_whole_passes(model, QUESTIONS)
     # With `align` frozen, nothing below <img-d> is kept for the backward pass. The paths through <img-d> are.
-    trained = model.set_trained(2)
-    some = gradients(model, model.loss(f, QUESTIONS, ANSWERS))
-    assert some.keys() == trained.keys()
-    assert_same_gradients(some, theirs)
+    model.set_trained(2)
+    f = features(model)
+    mine = gradients(model, model.loss(f, QUESTIONS, ANSWERS))
+    assert_same_gradients(mine, gradients(model, plain_loss(model, f, QUESTIONS, ANSWERS)))
 
 
 @pytest.mark.parametrize("variant", ("lmeye", "norequest"))
@@ -126,15 +134,10 @@ def test_the_plain_method_of_the_program_is_that_of_the_paper(family, variant):
     model = tiny_model(family, variant=variant, n_slots=3, n_image_tokens=2)
     model.set_trained(2, train_align=True)
     f = features(model)[:1]
-    loss, logits, h = lmeye.plain_loss(model, f, QUESTIONS[1], ANSWERS[1])
+    loss, _, _ = lmeye.plain_loss(model, f, QUESTIONS[1], ANSWERS[1])
     expected = plain_loss(model, f, QUESTIONS[1:2], ANSWERS[1:2])
     assert abs(loss - expected) < 1e-6 * expected
-    ids = answer_ids(model, ANSWERS[1])
-    assert torch.allclose(logits, plain_logits(model, f, QUESTIONS[1], ids[:-1]), rtol=1e-4, atol=1e-4)
-    assert h.shape == (1, model.request.in_features)
-    mine, theirs = gradients(model, loss), gradients(model, expected)
-    assert mine.keys() == theirs.keys() == model.adapter(2).keys()
-    assert_same_gradients(mine, theirs)
+    assert_same_gradients(gradients(model, loss), gradients(model, expected))
 
 
 @pytest.mark.parametrize("n_tokens", (1, 500))  # by which a step divides its loss; with 1 the factor is the largest
@@ -150,26 +153,17 @@ def test_the_gradient_of_a_scaled_loss_is_exact_where_half_precision_ends(n_toke
     assert torch.allclose(h.grad.float() * n_tokens / 65_536, exact.grad, rtol=5e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_equal_those_of_whole_passes(family):
-    model = tiny_model(family)
+def test_scores_equal_those_of_whole_passes():
+    model = tiny_model()
     f = features(model)
-    expected = plain_answers(model, f, QUESTIONS, 6)
-    assert model.generate(f, QUESTIONS, max_tokens=6) == expected
-    assert [model.generate(f[i:i + 1], [q], max_tokens=6)[0] for i, q in enumerate(QUESTIONS)] == expected
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_those_of_whole_passes(family):
-    model = tiny_model(family)
-    f, choices = features(model), [["red", "yes", "on a red background"]] * 2 + [["two small", "no", "one"]]
-    expected = torch.zeros(3, 3)
+    choices = [["red", "yes", "on a red background"]] * 2 + [["two small", "no", "one"]]
+    scores = model.score(f, QUESTIONS, choices)
     for i, question in enumerate(QUESTIONS):
         for k, choice in enumerate(choices[i]):
-            ids = answer_ids(model, choice, eos=False)
-            logp = plain_logits(model, f[i:i + 1], question, ids)[:-1].log_softmax(-1)
-            expected[i, k] = logp[range(len(ids)), ids].sum()
-    assert torch.allclose(model.score(f, QUESTIONS, choices), expected, rtol=1e-4, atol=1e-4)
+            ids = answer_ids(model, choice)[:-1]  # without eos
+            log_p = plain_logits(model, f[i:i + 1], question, ids)[:-1].log_softmax(-1)
+            expected = log_p[range(len(ids)), ids].sum()
+            torch.testing.assert_close(scores[i, k], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("questions, choices, told", [
@@ -201,48 +195,31 @@ def test_settings_out_of_range_are_named(name, wrong):
 def test_a_choice_that_does_not_fit_behind_its_question_is_refused():
     model = tiny_model()  # its context has 64 tokens
     f, question, choice = features(model, 1), "two " * 30, "small " * 30
-    assert model.score(f, [question], [["small", "red"]]).shape == model.score(f, ["two"], [[choice, "red"]]).shape == (1, 2)
+    long_question = model.score(f, [question], [["small", "red"]])
+    long_choice = model.score(f, ["two"], [[choice, "red"]])
+    both = model.score(f.expand(2, -1), [question, "two"], [["small", "red"], [choice, "red"]])
+    assert torch.allclose(both, torch.cat([long_question, long_choice]), atol=1e-4)
     with pytest.raises(UserError, match="context"):
         model.score(f, [question], [[choice, "red"]])
-    both = model.score(f.expand(2, -1), [question, "two"], [["small", "red"], [choice, "red"]])  # each of them fits
-    apart = [model.score(f, [question], [["small", "red"]]), model.score(f, ["two"], [[choice, "red"]])]
-    assert torch.allclose(both, torch.cat(apart), atol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padding_never_changes_a_number(family):
-    model = tiny_model(family)
-    f = features(model)
-    tokens = model.tokenize(QUESTIONS[:1], ANSWERS[:1])
-    alone = model(f[:1], tokens)
-    wide = tokens._replace(
-        question=F.pad(tokens.question, (5, 0), value=3), question_mask=F.pad(tokens.question_mask, (5, 0)),
-        answer=F.pad(tokens.answer, (0, 4), value=7), answer_mask=F.pad(tokens.answer_mask, (0, 4)))
-    assert torch.allclose(model(f[:1], wide), alone, rtol=1e-5)
-
-
-def requests(model, f, questions, answers):
-    """What `ask` returns while the loss of these records is computed."""
-    seen = []
-    hook = model.request.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
-    model.loss(f, questions, answers)
-    hook.remove()
-    return seen[0]
 
 
 def test_the_answer_cannot_alter_the_request_but_question_and_picture_do():
+    model, requests = tiny_model(), []
+    model.request.register_forward_hook(lambda layer, inputs, output: requests.append(output.detach()))
+    one, another = features(model).split(1)[:2]
+    color, size = ["what color is it?"], ["how big is it?"]
+    model.loss(one, color, ["red"])
+    model.loss(one, color, ["blue"])
+    model.loss(one, size, ["red"])
+    model.loss(another, color, ["red"])
+    first, other_answer, other_question, other_picture = requests
+    assert torch.equal(first, other_answer)
+    assert not torch.allclose(first, other_question, atol=1e-2)
+    assert not torch.allclose(first, other_picture, atol=1e-3)
+
+
+def test_an_answer_is_not_cut_short_by_a_longer_question_in_its_batch():
     model = tiny_model()
-    f = features(model)
-    first = requests(model, f[:1], ["what color is it?"], ["red"])
-    assert torch.equal(first, requests(model, f[:1], ["what color is it?"], ["blue"]))
-    assert not torch.allclose(first, requests(model, f[:1], ["how big is it?"], ["red"]), atol=1e-2)
-    assert not torch.allclose(first, requests(model, f[1:2], ["what color is it?"], ["red"]), atol=1e-3)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_answer_is_not_cut_short_by_a_longer_question_in_its_batch(family):
-    model = tiny_model(family)
-    model.context = 64  # BLOOM has none of its own
     real, eos = model.logits, model.tokenizer.eos_token_id
 
     def never_ending(h):
