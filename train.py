@@ -52,12 +52,14 @@ import lmeye
 import sample
 from lmeye import CHECKPOINT, PRESETS, VARIANTS, LMEye, Settings, UserError
 
-# What a run takes unless told otherwise, by preset and stage. Rates were measured for "mini" and "smollm2".
+# What a run takes unless told otherwise, by preset and stage.
 DEFAULTS = {
     ("mini", 1): dict(steps=400, batch_size=64, lr=1e-2),
     ("mini", 2): dict(steps=2400, batch_size=64, lr=1e-2),
     ("smollm2", 1): dict(steps=150, batch_size=16, lr=0.11),
     ("smollm2", 2): dict(steps=3000, batch_size=32, lr=0.021),
+    ("emoji", 1): dict(steps=400, batch_size=32, lr=0.07),
+    ("emoji", 2): dict(steps=700, batch_size=32, lr=0.04),
     ("others", 1): dict(batch_size=128, reach=40),  # reach: see suggested_lr; steps: see default_steps
     ("others", 2): dict(batch_size=64, reach=8),
 }
@@ -382,19 +384,19 @@ def parse_args():
     add("--n-features", type=int, help="vectors into which the picture is decomposed (default: 5)")
     add("--n-slots", type=int, help="tokens that bring CLIP's reply to a request (default: 1; bloomz-7b1: 5)")
     add("--n-image-tokens", type=int, help="tokens that stand for the picture, in both stages (default: 1)")
-    add("--dropout", type=float, help="on the decomposed picture (default: 0.5; mini, smollm2: 0)")
+    add("--dropout", type=float, help="on the decomposed picture (default: 0.5; mini, smollm2, emoji: 0)")
     add("--train-align", action="store_true", help="in stage 2, go on training align and img. The authors "
         "did not, so it is off; all our tables have better scores with it (tests/lab/README.md)")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, help="optimiser steps (default: whole epochs, at least 500; of mini, smollm2 "
-        "as tuned)")
+    add("--steps", type=int, help="optimiser steps (default: whole epochs, at least 500; of mini, smollm2, "
+        "emoji as tuned)")
     add("--batch-size", type=int, help="records computed at once, at most (default: 128 in stage 1, 64 in "
-        "stage 2; mini: 64; smollm2: 16, 32)")
+        "stage 2; mini: 64; smollm2: 16, 32; emoji: 32)")
     add("--max-batch-tokens", type=int, default=4096, help="text tokens computed at once, at most, padding "
         "included: this bounds the memory (default: 4096)")
     add("--accumulate", type=int, default=1, help="batches to a step (default: 1)")
-    add("--lr", type=float, help="highest learning rate (default: mini, smollm2: as tuned; else as the size "
-        "of the models' numbers suggests)")
+    add("--lr", type=float, help="highest learning rate (default: mini, smollm2, emoji: as tuned; else as "
+        "the size of the models' numbers suggests)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", help="everything is written below this folder (default: out)")
@@ -456,11 +458,14 @@ def run_name(stage, variant, train_align):
 
 
 def make_miniature(args, settings):
-    """Make the miniature's models and data where they are missing. UserError if SmolLM2 is missing."""
-    if settings.preset == "smollm2" and not Path(settings.llm).is_dir():
-        command = f"python tests/lab/smollm2.py --out {shlex.quote(args.out)}"
-        raise UserError(f"{settings.llm} is missing: run  {command}")
-    if Path(args.out, "mini", "llm").is_dir():  # it is made last
+    """Make the miniature's models and data where they are missing. UserError if SmolLM2 or the emoji are."""
+    emoji = settings.preset == "emoji"
+    for needed, place, script in ((settings.preset != "mini", Path(settings.llm), "smollm2.py"),
+                                  (emoji, Path(args.out, "emoji", "clip"), "emoji.py")):
+        if needed and not place.is_dir():
+            command = f"python tests/lab/{script} --out {shlex.quote(args.out)}"
+            raise UserError(f"{place} is missing: run  {command}")
+    if emoji or Path(args.out, "mini", "llm").is_dir():  # it is made last
         return
     script = Path(__file__).resolve().parent / "tests" / "lab" / "miniature.py"
     print(f"first use: tests/lab/miniature.py makes models and data in {Path(args.out, 'mini')}", flush=True)
@@ -480,9 +485,9 @@ def data_of(args, preset):
     if args.data:
         return args.data, args.images, args.val, args.val_images or args.images
     if (preset, args.stage) in DEFAULTS:
-        mini, kind = Path(args.out, "mini"), ("captions", "questions")[args.stage - 1]
-        zipped = mini / "pictures.zip"
-        return mini / f"{kind}.json", zipped, mini / f"val_{kind}.json", zipped
+        world = Path(args.out, "emoji" if preset == "emoji" else "mini")
+        kind, zipped = ("captions", "questions")[args.stage - 1], world / "pictures.zip"
+        return world / f"{kind}.json", zipped, world / f"val_{kind}.json", zipped
     return *data.published_data(args.stage, args.out), None, None
 
 

@@ -105,7 +105,8 @@ def test_flags_reach_the_run(trained, tmp_path):
 def test_defaults_are_those_of_the_help(trained):
     found = {name: (row.n_features, row.n_slots, row.dropout) for name, row in lmeye.PRESETS.items()}
     small, large = (5, 1, 0), (5, 1, 0.5)
-    assert found == {"mini": small, "smollm2": small, "opt-1.3b": large, "bloomz-7b1": (5, 5, 0.5)}
+    assert found == {"mini": small, "smollm2": small, "emoji": small, "opt-1.3b": large,
+                     "bloomz-7b1": (5, 5, 0.5)}
     assert (lmeye.Settings().n_image_tokens, lmeye.Settings().variant) == (1, "lmeye")
     first, second = [about(trained / "out", f"stage{n}")["learning rate"] for n in (1, 2)]
     assert first / second == pytest.approx(5, rel=0.12)  # reach 40 and 8, of the same pictures, in two digits

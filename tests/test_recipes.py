@@ -121,7 +121,7 @@ def test_both_programs_print_their_tables_of_a_run_of_the_miniature(tmp_path, mo
     mini, scenes = tmp_path / "mini", shapes.HELD_OUT[::60]
     settings = Settings("mini", save_llm(mini / "llm"), save_clip(mini / "clip"))
     LMEye.from_settings(settings).save(mini / "stage2" / CHECKPOINT, 2)
-    monkeypatch.setattr(miniature, "HELD_OUT", scenes)
+    monkeypatch.setattr(shapes, "HELD_OUT", scenes)
     miniature.write_data(mini, seed=0, pictures=1)
     result = run("swap.py", "mini/stage2", cwd=tmp_path)
     assert result.returncode == 0 and "| another picture's v |" in result.stdout, result.stderr

@@ -43,8 +43,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import lmeye
+import shapes
 from lmeye import ANSWER, IMAGE, QUESTION, UserError
-from shapes import HELD_OUT, KINDS, OFTEN, SIDE, TRAINING, VALUES, Scene, ask, build_tokenizer, describe, draw
+from shapes import HELD_OUT, SIDE, TRAINING, VALUES, Scene, ask, build_tokenizer, describe
 
 # ---- The frozen models ---------------------------------------------------------------------------------
 
@@ -83,19 +84,16 @@ def pixels(pictures):
     return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-# How much each attribute counts in CLIP's loss: more where it is hard to see.
-CLIP_WEIGHTS = {"number": 2, "size": 1, "color": 2, "shape": 4, "place": 2, "background": 0.5}
-
-
-def train_clip(folder, seed, steps=550, batch_size=64, width=8, context=16):
+def train_clip(folder, seed, world=shapes, steps=550, batch_size=64, width=8, context=16):
     """Train a tiny CLIP on pictures; save it as a folder that open_clip loads (`local-dir:`).
 
     Two losses: each picture is to find its whole caption in the batch, each caption its picture; and among
     captions that name one value of one attribute, "red things", a picture is to find the true one. With whole
     captions alone two of a batch almost never differ in one attribute only, and nothing makes CLIP learn it.
-    `context` is the length of the longest caption, with its start and end.
+    `context` is the length of the longest caption, with its start and end; `world` is the module shapes or
+    emoji.
     """
-    tokenizer = build_tokenizer(ends=True)
+    tokenizer = world.build_tokenizer(ends=True)
     config = {
         "embed_dim": 8 * width,
         "vision_cfg": {"layers": [1, 1, 1, 1], "width": width, "head_width": 32, "image_size": SIDE},
@@ -105,36 +103,37 @@ def train_clip(folder, seed, steps=550, batch_size=64, width=8, context=16):
     torch.manual_seed(seed)
     rng = random.Random(seed)
     clip = open_clip.CLIP(**config)
-    singles = []  # captions that name one value of one attribute
-    for name, values in VALUES.items():
-        singles += [describe(TRAINING[0]._replace(**{name: value}), [name]) for value in values]
+    captions = world.part_captions()  # {attribute: {value: a caption of it alone}}
+    texts = [text for values in captions.values() for text in values.values()]
 
     def encode(scenes, normalize):
         """→ (features of their pictures, of their whole captions), each (B, C)."""
-        f = clip.encode_image(pixels([draw(scene, rng) for scene in scenes]), normalize)
-        return f, encode_text([describe(scene) for scene in scenes], normalize)
+        f = clip.encode_image(pixels([world.draw(scene, rng) for scene in scenes]), normalize)
+        return f, encode_text([world.describe(scene) for scene in scenes], normalize)
 
     def encode_text(texts, normalize):
         padded = tokenizer(texts, padding="max_length", max_length=context, return_tensors="pt")
         return clip.encode_text(padded.input_ids, normalize)
 
     def loss():
-        scenes = rng.choices(TRAINING, k=batch_size)
+        scenes = rng.choices(world.TRAINING, world.HOW_OFTEN, k=batch_size)
         f, whole = encode(scenes, normalize=True)
         logits = clip.logit_scale.exp() * f @ whole.T  # (B, B)
         own = torch.arange(batch_size)
         total = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
-        logits = clip.logit_scale.exp() * f @ encode_text(singles, normalize=True).T  # (B, all values)
-        parts = logits.split([len(values) for values in VALUES.values()], 1)
-        for part, (name, values) in zip(parts, VALUES.items()):
-            target = torch.tensor([values.index(getattr(scene, name)) for scene in scenes])
-            total += CLIP_WEIGHTS[name] * F.cross_entropy(part, target, reduction="sum") / batch_size
+        logits = clip.logit_scale.exp() * f @ encode_text(texts, normalize=True).T  # (B, all values)
+        parts = logits.split([len(values) for values in captions.values()], 1)
+        for part, (name, values) in zip(parts, captions.items()):
+            rows = [i for i, scene in enumerate(scenes) if getattr(scene, name) in values]
+            target = torch.tensor([list(values).index(getattr(scenes[i], name)) for i in rows])
+            each = F.cross_entropy(part[rows], target, reduction="sum") / batch_size
+            total += world.CLIP_WEIGHTS[name] * each
         return total
 
     minimise(loss, clip, steps, 0.02, 5e-3, "CLIP", line=0)
     clip.eval()
     with torch.no_grad():  # unit variance: cosines don't feel the length of a feature, but linear layers do
-        f, v = encode(rng.sample(TRAINING, 500), normalize=False)
+        f, v = encode(rng.sample(world.TRAINING, 500), normalize=False)
         clip.visual.attnpool.c_proj.weight /= f.std()
         clip.visual.attnpool.c_proj.bias /= f.std()
         clip.text_projection /= v.std()
@@ -236,44 +235,36 @@ def to_record(image, texts, **more):
     return {"id": Path(image).stem, "image": image, "conversations": turns} | more
 
 
-def question_record(image, scene, kinds, rng):
+def question_record(image, scene, kinds, rng, world):
     """A conversation with a question of each of these kinds; one alone is its category."""
     texts = []
     for kind in kinds:
-        texts += ask(scene, kind, rng)
+        texts += world.ask(scene, kind, rng)
     texts[0] = "<image>\n" + texts[0]
     return to_record(image, texts, **({"category": kinds[0]} if len(kinds) == 1 else {}))
 
 
-def draw_kinds(rng):
-    """Kinds of six questions to train on, in four or five conversations: one in four comes behind another."""
-    conversations = [[kind] for kind in rng.choices(KINDS, OFTEN, k=rng.choice((4, 5)))]
-    for kinds in conversations[:6 - len(conversations)]:
-        kinds += rng.choices(KINDS, OFTEN)
-    return conversations
-
-
-def write_data(folder, seed, pictures):
-    """Write `pictures` random scenes to train on, with six questions each, and each held-out scene once, with
-    a question of each kind; six more held-out pictures as examples; and questions about what is absent."""
+def write_data(folder, seed, pictures, world=shapes):
+    """Write `pictures` random scenes to train on and each held-out scene once, with captions and questions,
+    and six more held-out pictures as examples. Returns the scenes to train on."""
     rng = random.Random(f"data {seed}")
-    training = rng.choices(TRAINING, k=pictures)
+    training = rng.choices(world.TRAINING, world.HOW_OFTEN, k=pictures)
     with zipfile.ZipFile(folder / "pictures.zip", "w") as archive:
-        for part, prefix, scenes in (("train", "", training), ("val", "val_", HELD_OUT)):
+        for part, prefix, scenes in (("train", "", training), ("val", "val_", world.HELD_OUT)):
             captions, questions = [], []
             for number, scene in enumerate(scenes):
                 image, file = f"{part}/{number:06d}.png", io.BytesIO()
-                draw(scene, rng).save(file, "PNG", compress_level=1)
+                world.draw(scene, rng).save(file, "PNG", compress_level=1)
                 archive.writestr(image, file.getvalue())
-                captions.append(to_record(image, ["Describe the picture.\n<image>", describe(scene)]))
-                for kinds in draw_kinds(rng) if part == "train" else [[kind] for kind in KINDS]:
-                    questions.append(question_record(image, scene, kinds, rng))
+                captions.append(to_record(image, ["Describe the picture.\n<image>", world.describe(scene)]))
+                for kinds in world.draw_kinds(scene, rng, held_out=part == "val"):
+                    questions.append(question_record(image, scene, kinds, rng, world))
             write_json(folder / f"{prefix}captions.json", captions)
             write_json(folder / f"{prefix}questions.json", questions)
     (folder / "examples").mkdir()
-    for number, scene in enumerate(rng.sample(HELD_OUT, 6), 1):
-        draw(scene, rng).save(folder / "examples" / f"{number}.png")
-    write_json(folder / "absent.json", absent_records(training))
+    for number, scene in enumerate(rng.sample(world.HELD_OUT, 6), 1):
+        world.draw(scene, rng).save(folder / "examples" / f"{number}.png")
+    return training
 
 
 def absent_records(training):
@@ -341,7 +332,8 @@ def make(out, seed=0, clip_steps=550, pictures=6000, **recipe):
         child.start()
         signal.signal(signal.SIGINT, handler)
         try:
-            write_data(part, seed, pictures)
+            training = write_data(part, seed, pictures)
+            write_json(part / "absent.json", absent_records(training))
             train_clip(part / "clip", seed, steps=clip_steps)
             child.join()
         finally:

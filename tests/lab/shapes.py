@@ -57,6 +57,9 @@ VALUES = {  # what each attribute of a scene can be
 SCENES = [s for s in map(Scene._make, itertools.product(*VALUES.values())) if s.color != s.background]
 HELD_OUT = [s for s in SCENES if zlib.crc32(" ".join(s).encode()) % 10 == 0]
 TRAINING = [s for s in SCENES if zlib.crc32(" ".join(s).encode()) % 10 != 0]
+HOW_OFTEN = None  # each scene is drawn: all are as likely
+# How much each attribute counts in CLIP's loss: more where it is hard to see.
+CLIP_WEIGHTS = {"number": 2, "size": 1, "color": 2, "shape": 4, "place": 2, "background": 0.5}
 
 
 def draw(scene, rng):
@@ -145,16 +148,40 @@ def ask(scene, kind, rng, named=Scene._fields):
     return question, answer
 
 
-def build_tokenizer(ends):
-    """A tokenizer of the world's own words, in lower case. <end> has the highest id: there CLIP reads a text.
+def part_captions():
+    """{attribute: {value: a caption that names this alone}}."""
+    found = {}
+    for name, values in VALUES.items():
+        found[name] = {value: describe(TRAINING[0]._replace(**{name: value}), [name]) for value in values}
+    return found
 
-    With `ends`, texts are framed as CLIP's tokenizer does, [start … end]; without, as OPT's, [start …].
-    """
+
+def draw_kinds(scene, rng, held_out):
+    """Kinds of the questions in each conversation about a scene. Of a held-out one each kind is asked once;
+    else there are six questions in four or five conversations, so one in four comes behind another."""
+    if held_out:
+        return [[kind] for kind in KINDS]
+    conversations = [[kind] for kind in rng.choices(KINDS, OFTEN, k=rng.choice((4, 5)))]
+    for kinds in conversations[:6 - len(conversations)]:
+        kinds += rng.choices(KINDS, OFTEN)
+    return conversations
+
+
+def build_tokenizer(ends):
+    """A tokenizer of the world's own words, see `word_tokenizer`."""
     rng = random.Random(0)
     texts = [IMAGE, QUESTION, "thing things", ANSWER, "yes no", "describe the picture"]
     texts += [describe(scene) for scene in HELD_OUT]
     for scene in HELD_OUT:
         texts += [ask(scene, kind, rng)[0] for kind in KINDS]
+    return word_tokenizer(texts, ends)
+
+
+def word_tokenizer(texts, ends):
+    """A tokenizer of the words of texts, in lower case. <end> has the highest id: there CLIP reads a text.
+
+    With `ends`, texts are framed as CLIP's tokenizer does, [start … end]; without, as OPT's, [start …].
+    """
     word = r"\n?\w+:|[\w/-]+"
     words = sorted(set(re.findall(word, "\n".join(texts).lower())))
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<unk>", *words, "<start>", "<end>"])}
