@@ -5,11 +5,11 @@ model (LM) read the question first and then *ask* for what it needs:
 
     1. see        CLIP turns the picture into one vector f. <img>, a word of the prompt, is align(f) + img.
     2. ask        The LM reads  [bos]Image:<img>\nQuestion: {question}<img-d>  with a learned vector, img_d,
-                  in the place called <img-d>. h is its last layer's state there. The request: r = request(h).
+                  in the place called <img-d>. h is the LM's last state there. The request: r = request(h).
     3. interact   CLIP's own text transformer reads picture and request as if they were words, with
                   f_1 … f_N = decompose(f). What comes out is v = CLIP_text([SOS, f_1 … f_N, r, EOS]).
     4. tell       The LM reads the prompt again, now with transmit(v) + img_d in the place <img-d>, and then
-                  \nAnswer: {answer}[eos] . The loss is on the tokens of {answer} and on [eos].
+                  \nAnswer: {answer} . The loss is on the tokens of {answer} and on [eos].
 
 Both models are frozen; four linear layers and two vectors are trained. Stage 1, the paper's phase 1, trains
 `align` and `img` on captions, [bos]Image:<img> {caption}[eos], where nothing is asked. Stage 2 trains the
@@ -18,7 +18,7 @@ loss through the LM, `transmit` and CLIP's text transformer to `request`, and th
 img_d.
 
 Axes in the shape comments, with the sizes of OPT-1.3b and CLIP ViT-L/14:
-    B   records of a batch                     T   tokens; T' those of the answer
+    B   records of a batch                     T   tokens; T' those of answer and eos
     C   width of CLIP's features, 768          N   vectors that `decompose` makes, 5
     D   width of the LM, 2048                  Q   places <img-d>, 1
     W   width of CLIP's text side, 768         P   places <img>, 1
@@ -64,14 +64,13 @@ class Settings:
     n_features: int = 5  # N: vectors that `decompose` makes from the picture
     n_slots: int = 1  # Q: places <img-d>. All hold img_d when the LM asks; each is told a vector of its own
     n_image_tokens: int = 1  # P: places <img>
-    dropout: float = 0.5  # on the numbers of the N vectors, in training
+    dropout: float = 0.5  # drops numbers of f_1 … f_N, in training
     precision: str = "auto"  # of the frozen weights: bf16, fp16, fp32, or auto (see device_and_dtype)
 
 
 PRESETS = {
     "mini": Settings("mini", "out/mini/llm", "local-dir:out/mini/clip", dropout=0.0),
     "smollm2": Settings("smollm2", "out/smollm2/llm", "local-dir:out/mini/clip", dropout=0.0),
-    "emoji": Settings("emoji", "out/smollm2/llm", "local-dir:out/emoji/clip", dropout=0.0),
     "emoji": Settings("emoji", "out/smollm2/llm", "local-dir:out/emoji/clip", dropout=0.0),
     "opt-1.3b": Settings("opt-1.3b"),
     "bloomz-7b1": Settings("bloomz-7b1", "bigscience/bloomz-7b1", n_slots=5),
@@ -95,8 +94,8 @@ def plain_loss(model, f, question, answer):
 
     # 1. See: the picture becomes a word, between "[bos]Image:" and the question.
     opening = model.embed(model.image_words)[None]
-    question = embed(model.question_ids([question])[0])
-    prompt = torch.cat([opening, model.see(f), question], 1)
+    words = embed(model.question_ids([question])[0])
+    prompt = torch.cat([opening, model.see(f), words], 1)
 
     # 2. Ask: the LM reads all that and then <img-d>. Its last state becomes the request.
     img_d = model.img_d.expand(1, model.settings.n_slots, -1)
@@ -107,8 +106,8 @@ def plain_loss(model, f, question, answer):
     # 3. Interact: CLIP's text transformer reads picture and request as one sentence.
     v = model.interact(f, r)
 
-    # 4. Tell: what came out takes the place of <img-d>. The LM reads everything again, and then the answer.
-    ids = model.answer_ids([answer])[0]  # ends with eos, which nothing follows
+    # 4. Tell: `tell(v)` takes the place of <img-d>. The LM reads everything again, and then the answer.
+    ids = model.answer_ids([answer])[0]  # ends with eos, so eos is never read
     answer_words = model.embed(model.answer_words)[None]  # "\nAnswer:"
     x = torch.cat([prompt, model.tell(v), answer_words, embed(ids[:-1])], 1).to(model.llm.dtype)
     logits = model.llm(inputs_embeds=x).logits[0, -len(ids):].float()  # each predicts the next token
@@ -119,7 +118,7 @@ def plain_loss(model, f, question, answer):
 
 class Tokens(NamedTuple):
     r"""Token ids of questions and answers, with masks: 1 for a token, 0 for padding. This is the whole
-    prompt, where _ is a space that belongs to a token; the marked tokens carry the loss.
+    text, where _ is a space that belongs to a token; the marked tokens carry the loss.
 
         [bos] Image : <img> \n Question : _what _color ? <img-d> \n Answer : _red [eos]
                                                                              ^^^^ ^^^^^
@@ -187,7 +186,7 @@ class LMEye(nn.Module):
         return self.clip.encode_image(self.to_device(pixels)[0].to(dtype)).float()
 
     def see(self, f):
-        """f (B, C) → the word vectors of <img> (B, P, D). `img` is what all pictures have in common."""
+        """f (B, C) → the word vectors of <img> (B, P, D). `img`, like align's bias, is in them all."""
         return self.align(f).unflatten(-1, (self.settings.n_image_tokens, -1)) + self.img
 
     # -- 2. Ask: the LM has read picture and question; its state says what it wants to know
@@ -230,7 +229,7 @@ class LMEye(nn.Module):
         """v (B, C) → the word vectors that replace <img-d> (B, Q, D).
 
         img_d is used twice. In step 2 it fills the place <img-d>, so that the LM has where to ask; here it is
-        what all of CLIP's replies have in common.
+        what all replies of CLIP have in common, like the bias of `transmit`.
         """
         return self.transmit(v).unflatten(-1, (self.settings.n_slots, -1)) + self.img_d
 
@@ -238,7 +237,7 @@ class LMEye(nn.Module):
     def read_prompt(self, f, question, question_mask):
         """Steps 1 to 3 and the beginning of 4 → (x, mask, cache): what the LM has to read up to "Answer:".
 
-        Plainly, the LM reads the prompt twice, each time with another <img-d>. But attention is causal, so
+        `plain_loss` reads the prompt twice, each time with another <img-d>. But attention is causal, so
         <img-d> can't change the states of the words before it. Their keys and values are kept in the cache,
         and step 4 goes on from there. (If `align` is trained, both passes give it gradients.) x (B, T, D)
         begins with the new <img-d>; without a cache (captions, `static`) with the first word. The mask covers
@@ -291,7 +290,7 @@ class LMEye(nn.Module):
 
     def answer_states(self, f, tokens):
         """→ (the LM's state before each of the n tokens of all answers (n, D), these tokens (n,))."""
-        places = tokens.answer_mask.flatten().nonzero()[:, 0]  # on a GPU, Python would wait for the result
+        places = tokens.answer_mask.flatten().nonzero()[:, 0]  # `nonzero` on a GPU would make Python wait
         f, question, question_mask, answer, answer_mask, places = self.to_device(f, *tokens, places)
         x, mask, cache = self.read_prompt(f, question, question_mask)
         x_answer = torch.cat([x, self.embed(answer[:, :-1])], 1)
@@ -565,7 +564,7 @@ def pad(rows, side):
 
 def context_length(llm):
     """The number of tokens that the LM can read. Beyond an original length, models with "longrope", as Phi-3,
-    rotate all keys otherwise, and those in the cache are wrong. So only the original length is used. (BLOOM
+    rotate keys differently, and those in the cache are wrong. So only the original length is used. (BLOOM
     names no length; it was trained on 2,048 tokens.)"""
     config = llm.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
