@@ -22,7 +22,7 @@ def test_the_python_of_the_readme_runs_and_does_the_steps_of_plain_loss(tmp_path
     model = lmeye.LMEye.from_settings(lmeye.PRESETS["mini"])
     model.save("out/mini/stage2/adapter.safetensors", 2)
     (tmp_path / "out/mini/examples").mkdir()
-    shapes.draw(shapes.SCENES[0], random.Random(0)).save("out/mini/examples/1.png")
+    shapes.draw(shapes.SCENES[0], random.Random(0)).save("out/mini/examples/3.png")
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     assert len(block.splitlines()) <= 22
     seen, logits_of = [], lmeye.LMEye.logits
