@@ -650,9 +650,10 @@ def decode_image(file):
             if getattr(image, "is_animated", False) and image.format not in ("MPO", "PSD"):
                 raise UserError("several frames or pages: save the one that is meant as a picture")
             image.load()
-            file.seek(-16, os.SEEK_END)  # of a picture that was not written whole: Pillow takes them for data
-            if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and not any(file.read()):
-                raise UserError("zeros at its end: is it there in part only, after a download that stopped?")
+            if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF"):  # Pillow would take zeros for data
+                file.seek(-16, os.SEEK_END)
+                if not any(file.read()):
+                    raise UserError("zeros at its end: is it there in part only, as a stopped download is?")
             file.seek(24)  # where a PNG tells its bits
             return to_rgb(image, bits=int.from_bytes(file.read(1), "big"))
     except UserError:

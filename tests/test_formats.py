@@ -553,6 +553,11 @@ def test_published_data_is_found_or_how_to_fetch_it_is_told(tmp_path, stage, fol
     assert data.published_data(stage, tmp_path / "my out") == tuple(home / name for name in files)
 
 
+def test_a_picture_may_be_a_file_of_a_few_bytes(tmp_path):
+    (tmp_path / "blue.ppm").write_bytes(b"P6 1 1 255\n\0\0\xff")
+    assert data.load_image(tmp_path / "blue.ppm").getpixel((0, 0)) == (0, 0, 255)
+
+
 @pytest.mark.parametrize("kind", ("JPEG", "PNG", "WEBP", "AVIF"))
 def test_a_picture_whose_end_is_zeros_is_told(kind):
     """A disk or a download that stopped may leave the whole length, and Pillow takes the zeros for data."""
