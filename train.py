@@ -459,13 +459,16 @@ def run_name(stage, variant, train_align):
 
 def make_miniature(args, settings):
     """Make the miniature's models and data where they are missing. UserError if SmolLM2 or the emoji are."""
-    emoji = settings.preset == "emoji"
-    for needed, place, script in ((settings.preset != "mini", Path(settings.llm), "smollm2.py"),
-                                  (emoji, Path(args.out, "emoji", "clip"), "emoji.py")):
-        if needed and not place.is_dir():
+    needed = {}  # what this program does not make: {folder: the script that does}
+    if settings.preset != "mini":
+        needed[settings.llm] = "smollm2.py"
+    if settings.preset == "emoji":
+        needed[settings.clip.removeprefix("local-dir:")] = "emoji.py"
+    for place, script in needed.items():
+        if not Path(place).is_dir():
             command = f"python tests/lab/{script} --out {shlex.quote(args.out)}"
             raise UserError(f"{place} is missing: run  {command}")
-    if emoji or Path(args.out, "mini", "llm").is_dir():  # it is made last
+    if settings.preset == "emoji" or Path(args.out, "mini", "llm").is_dir():  # it is made last
         return
     script = Path(__file__).resolve().parent / "tests" / "lab" / "miniature.py"
     print(f"first use: tests/lab/miniature.py makes models and data in {Path(args.out, 'mini')}", flush=True)
