@@ -118,7 +118,7 @@ def encode_images(model, pictures, names, folder):
     path = Path(folder, features_key(model, pictures, names) + ".f16")
     shape = (len(names), model.align.in_features)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unreadable, examples = {}, {}
+    unreadable = {}
 
     def read(row):
         try:
@@ -143,8 +143,8 @@ def encode_images(model, pictures, names, folder):
                 for row, (_, reason) in zip(rows, loaded):
                     if not reason and np.isnan(features[row, 0]):
                         reason = "CLIP features that are not finite, or beyond 65,504: try --precision fp32"
-                    if reason:  # counted together, with the first one's name
-                        unreadable[row] = examples.setdefault(reason, f"{reason}, as {names[row]}")
+                    if reason:
+                        unreadable[row] = reason
                 bar.update(len(rows))
     features.flags.writeable = False  # what is written there stands in the file
     return features, unreadable
@@ -258,16 +258,16 @@ def encode(model, records, skipped, pictures, folder, noted=None):
             reason = unreadable.get(row[record.image])
             reason = reason or unfit(model, record, question, [answer, *choices], room)
             if reason:
-                skipped[reason] += 1
+                count(skipped, reason, record.image)
                 continue
             if len(record.turns) < len(before.turns):
-                noted["prompts without the oldest turns of a long dialogue"] += 1
+                count(noted, "prompts without the oldest turns of a long dialogue", record.image)
             loss = lost(model, answer[:-1], record.answer)  # the last is eos
             if loss:
-                noted[f"answers {loss}"] += 1
+                count(noted, f"answers {loss}", record.answer)
             loss = lost(model, question, QUESTION + record.question) if record.turns else ""
             if loss:
-                noted[f"questions {loss}"] += 1
+                count(noted, f"questions {loss}", record.turns[-1])
             kept.append(record)
             tokens.append((np.array(question, np.int32), np.array(answer, np.int32)))
             picture.append(row[record.image])
@@ -357,8 +357,7 @@ def read_records(path, pictures, stage, answered=True, noted=None):
     without an answer are taken with answered=False only, for an evaluation. UserError if no record remains.
     Fields that nothing reads (is one misspelled?) are added to the Counter `noted`, if one is given.
     """
-    path, records, skipped, examples = Path(path), [], Counter(), {}
-    unread = Counter()
+    path, records, skipped, unread = Path(path), [], Counter(), Counter()
     items = read_folder(path, skipped) if path.is_dir() else read_json(path, skipped)
     for item in tqdm(items, desc="records", disable=None, delay=1):
         try:
@@ -367,10 +366,8 @@ def read_records(path, pictures, stage, answered=True, noted=None):
             records += found
             unread.update(name for name in item if name not in FIELDS)
         except (UserError, AttributeError, KeyError, TypeError) as error:
-            # What has one reason is counted together, with the first one's name.
             reason = str(error) if isinstance(error, UserError) else MALFORMED
-            name = item.get("image") if isinstance(item, dict) else item
-            skipped[examples.setdefault(reason, f"{reason} (as with {str(name)[:100]})")] += 1
+            count(skipped, reason, item.get("image") if isinstance(item, dict) else item)
     if not records:
         why = most_frequent(skipped) or "it holds none"
         raise UserError(f"{path}: not one of {len(items):,} records can be used for stage {stage}: {why}")
@@ -393,7 +390,7 @@ def read_json(path, skipped):
         try:
             items += [json.loads(line, object_pairs_hook=read_object)] if line.strip() else []
         except (ValueError, RecursionError):
-            skipped["a line that is not JSON"] += 1
+            count(skipped, "a line that is not JSON", line)
     return items
 
 
@@ -429,25 +426,28 @@ def read_folder(folder, skipped):
     for group in groups.values():
         pictures = [path for path in group if path.suffix.lower() in ENDINGS]
         texts = [path for path in group if path.suffix.lower() == ".txt"]
-        n_others = len(group) - len(pictures) - len(texts)
-        if n_others:
-            reason = "a file or link in a folder that is neither picture nor .txt (name a .json itself)"
-            skipped[reason] += n_others
-        if not pictures and texts:
-            skipped["a .txt without a picture beside it"] += len(texts)
-        elif pictures and not texts:
-            skipped["a picture without a .txt beside it"] += len(pictures)
-        elif len(group) - n_others > 2:
-            skipped["a.jpg, a.png and a.txt, or two texts: which belongs to which?"] += len(pictures)
-        elif pictures:
+        reason, caption = "", ""
+        if len(texts) == len(pictures) == 1:
             try:
                 caption = read_text(texts[0]).strip()
             except UserError:
-                skipped["a .txt that is no UTF-8 text"] += 1
-                continue
+                reason = "a .txt that is no UTF-8 text"
             if "\n" in caption:
-                skipped["a .txt of several lines: is it one caption, or several?"] += 1
-                continue
+                reason = "a .txt of several lines: is it one caption, or several?"
+        elif not pictures:
+            reason = "a .txt without a picture beside it"
+        elif not texts:
+            reason = "a picture without a .txt beside it"
+        else:
+            reason = "a.jpg, a.png and a.txt, or two texts: which belongs to which?"
+        for path in group:
+            if path not in pictures + texts:
+                count(skipped, "a file or link in a folder that is neither picture nor .txt (name a .json "
+                      "itself)", path.name)
+        if reason:
+            for path in pictures or texts:
+                count(skipped, reason, path.name)
+        else:
             items.append({"image": pictures[0].relative_to(folder).as_posix(), "caption": caption})
     return items
 
@@ -499,7 +499,7 @@ def read_item(item, stage, answered, skipped):
         raise UserError('"choices" that are not one list of texts for each answer')
     if len(texts) % 2 == 1 and answered:
         texts.pop()
-        skipped["a question without an answer"] += 1
+        count(skipped, "a question without an answer", record.image)
 
     # A record for each answer. The turns before it are its prompt.
     records = []
@@ -525,6 +525,13 @@ def is_text(value):
     if not isinstance(value, str) or "\0" in value:
         return False
     return bool(value.strip()) and value == value.encode("utf-8", "ignore").decode()
+
+
+def count(reasons, reason, example):
+    """Count why something is left out, or noted: equal reasons together, with the first one's example."""
+    known = [key for key in reasons if key.startswith(f"{reason} (as with ")]
+    name = known[0] if known else f"{reason} (as with {printable(str(example))[:100]})"
+    reasons[name] += 1
 
 
 def most_frequent(reasons):

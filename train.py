@@ -141,7 +141,7 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                     run.keep_best(validated["val_loss"])
             # Save first, print then: whatever happens to the terminal, nothing is lost.
             line = ""
-            if is_due(step + 1, steps, parts=100) or validated:
+            if step == 0 or is_due(step + 1, steps, parts=100) or validated:  # the first: it does run
                 line = run.note_line(step + 1, rate, validated)
             if tenth or (step + 1) % SAVE_EVERY == 0 or stop.is_set():
                 run.save_state(step + 1)

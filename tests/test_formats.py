@@ -156,7 +156,7 @@ def test_a_category_is_any_value_but_none(tmp_path):
 ])
 def test_a_question_without_an_answer_is_left_out_of_training_and_kept_for_an_evaluation(tmp_path, item):
     records, skipped = read(tmp_path, [item, GOOD])
-    assert len(records) == 1 and skipped == {"a question without an answer": 1}
+    assert len(records) == 1 and one_reason(skipped, "a question without an answer (as with a.jpg)")
     records, skipped = read(tmp_path, [item, GOOD], answered=False)
     assert records[0] == Record("a.jpg", ("What?",), "") and not skipped
 
@@ -279,7 +279,7 @@ def test_json_lines_end_at_line_feeds_alone_and_a_broken_one_is_counted(tmp_path
     line = json.dumps(talk("What is\u2028it?", "A\x85cat."), ensure_ascii=False)
     records, skipped = read(tmp_path, f"\ufeff{line}\r\n\n{line}\n{line[:-3]}")
     assert [r.answer for r in records] == ["A\x85cat."] * 2
-    assert skipped == {"a line that is not JSON": 1}
+    assert one_reason(skipped, "a line that is not JSON (as with {")
     assert len(read(tmp_path, line)[0]) == 1  # one line alone
 
 
@@ -326,12 +326,14 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
     assert [(r.image, r.answer) for r in records] == [
         ("a.avif", "a.txt here"), ("b.jpg", "b.TXT here"), ("deeper/c.PNG", "deeper/c.txt here"),
         ("e.2020.tif", "e.2020.txt here")]
-    assert skipped.pop("a .txt without a picture beside it") == 1
-    assert skipped.pop("a picture without a .txt beside it") == 1
-    assert skipped.pop("a.jpg, a.png and a.txt, or two texts: which belongs to which?") == 3
-    assert skipped.pop("a .txt that is no UTF-8 text") == 1
-    assert skipped.pop("a .txt of several lines: is it one caption, or several?") == 1
-    assert sum(skipped.values()) == 2  # a file and a link
+    assert skipped == {
+        "a .txt without a picture beside it (as with f.txt)": 1,
+        "a picture without a .txt beside it (as with one.jpg)": 1,
+        "a.jpg, a.png and a.txt, or two texts: which belongs to which? (as with p.jpg)": 3,
+        "a .txt that is no UTF-8 text (as with latin.jpg)": 1,
+        "a .txt of several lines: is it one caption, or several? (as with lines.jpg)": 1,
+        "a file or link in a folder that is neither picture nor .txt (name a .json itself) "
+        "(as with chat.json)": 2}
     with pytest.raises(UserError, match="captions, for --stage 1"):
         read_records(folder, data.open_pictures(folder), 2)
 
