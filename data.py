@@ -365,6 +365,8 @@ def read_records(path, pictures, stage, answered=True, noted=None):
             pictures.find(item.get("image"))
             records += found
             unread.update(name for name in item if name not in FIELDS)
+            for turn in item.get("conversations") or []:
+                unread.update(name for name in turn if name not in ("from", "value"))
         except (UserError, AttributeError, KeyError, TypeError) as error:
             reason = str(error) if isinstance(error, UserError) else MALFORMED
             count(skipped, reason, item.get("image") if isinstance(item, dict) else item)

@@ -315,6 +315,8 @@ class LMEye(nn.Module):
         Below a temperature of 0.01 the likeliest token is taken. Above, one is drawn, of the top_k likeliest
         only unless top_k is 0; a `generator` makes that repeatable. UserError if the numbers are not finite.
         """
+        if max_tokens < 1:
+            raise UserError("max_tokens has to be at least 1")
         eos = self.tokenizer.eos_token_id
         tokens = self.tokenize(questions, [""] * len(f))  # there are no answers yet
         f, question, question_mask = self.to_device(f, tokens.question, tokens.question_mask)
@@ -342,10 +344,10 @@ class LMEye(nn.Module):
     def score(self, f, questions, choices):
         """f (B, C), B questions, B lists of K texts → log p of each text as answer, (B, K): the sum over its
         tokens, without eos. For a mean, divide by their number."""
-        K = len(choices[0])
         lists = isinstance(questions, list) and all(isinstance(row, (list, tuple)) for row in choices)
-        if not lists or any(len(row) != K for row in choices):
+        if not lists or len({len(row) for row in choices}) != 1 or not choices[0]:
             raise UserError("score takes a list of questions, and for each a list of K choices")
+        K = len(choices[0])
         every_question = [question for question in questions for _ in range(K)]
         every_choice = [choice for row in choices for choice in row]
         tokens = self.tokenize(every_question, every_choice)  # (B·K, …)

@@ -170,12 +170,20 @@ def test_scores_equal_those_of_whole_passes():
     (QUESTIONS, [["red", "blue"], ["red", "blue", "green"], ["red"]], "a list of K choices"),  # two in the mean
     (QUESTIONS, ["yes", "no!", "one"], "a list of K choices"),  # else a string would be a list of letters
     ("how", [["red", "blue"]] * 3, "a list of K choices"),
+    ([], [], "a list of K choices"),
+    (QUESTIONS, [[], [], []], "a list of K choices"),
     (QUESTIONS, [["red", "blue"], ["red", ""], ["one", "two"]], "a choice is empty"),  # it would be the likeliest
 ])
 def test_choices_that_cannot_be_ranked_are_refused(questions, choices, told):
     model = tiny_model()
     with pytest.raises(UserError, match=told):
         model.score(features(model), questions, choices)
+
+
+def test_an_answer_of_no_tokens_is_refused():
+    model = tiny_model()
+    with pytest.raises(UserError, match="at least 1"):
+        model.generate(features(model), QUESTIONS, max_tokens=0)
 
 
 @pytest.mark.parametrize("questions", ("how", "what is it?", ["what?"], QUESTIONS + ["what?"]))
