@@ -9,7 +9,7 @@ model (LM) read the question first and then *ask* for what it needs:
     3. interact   CLIP's own text transformer reads picture and request as if they were words, with
                   f_1 … f_N = decompose(f). What comes out is v = CLIP_text([SOS, f_1 … f_N, r, EOS]).
     4. tell       The LM reads the prompt again, now with transmit(v) + img_d in the place <img-d>, and then
-                  \nAnswer: {answer} . The loss is on the tokens of {answer} and on [eos].
+                  \nAnswer: {answer}[eos]. The loss is on the tokens of {answer} and on [eos].
 
 Both models are frozen; four linear layers and two vectors are trained. Stage 1, the paper's phase 1, trains
 `align` and `img` on captions, [bos]Image:<img> {caption}[eos], where nothing is asked. Stage 2 trains the
@@ -32,6 +32,7 @@ Trained: align 1.57 M, request 1.57 M, decompose 2.95 M, transmit 1.57 M and two
 """
 
 import copy
+import errno
 import functools
 import inspect
 import json
@@ -62,7 +63,7 @@ class Settings:
     clip: str = "ViT-L-14:openai"  # open_clip's NAME:TAG, NAME:FILE, hf-hub:ORG/NAME, or a folder
     variant: str = "lmeye"  # or a control experiment. norequest: r is zero. static: there is no <img-d>
     n_features: int = 5  # N: vectors that `decompose` makes from the picture
-    n_slots: int = 1  # Q: places <img-d>. All hold img_d when the LM asks; each is told a vector of its own
+    n_slots: int = 1  # Q: places <img-d>. All hold img_d in step 2; in step 4 each gets a vector of its own
     n_image_tokens: int = 1  # P: places <img>
     dropout: float = 0.5  # drops numbers of f_1 … f_N, in training
     precision: str = "auto"  # of the frozen weights: bf16, fp16, fp32, or auto (see device_and_dtype)
@@ -141,7 +142,8 @@ class LMEye(nn.Module):
 
     def __init__(self, settings, llm, tokenizer, clip, preprocess, clip_tokenizer):
         super().__init__()
-        self.settings, self.preprocess = settings, preprocess  # PIL picture → pixels (3, side, side)
+        self.settings = settings
+        self.preprocess = preprocess  # PIL picture → pixels (3, side, side)
         self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
         self.llm = llm.requires_grad_(False).eval()
         self.llm_takes = set(inspect.signature(llm.base_model.forward).parameters)
@@ -149,8 +151,8 @@ class LMEye(nn.Module):
         self.clip_text = getattr(clip, "text", clip)  # open_clip.CLIP has the text layers itself
         check_settings(self)
 
-        # The fixed words. What the LM's tokenizer writes before a text begins the prompt: as a rule [bos], or
-        # nothing. CLIP's tokenizer makes [SOS, EOS, 0 …] of "".
+        # The fixed words. The prompt begins with what the LM's tokenizer puts before any text, as a rule [bos]
+        # or nothing. CLIP's tokenizer makes [SOS, EOS, 0 …] of "".
         whole, image_words = tokenizer(IMAGE).input_ids, self.ids_of([IMAGE])[0]
         before = whole[:whole.index(image_words[0])]
         self.register_buffer("image_words", torch.tensor(before + image_words), persistent=False)
@@ -161,7 +163,7 @@ class LMEye(nn.Module):
         some_words = self.embed(some_ids).float()  # (1000, D), spread over the vocabulary
         sos_eos = self.clip_text.token_embedding(self.sos_eos)[None]  # (1, 2, W)
         D, W = some_words.shape[1], sos_eos.shape[2]
-        C = self.encode_words(sos_eos).shape[1]  # CLIP tells its width only by what comes out
+        C = self.encode_words(sos_eos).shape[1]  # open_clip has no common name for it, so it is measured
         N, Q, P = settings.n_features, settings.n_slots, settings.n_image_tokens
 
         # All that is trained.
@@ -186,7 +188,7 @@ class LMEye(nn.Module):
         return self.clip.encode_image(self.to_device(pixels)[0].to(dtype)).float()
 
     def see(self, f):
-        """f (B, C) → the word vectors of <img> (B, P, D). `img`, like align's bias, is in them all."""
+        """f (B, C) → the word vectors of <img> (B, P, D). The same `img` is added to each."""
         return self.align(f).unflatten(-1, (self.settings.n_image_tokens, -1)) + self.img
 
     # -- 2. Ask: the LM has read picture and question; its state says what it wants to know
@@ -255,7 +257,7 @@ class LMEye(nn.Module):
         if self.settings.variant != "static":  # in that control <img> must do alone
             img_d = self.img_d.expand(B, Q, -1)
             mask_with_slots = F.pad(mask, (0, Q), value=1)
-            if torch.is_grad_enabled():  # two calls: while `align` is frozen, the first needs no gradients
+            if torch.is_grad_enabled():  # in two calls: while `align` is frozen, the first needs no gradients
                 _, cache = self.run_llm(x, mask)
                 h, cache = self.run_llm(img_d, mask_with_slots, cache)
             else:  # the same in one call, which is faster
@@ -318,18 +320,19 @@ class LMEye(nn.Module):
         if max_tokens < 1:
             raise UserError("max_tokens has to be at least 1")
         eos = self.tokenizer.eos_token_id
-        tokens = self.tokenize(questions, [""] * len(f))  # there are no answers yet
-        f, question, question_mask = self.to_device(f, tokens.question, tokens.question_mask)
+        tokens = self.tokenize(questions, [""] * len(f))  # there are no answers yet, but an eos in each
+        room = self.max_text_tokens - tokens.lengths() + 1  # (B,): tokens until the LM's context is full
+        f, question, question_mask, room = self.to_device(f, tokens.question, tokens.question_mask, room)
         x, mask, cache = self.read_prompt(f, question, question_mask)
         ended = torch.zeros(len(f), dtype=torch.bool, device=self.device)
-        for _ in range(max_tokens):
+        for n in range(1, max_tokens + 1):
             h, cache = self.run_llm(x, mask, cache)
             logits = self.logits(h[:, -1])[:, :self.n_token_ids]
             if not logits.max().isfinite():  # the maximum is NaN if any is
                 raise UserError("the model's logits are not finite: use --precision fp32, or bf16")
             token = choose_token(logits, temperature, top_k, generator).masked_fill(ended, eos)
             yield token
-            ended |= (token == eos) | (mask.sum(1) >= self.context - 1)  # or the context is full
+            ended |= (token == eos) | (n >= room)
             if ended.all():
                 return
             x = self.embed(token)[:, None]
@@ -357,12 +360,13 @@ class LMEye(nn.Module):
         log_p = torch.zeros(tokens.answer.shape, device=self.device)
         losses = chunked_cross_entropy(h, targets, self.llm.get_output_embeddings())
         log_p[tokens.answer_mask > 0] = -losses
-        log_p[tokens.answer == self.tokenizer.eos_token_id] = 0
+        log_p[tokens.answer == self.tokenizer.eos_token_id] = 0  # eos is no part of a choice
         return log_p.sum(1).view(-1, K)
 
     # -- Texts and tokens
     def ids_of(self, texts):
-        """Token ids of each text. What looks like a special token in one, "</s>", is read as text."""
+        """Token ids of each text. What looks like a special token in one, "</s>", is read as text, but for
+        tokenizers that can't: data.py leaves such records out."""
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def question_ids(self, questions):
@@ -439,7 +443,7 @@ class LMEye(nn.Module):
         return trained
 
     def save(self, path, stage):
-        """Write a checkpoint, atomically: a safetensors file with settings and stage in its metadata."""
+        """Write a checkpoint, atomically: safetensors, with stage, settings and `identity` as metadata."""
         header = {"stage": stage, "settings": asdict(self.settings), "identity": self.identity}
         tensors = {name: p.detach().cpu() for name, p in self.adapter(stage).items()}
         write_atomically(path, safetensors.torch.save(tensors, {"lmeye": json.dumps(header)}))
@@ -479,7 +483,7 @@ class LMEye(nn.Module):
                 fits = False
             elif part in ("picture features", "text features", "states"):  # half precision moves these
                 fits = np.linalg.norm(theirs[part] - numbers) < 0.1 * np.linalg.norm(numbers)
-            else:  # number by number: weights and pixels but for rounding to half precision
+            else:  # number by number. Weights and pixels may differ by rounding to half precision
                 rounding = 0.01 if part in ("weights", "pixels") else 0
                 fits = np.allclose(theirs[part], numbers, rtol=rounding, atol=1e-6)
             if not fits:
@@ -539,7 +543,7 @@ def chunked_cross_entropy(h, targets, head):
 
 
 def choose_token(logits, temperature, top_k, generator):
-    """Logits of the next token (B, V) → the token chosen (B,)."""
+    """Logits of the tokens that may come next (B, their number) → the token chosen (B,)."""
     if temperature < 0.01:  # dividing by less would overflow
         return logits.argmax(-1)
     if top_k:
@@ -586,23 +590,27 @@ def device_and_dtype(precision):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": torch.float32}
+    if precision not in dtypes:
+        raise UserError(f"--precision {precision}: it has to be auto, bf16, fp16 or fp32")
+    return device, dtypes[precision]
 
 
 def load_llm(name, device, dtype):
     """(causal LM, tokenizer) from a hub name or a local folder, by transformers. UserError if that fails, or
-    where transformers would go on without a word: with weights made up or left out, or another tokenizer."""
+    where transformers would compute something else without a word, with weights made up or left out of a
+    layer. What is left out elsewhere, and texts cut into other tokens, make a note."""
     # A name whose first part is a folder here is not asked for at the hub: it is a path with a slip.
     is_hub_name = name.count("/") == 1 and not Path(name).parent.is_dir()
     if not (Path(name).is_dir() or is_hub_name):
         raise UserError(f"--llm {name}: no such folder, and not a hub name as facebook/opt-1.3b is")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        # In bf16 a CPU takes 1.4 times as long for a step with the attention that torch has fused.
-        slow = device.type == "cpu" and dtype == torch.bfloat16
+        # In bf16 on a CPU, the attention that torch has fused makes a step 1.4 times as long.
+        eager = device.type == "cpu" and dtype == torch.bfloat16
         llm, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True,
-            attn_implementation="eager" if slow else None)
+            attn_implementation="eager" if eager else None)
     except Exception as error:  # a foreign folder or a missing network may raise anything
         raise UserError(f"--llm {name}: can't be loaded ({why_not(error, name)})") from error
 
@@ -635,7 +643,7 @@ def load_llm(name, device, dtype):
     if ids <= set(tokenizer.all_special_ids) or tokenizer.eos_token_id is None or len(tokenizer) > embeddings:
         raise UserError(f"--llm {name}: its tokenizer does not fit: it has {len(tokenizer)} tokens, with "
                         f"{tokenizer.eos_token} as end of text, the model {embeddings}; are all files there?")
-    # Of some kinds transformers leaves out parts of the file: the LM would read tokens that it hardly knows.
+    # For some kinds transformers ignores parts of tokenizer.json. The LM then reads tokens it rarely saw.
     # Compared are a start of the prompt, with [bos], a question and an answer, which begins with a space.
     file = file_of(name, "tokenizer.json")
     if file:
@@ -669,8 +677,10 @@ def load_clip(name, device, dtype):
         model, tag = f"local-dir:{name}", ""
     elif model in ("local-dir", "hf-hub"):  # these have no tag
         model, tag = name, ""
-    elif model.replace("/", "-") not in open_clip.list_models():
-        raise UserError(f"--clip {name}: no such folder, and not a name that open_clip knows, as ViT-B-32 is")
+    else:
+        model = model.replace("/", "-")  # OpenAI writes ViT-L/14
+        if model not in open_clip.list_models():
+            raise UserError(f"--clip {name}: no such folder, and no name that open_clip knows, as ViT-B-32 is")
     quick_gelu = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     try:
@@ -742,12 +752,13 @@ def check_llm(model):
         raise UserError(f"--llm {model.settings.llm}: this kind of language model can't be used: {fault}")
 
 
+@torch.enable_grad()  # also where a user has switched gradients off
 def find_fault(model):
     """What is wrong with the language model, in words, or None.
 
     Compared are the head alone with the LM's own logits; then a padded batch of two, in passes with a cache,
     with `plain_loss`, by the state h and the logits. Not by the loss: while weights are small all logits are
-    nearly equal, and it is ln V whatever the model does.
+    nearly equal, and the loss is about ln V, right or wrong.
     """
     llm, head = model.llm, model.llm.get_output_embeddings()
     questions = ["what color is it?", "is the background red? how many things are there?"]
@@ -817,7 +828,7 @@ def read_adapter(path):
         return header["stage"], settings, identity, tensors
     except Exception as error:  # anything may stand in a file
         error = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: is not a checkpoint of this program ({error})") from None
+        raise UserError(f"{path}: can't be used as a checkpoint ({error})") from None
 
 
 def write_atomically(path, data):
@@ -846,7 +857,7 @@ def printable(text):
 
 class Output:
     """Standard output or error. Where nobody reads it any more (`| head`, a `tee` that Ctrl-C ended, a closed
-    terminal) nothing more is written, and no error ends the program."""
+    terminal) nothing more is written, and no error ends the program, but that of a full disk."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -858,8 +869,10 @@ class Output:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:  # from now on, all goes nowhere
+        except OSError as error:  # from now on, all goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if error.errno == errno.ENOSPC:
+                raise
 
 
 def is_memory_full(error):
@@ -867,8 +880,8 @@ def is_memory_full(error):
 
 
 def show_library_notes():
-    """Print what transformers and open_clip warn of, once each and in one line, and when positions are
-    resized. (transformers' list of missing weights is left out: load_llm refuses those.)"""
+    """Print what transformers and open_clip warn of, once each and in one line, and that open_clip resizes
+    position embeddings. (transformers' list of missing weights is left out: load_llm refuses those.)"""
     told, handler = set(), logging.Handler()
 
     def emit(record):
@@ -887,7 +900,8 @@ def show_library_notes():
 
 
 def run_main(main):
-    """Run a program's `main()`. UserErrors, files' errors, no memory left: a line, status 2; Ctrl-C: 130."""
+    """Run a program's `main()`. Mistakes of the user's, errors of files, and no memory left end it with one
+    line and status 2, Ctrl-C with 130."""
     show_library_notes()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # a service has none

@@ -12,7 +12,7 @@ that the authors used, once you have fetched it. With models and data of your ow
 
 A run works in OUT/MODEL/stage1 or OUT/MODEL/stage2 (stage2-static, stage2-norequest, …-align with these
 flags). There, run.json says how it was started and how it scored, log.csv how it went. adapter.safetensors is
-written at each validation and can be asked at any time; best.safetensors is that of the lowest validation
+written ten times in a run and can be asked at any time; best.safetensors is that of the lowest validation
 loss. While state.pt is there the run is not complete, and --resume goes on with it. No run is ever
 overwritten: a folder that is in the way gets another name.
 """
@@ -369,18 +369,19 @@ def parse_args():
     add("--data", metavar="PATH", help="JSON, JSON Lines, or a folder of a.jpg beside a.txt: see data.py")
     add("--images", metavar="PATH", help="folder or zip with the pictures (default: the folder of --data)")
     add("--val", metavar="PATH", help="records to validate on (default: those of a tenth of the pictures, at "
-        "most 500, which are then not trained on)")
+        "most 500, which are then not trained on; of fewer than ten pictures none)")
     add("--val-images", metavar="PATH", help="their pictures (default: --images)")
     add = parser.add_argument_group("frozen models").add_argument
-    add("--preset", choices=PRESETS, help="a pair of models (default: opt-1.3b with a CUDA GPU, else mini)")
+    add("--preset", choices=PRESETS, help="a pair of models (default: opt-1.3b with a CUDA GPU or "
+        "with --llm or --clip, else mini)")
     add("--llm", help="causal language model: a hub name or a folder")
     add("--clip", help="CLIP as open_clip names it (NAME:TAG, NAME:FILE, hf-hub:ORG/NAME) or a folder; NAME "
         "ends in -quickgelu where a FILE needs it, as OpenAI's do")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="of the frozen weights (default: auto, "
         "that is bf16 on a GPU that has it, else fp16; fp32 on a CPU)")
     add = parser.add_argument_group("method").add_argument
-    add("--variant", choices=VARIANTS, help="lmeye (default), or a control. norequest: the same layers, but "
-        "the request is zero. static: the picture's token alone, nothing is asked")
+    add("--variant", choices=VARIANTS, help="lmeye (default), or a control. norequest: the request is zero, "
+        "and its layer not trained. static: the picture's token alone, nothing is asked")
     add("--n-features", type=int, help="vectors into which the picture is decomposed (default: 5)")
     add("--n-slots", type=int, help="tokens that bring CLIP's reply to a request (default: 1; bloomz-7b1: 5)")
     add("--n-image-tokens", type=int, help="tokens that stand for the picture, in both stages (default: 1)")

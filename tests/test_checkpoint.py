@@ -92,7 +92,7 @@ def file(number=0.0, **changes):
     file(identity={"weights": ["x"]}), file(float("nan")), file(float("inf"))])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(UserError, match="is not a checkpoint of this program"):
+    with pytest.raises(UserError, match="be used as a checkpoint"):
         lmeye.read_adapter(tmp_path / "a")
 
 

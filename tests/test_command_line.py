@@ -314,7 +314,7 @@ def test_temperatures_next_to_zero_take_the_likeliest_token(temperature):
 
 @pytest.mark.parametrize("told, mistake", [
     ("nowhere: no such file", [*ONE, "--data", "nowhere"]),
-    ("is not a checkpoint", [*TWO, "--init", RED]),
+    ("be used as a checkpoint", [*TWO, "--init", RED]),
     ("not one of 1 records can be used", [*ONE, "--data", "llm/config.json"]),
     ("nowhere", [*ONE, "--data", "chat.json", "--images", "nowhere"]),
     ("questions, for --stage 2", [*ONE, "--data", "chat.json"]),

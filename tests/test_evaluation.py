@@ -275,6 +275,7 @@ def test_answers_that_say_nothing_or_were_cut_off_are_counted_below_the_table(
         tmp_path, capsys, lengths, told, not_told):
     """Of the picture's own answers: what is right among them may be a matter of length."""
     model = tiny_model()
+    model.max_text_tokens = 100
     eos = model.tokenizer.eos_token_id
 
     def stream(f, questions, max_tokens):
@@ -285,6 +286,14 @@ def test_answers_that_say_nothing_or_were_cut_off_are_counted_below_the_table(
     sample.evaluate(model, dataset(model, asked(5)), tmp_path / "e")
     out = capsys.readouterr().out
     assert told in out and not_told not in out
+
+
+def test_answers_that_fill_the_context_are_cut_off_also_beside_others():
+    model = tiny_model()
+    real, eos = model.logits, model.tokenizer.eos_token_id
+    model.logits = lambda h: real(h).index_fill(-1, torch.tensor([eos]), -torch.inf)
+    f = torch.randn(2, model.align.in_features)
+    assert sample.answer_all(model, f, ["red", "two " * 30])[1] == [False, False]
 
 
 def test_copies_are_one_picture_to_intervals_and_to_blind(tmp_path, capsys):

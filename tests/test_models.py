@@ -376,11 +376,13 @@ def test_openai_weights_are_given_quick_gelu(tmp_path, monkeypatch):
     pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         openai, _, _ = lmeye.load_clip("ViT-B-32:openai", torch.device("cpu"), torch.float32)
+        slash, _, _ = lmeye.load_clip("ViT-B/32:openai", torch.device("cpu"), torch.float32)
         laion, _, _ = lmeye.load_clip("ViT-B-32:laion2b_s34b_b79k", torch.device("cpu"), torch.float32)
         expected = reference.encode_image(pixels)
         assert torch.allclose(openai.encode_image(pixels), expected, atol=1e-4)
+        assert torch.allclose(slash.encode_image(pixels), expected, atol=1e-4)
         assert not torch.allclose(laion.encode_image(pixels), expected, atol=1e-2)
-    assert tags == ["openai", "laion2b_s34b_b79k"]
+    assert tags == ["openai", "openai", "laion2b_s34b_b79k"]
 
 
 # ---- What is refused when it is loaded -----------------------------------------------------------------------

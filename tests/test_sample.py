@@ -335,7 +335,7 @@ def fails_in_answering(result, told):
     ("are others", [PICTURE, QUESTION, "--llm", "other"]),  # an adapter of other weights
     ("--llm no/such/folder", [PICTURE, QUESTION, "--llm", "no/such/folder"]),
     ("--clip local-dir:nowhere", [PICTURE, QUESTION, "--clip", "local-dir:nowhere"]),
-    ("is not a checkpoint", [PICTURE, QUESTION, "--checkpoint", PICTURE]),
+    ("be used as a checkpoint", [PICTURE, QUESTION, "--checkpoint", PICTURE]),
     ("train.py --stage 1", [PICTURE, QUESTION, "--out", "pictures"]),
     ("nowhere", ["--data", "nowhere.json"]),
 ])

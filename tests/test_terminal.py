@@ -129,6 +129,14 @@ def test_a_service_without_a_standard_output_trains(trained, tmp_path, monkeypat
     assert (made(tmp_path, "stage1") / CHECKPOINT).is_file()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_a_full_disk_is_told(monkeypatch, capsys):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "stdout", full)
+        lmeye.run_main(lambda: print("the answer"))
+    assert ended.value.code == 2 and "No space left" in capsys.readouterr().err
+
+
 def test_a_line_is_written_as_soon_as_it_is_printed_and_with_what_a_terminal_lacks(monkeypatch):
     """As of a run with `> log`, and of a terminal that has ASCII only."""
     written = io.BytesIO()

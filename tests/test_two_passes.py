@@ -200,6 +200,16 @@ def test_settings_out_of_range_are_named(name, wrong):
         tiny_model(**{name: wrong})
 
 
+def test_a_precision_of_no_known_name_is_refused():
+    with pytest.raises(UserError, match="float16: it has to be"):
+        lmeye.device_and_dtype("float16")
+
+
+def test_a_model_is_checked_also_where_gradients_are_off():
+    with torch.no_grad():
+        lmeye.check_llm(tiny_model())
+
+
 def test_a_choice_that_does_not_fit_behind_its_question_is_refused():
     model = tiny_model()  # its context has 64 tokens
     f, question, choice = features(model, 1), "two " * 30, "small " * 30
