@@ -151,8 +151,8 @@ class LMEye(nn.Module):
         self.clip_text = getattr(clip, "text", clip)  # open_clip.CLIP has the text layers itself
         check_settings(self)
 
-        # The fixed words. The prompt begins with what the LM's tokenizer puts before any text, as a rule [bos]
-        # or nothing. CLIP's tokenizer makes [SOS, EOS, 0 …] of "".
+        # The fixed words. The prompt begins with what the LM's tokenizer puts before any text: [bos] as a
+        # rule, or nothing. CLIP's tokenizer makes [SOS, EOS, 0 …] of "".
         whole, image_words = tokenizer(IMAGE).input_ids, self.ids_of([IMAGE])[0]
         before = whole[:whole.index(image_words[0])]
         self.register_buffer("image_words", torch.tensor(before + image_words), persistent=False)
@@ -680,7 +680,7 @@ def load_clip(name, device, dtype):
     else:
         model = model.replace("/", "-")  # OpenAI writes ViT-L/14
         if model not in open_clip.list_models():
-            raise UserError(f"--clip {name}: no such folder, and no name that open_clip knows, as ViT-B-32 is")
+            raise UserError(f"--clip {name}: no such folder, nor a model of open_clip's, as ViT-B-32 is")
     quick_gelu = bool(tag and (open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     try:
