@@ -11,7 +11,7 @@ Optional are "category" (accuracy is told for each), "id", and "choices" (a list
 Several pairs are a dialogue: each answer becomes a record, with the earlier turns in its prompt. A folder of
 a.jpg beside a.txt is read as well; tests/lab/published.py turns other formats into such a file.
 
-Each picture goes through CLIP once (`encode_images`), and batches are planned by length (`plan_epoch`). What
+Each picture of a file goes through CLIP once (`encode_images`), and batches are planned by length (`plan_epoch`). What
 can't be used is counted with its reason. Where it can't be known what a file means, it is not guessed.
 """
 
@@ -306,18 +306,22 @@ def letters(text):
 
 
 def hold_out(dataset, most=500):
-    """Set a tenth of the pictures aside with their records, always the same → (training, validation Dataset).
+    """Set a tenth of the pictures aside with their records → (training, validation Dataset).
 
-    Copies of a picture, which are known by their equal features, stay together. (One that was saved anew, as
-    a JPEG or in another size, has other features and passes for another picture.) Two pictures are set aside
-    at least, for one could not be shuffled. Of fewer than ten none is, and the second Dataset is None.
+    Of the same pictures they are always the same, in whatever order: those whose names have the lowest
+    hashes. So what phase 2 sets aside was not trained on in phase 1. Copies of a picture, which are known by
+    their equal features, stay together. (One that was saved anew, as a JPEG or in another size, has other
+    features and passes for another picture.) Two pictures are set aside at least, for one could not be
+    shuffled. Of fewer than ten none is, and the second Dataset is None.
     """
-    copies = first_copies(dataset)
-    distinct = np.unique(copies)
-    if len(distinct) < 10:
+    copies, names = first_copies(dataset), {}
+    for i, record in zip(copies, dataset.records):
+        names[i] = min(record.image, names.get(i, record.image))  # of copies the first by the alphabet
+    if len(names) < 10:
         return dataset, None
-    n = min(most, max(2, len(distinct) // 10))
-    aside = np.isin(copies, np.random.default_rng(0).permutation(distinct)[:n])
+    order = sorted(names, key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    n = min(most, max(2, len(order) // 10))
+    aside = np.isin(copies, order[:n])
     return dataset.take(np.flatnonzero(~aside)), dataset.take(np.flatnonzero(aside))
 
 
@@ -434,7 +438,7 @@ def read_folder(folder, skipped):
                 caption = read_text(texts[0]).strip()
             except UserError:
                 reason = "a .txt that is no UTF-8 text"
-            if "\n" in caption:
+            if len(caption.splitlines()) > 1:
                 reason = "a .txt of several lines: is it one caption, or several?"
         elif not pictures:
             reason = "a .txt without a picture beside it"
@@ -473,8 +477,8 @@ def read_item(item, stage, answered, skipped):
         texts[0] = re.sub("^<image>|<image>$", "", texts[0], count=1).strip()
     if re.search(PLACEHOLDER, " ".join(texts)):  # the model would read and write it as text
         raise UserError('"<image>" or the like inside a text, or again: a record about several pictures?')
-    category = "all" if item.get("category") in (None, "") else printable(str(item["category"]))
-    record = Record(item.get("image"), (), "", category, item.get("id"))
+    category = "" if item.get("category") is None else printable(str(item["category"]))
+    record = Record(item.get("image"), (), "", category or "all", item.get("id"))
 
     # Stage 1 wants a caption. LLaVA writes one as the answer to "describe the picture".
     described = speakers == ["human", "gpt"] and "question" not in item
@@ -613,7 +617,7 @@ class Pictures:
                 raise ValueError(f"more than {MAX_BYTES:,} bytes")
             return io.BytesIO(self.zip.read(name))
         except Exception as error:  # without rights, or broken, encrypted or too large in an archive
-            why = getattr(error, "strerror", None) or error
+            why = re.sub("'.*'", "…", str(getattr(error, "strerror", None) or error))  # names it by itself
             raise UserError(f"a picture that can't be opened ({why})") from error
 
     def state(self, name):
@@ -648,8 +652,8 @@ def load_image(path):
 
 def decode_image(file):
     """A binary file → RGB picture as a person sees it: turned as EXIF says, on white where it is transparent.
-    (Color profiles are not applied, and CLIP's preprocessing sees the middle square only.) UserError if it
-    can't be read, or is several pictures, as an animation and the pages of a TIFF are."""
+    (Color profiles are not applied, and most CLIPs see the middle square only.) UserError if it can't be
+    read, or is several pictures, as an animation and the pages of a TIFF are."""
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > 100 * min(image.size):
@@ -660,8 +664,11 @@ def decode_image(file):
                 raise UserError("several frames or pages: save the one that is meant as a picture")
             image.load()
             if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF"):  # Pillow would take zeros for data
-                file.seek(-16, os.SEEK_END)
-                if not any(file.read()):
+                file.seek(0)
+                content = file.read()
+                # Some cameras write zeros behind the mark that ends a JPEG.
+                whole = content.rstrip(b"\0").endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))
+                if content.endswith(bytes(16)) and not whole:
                     raise UserError("zeros at its end: is it there in part only, as a stopped download is?")
             file.seek(24)  # where a PNG tells its bits
             return to_rgb(image, bits=int.from_bytes(file.read(1), "big"))

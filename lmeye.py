@@ -918,5 +918,5 @@ def run_main(main):
         print(f"{Path(sys.argv[0]).name}: {advice}{printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(printable(str(stop)) or "interrupted", file=sys.stderr)
+        print(str(stop) or "interrupted", file=sys.stderr)  # as it is: it may hold a command
         sys.exit(130)

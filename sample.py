@@ -84,6 +84,8 @@ def chat(model, f, options):
     """
     if sys.stdin is None:
         raise UserError("no question was given, and there is no standard input to read one from")
+    if hasattr(sys.stdin, "reconfigure"):  # a byte that is no UTF-8 makes its line unreadable, no other
+        sys.stdin.reconfigure(errors="surrogateescape")
     on_terminal, turns = sys.stdin.isatty(), []
     while True:
         try:
@@ -141,7 +143,10 @@ def evaluate_file(args, checkpoint):
     with contextlib.redirect_stdout(sys.stderr):  # the table's reader may stop after a line: files come first
         print(f"data: {len(dataset.records):,} records to evaluate")
         data.report(skipped, noted)
-    evaluate(model, dataset, checkpoint.parent / f"evaluation-{Path(args.data).stem}", args.max_batch_tokens)
+    name = f"evaluation-{Path(args.data).stem}"
+    if checkpoint.name != CHECKPOINT:  # as best.safetensors
+        name += f"-{checkpoint.stem}"
+    evaluate(model, dataset, checkpoint.parent / name, args.max_batch_tokens)
 
 
 def evaluate(model, dataset, folder, max_batch_tokens=4096):
@@ -232,17 +237,20 @@ def batches_by_length(model, dataset, max_batch_tokens):
     A batch has at most max_batch_tokens, padding and answers included, unless one record has more. Of a kind
     the longest come first: memory that does not suffice is found out early.
     """
-    kinds, sizes = [], []  # of each record, what it is and how many tokens it takes
+    kinds, lengths = [], []  # of each record, what it is and how long question and answer are
     for record, (question, _) in zip(dataset.records, dataset.tokens):
         K, answer = len(record.choices), MAX_TOKENS
         if K:
             answer = max(len(ids) for ids in model.answer_ids(record.choices))
         kinds.append((K, len(record.turns) > 0))
-        sizes.append(max(1, K) * ((len(question) if record.turns else 0) + answer))
+        lengths.append((len(question) if record.turns else 0, answer))
+    lengths = np.array(lengths)
     batches = []
-    for i in sorted(range(len(sizes)), key=lambda i: (kinds[i], sizes[i]), reverse=True):
-        first = batches[-1][0] if batches else i  # no other of its batch is longer
-        if batches and kinds[i] == kinds[first] and (len(batches[-1]) + 1) * sizes[first] <= max_batch_tokens:
+    for i in sorted(range(len(kinds)), key=lambda i: (kinds[i], lengths[i].sum()), reverse=True):
+        rows = [*batches[-1], i] if batches else [i]
+        texts = len(rows) * max(1, kinds[i][0])  # each is padded to the longest question and longest answer
+        fits = texts * lengths[rows].max(0).sum() <= max_batch_tokens
+        if batches and kinds[i] == kinds[rows[0]] and fits:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -250,7 +258,8 @@ def batches_by_length(model, dataset, max_batch_tokens):
 
 
 def is_right(model, record, text):
-    """Whether a text is a record's answer, but for case and space; None for captions and unknown answers.
+    """Whether a text is a record's answer, but for case and the space around it; None for captions and
+    unknown answers.
 
     Some tokenizers don't give back what they were given. So the truth as it comes back is right, too, unless
     words of it were lost.
@@ -312,12 +321,12 @@ def table_row(scores, is_share=True):
     for key, interval_key, values in ((unit, "interval", seen), ("blind", "blind_interval", blind)):
         ends = interval(values, picture, is_share)
         row[key] = times * values.mean()
-        row[interval_key] = ends and [times * end for end in ends]
+        row[interval_key] = [times * end for end in ends] if ends else None
     return row
 
 
 def interval(scores, picture, is_share):
-    """95% interval of a mean: scores (R,), the picture of each (R,) → (low, high), or None under 10 pictures.
+    """95% interval of a mean: scores (R,), the picture of each (R,) → (low, high), or None if n is below 10.
 
     Records of one picture may be right or wrong together. So n is the number of pictures, or less where some
     have more records than others: Kish's effective number (1965). Shares get Wilson's score interval (1927),
@@ -394,8 +403,8 @@ def newest(out):
     found = [path for path in found if not re.search(r"\.\d+$", path.parent.name)]
     if not found:
         raise UserError(f"no checkpoint below {out}/: make one: python train.py --stage 1, then --stage 2")
-    complete = {path.parent.parent for path in found if path.parent.name.startswith("stage2")}
-    found = [path for path in found if path.parent.name != "stage1" or path.parent.parent not in complete]
+    with_stage2 = {path.parent.parent for path in found if path.parent.name.startswith("stage2")}
+    found = [path for path in found if path.parent.name != "stage1" or path.parent.parent not in with_stage2]
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -422,8 +431,8 @@ def load_trained(checkpoint, llm=None, clip=None, precision=None):
     try:
         model = LMEye.from_settings(settings)
     except UserError as error:
-        raise UserError(f"{error}; models as {checkpoint} names them are looked for here and in "
-                        f"{out.parent}, others are named by --llm and --clip") from error
+        raise UserError(f"{error}; a preset's models are looked for below {out}, others here and in "
+                        f"{out.parent}; elsewhere they are named by --llm and --clip") from error
     return model, model.load(checkpoint)
 
 
@@ -440,15 +449,15 @@ def parse_args():
     flag("--out", default="out", help="where train.py wrote (default: out)")
     flag("--llm", help="where the language model is, if no longer where the checkpoint was trained with it")
     flag("--clip", help="the same of CLIP")
-    flag("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="default: as in training")
+    flag("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="default: the flag of training")
     flag("--max-tokens", type=int, default=MAX_TOKENS, help=f"of an answer (default: {MAX_TOKENS})")
     flag("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     flag("--top-k", type=int, default=0, help="with a temperature: draw from the K likeliest tokens only")
     flag("--seed", type=int, default=0, help="with a temperature: of the drawing (default: 0)")
-    flag("--data", metavar="PATH", help="records to evaluate, as for train.py; their answers may be missing")
+    flag("--data", metavar="PATH", help="records to evaluate, as for train.py; answers to questions may be missing")
     flag("--images", metavar="PATH", help="with --data: a folder or zip (default: beside the file)")
     flag("--max-batch-tokens", type=int, default=4096, help="with --data: bounds the memory (default: 4096)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # flags may stand between picture and question
 
     for name in ("checkpoint", "out", "llm", "clip", "data", "images"):
         if getattr(args, name) == "":
@@ -471,9 +480,12 @@ def parse_args():
     if len(args.inputs) > 2:
         raise UserError('too many words: quote the question, as in  python sample.py cat.jpg "what is it?"')
     args.picture, args.question = (args.inputs + [None, None])[:2]
-    if args.question is not None and os.path.isfile(args.question):
+    if args.question is None:
+        return args
+    args.question = args.question.strip()  # as in data files
+    if os.path.isfile(args.question):
         raise UserError(f"{args.question} is a file, not a question: ask about one picture at a time")
-    if args.question is not None and not data.is_text(args.question.strip()):
+    if not data.is_text(args.question):
         raise UserError("the question is empty or unreadable")
     return args
 

@@ -22,7 +22,11 @@ import signal
 import sys
 
 if __name__ == "__main__":  # the imports take seconds; Ctrl-C meanwhile shall be one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+    def leave(*_):
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    usual_interrupt = signal.signal(signal.SIGINT, leave)
 
 import argparse
 import contextlib
@@ -141,13 +145,14 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
                     run.keep_best(validated["val_loss"])
             # Save first, print then: whatever happens to the terminal, nothing is lost.
             line = ""
-            if step == 0 or is_due(step + 1, steps, parts=100) or validated:  # the first: it does run
+            if step == 0 or is_due(step + 1, steps, parts=100):  # the first step's line shows that it runs
                 line = run.note_line(step + 1, rate, validated)
-            if tenth or (step + 1) % SAVE_EVERY == 0 or stop.is_set():
+            saved = tenth or (step + 1) % SAVE_EVERY == 0 or stop.is_set()
+            if saved:
                 run.save_state(step + 1)
             if line:
                 bar.write(line + (own_words(model, val, 10 * (step + 1) // steps) if validated else ""))
-            if stop.is_set():
+            if saved and stop.is_set():  # a signal of just now has to wait for a step
                 words = [word for word in sys.argv if word != "--resume"]
                 raise KeyboardInterrupt(f"stopped after step {step + 1:,} of {steps:,}; to go on:  "
                                         + shlex.join(["python", *words, "--resume"]))
@@ -156,8 +161,8 @@ def train_adapter(model, stage, train, val, folder, steps, batch_size, lr, max_b
 
 
 def is_due(done, steps, parts):
-    """Whether what is done about `parts` times in a run, and at its end, is due after `done` steps."""
-    return done == steps or done % max(1, steps // parts) == 0
+    """Whether what is done `parts` times in a run, the last time at its end, is due after `done` steps."""
+    return done * parts // steps > (done - 1) * parts // steps
 
 
 def learning_rate(step, steps, peak):
@@ -231,8 +236,8 @@ class Run:
     def begin(self, about):
         """Start anew in an empty folder → 0, the first step."""
         sample.set_aside(self.folder)
-        about = json.dumps((about or {}) | self.recipe, indent=1)
-        lmeye.write_atomically(self.folder / "run.json", about.encode())
+        text = json.dumps((about or {}) | self.recipe, indent=1)
+        lmeye.write_atomically(self.folder / "run.json", text.encode())
         self.save_state(0)
         return 0
 
@@ -247,12 +252,13 @@ class Run:
                             "begins, and this one is kept under another name") from error
         for name, here in self.recipe.items():
             there = saved.get(name)
-            if here != there and name == START:
+            if here == there:
+                continue
+            if name == START:
                 before = json.loads((self.folder / "run.json").read_text("utf-8")).get("started from")
                 raise UserError(f"{path}: is of a run that started from other weights ({before}, at that "
-                                "time): name them by --init; an earlier stage 1 is kept as stage1.1")
-            if here != there:
-                raise UserError(f"{path}: is of a run with other settings: {name} was {there}, is {here} now")
+                                "time): name them by --init; the folder of an earlier run ends in .1, .2, …")
+            raise UserError(f"{path}: is of a run with other settings: {name} was {there}, is {here} now")
         self.model.load_state_dict(state["adapter"], strict=False)  # without the frozen models
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -370,7 +376,7 @@ def parse_args():
     add("--images", metavar="PATH", help="folder or zip with the pictures (default: the folder of --data)")
     add("--val", metavar="PATH", help="records to validate on (default: those of a tenth of the pictures, at "
         "most 500, which are then not trained on; of fewer than ten pictures none)")
-    add("--val-images", metavar="PATH", help="their pictures (default: --images)")
+    add("--val-images", metavar="PATH", help="their pictures (default: --images, or the folder of --val)")
     add = parser.add_argument_group("frozen models").add_argument
     add("--preset", choices=PRESETS, help="a pair of models (default: opt-1.3b with a CUDA GPU or "
         "with --llm or --clip, else mini)")
@@ -442,6 +448,8 @@ def main():
         if args.stage == 2 and not args.init and (home / "stage1" / STATE).exists():
             raise UserError(f"{home / 'stage1'} is not complete: go on with it (--stage 1 --resume), or "
                             "name its adapter as it is now with --init")
+        if args.init and folder.resolve() in Path(init).resolve().parents:
+            raise UserError(f"{init} is in the folder of this run, which begins anew: copy the file elsewhere")
         if init and not Path(init).is_file():
             advice = "" if args.init else ": run --stage 1 first, for the same models"
             raise UserError(f"{init} is missing{advice}")
@@ -469,7 +477,7 @@ def make_miniature(args, settings):
         if not Path(place).is_dir():
             command = f"python tests/lab/{script} --out {shlex.quote(args.out)}"
             raise UserError(f"{place} is missing: run  {command}")
-    if settings.preset == "emoji" or Path(args.out, "mini", "llm").is_dir():  # it is made last
+    if settings.preset == "emoji" or Path(args.out, "mini", "llm").is_dir():  # put in its place last of all
         return
     script = Path(__file__).resolve().parent / "tests" / "lab" / "miniature.py"
     print(f"first use: tests/lab/miniature.py makes models and data in {Path(args.out, 'mini')}", flush=True)
@@ -508,7 +516,8 @@ def train_stage(args, settings, home, folder, init):
     model = LMEye.from_settings(settings)
     if init:
         model.load(init)
-    train, val, note = data.encode(model, records, skipped, pictures, home / "features", noted), None, ""
+    train = data.encode(model, records, skipped, pictures, home / "features", noted)
+    val, note = None, ""
     if val_path:
         val = data.encode(model, val_records, val_skipped, val_pictures, home / "features", noted)
         skipped += val_skipped
@@ -551,5 +560,5 @@ def train_stage(args, settings, home, folder, init):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, usual_interrupt)
     lmeye.run_main(main)

@@ -320,6 +320,7 @@ def test_temperatures_next_to_zero_take_the_likeliest_token(temperature):
     ("questions, for --stage 2", [*ONE, "--data", "chat.json"]),
     ("captions, for --stage 1", [*TWO, "--data", "captions.json"]),
     ("--clip nowhere: no such folder", [*ONE, "--clip", "nowhere"]),
+    ("is in the folder of this run", [*TWO, "--init", f"out/llm+clip/stage2/{CHECKPOINT}"]),
     ("--n-features", [*ONE, "--n-features", 100]),
     ("not read at the end", [*ONE, "--clip", "first"]),
 ])

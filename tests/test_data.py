@@ -374,6 +374,16 @@ def test_a_tenth_of_the_pictures_is_held_out_and_never_trained_on():
     assert data.hold_out(some)[1].records == test.records
 
 
+def test_the_same_pictures_are_held_out_in_any_order_and_hardly_others_where_some_are_missing():
+    """As in phase 2, whose file names the pictures otherwise than the folder of phase 1."""
+    some = plain_dataset([(1, 1)] * 200, 200)
+    held = {r.image for r in data.hold_out(some)[1].records}
+    mixed = np.random.default_rng(1).permutation(200)
+    assert {r.image for r in data.hold_out(some.take(mixed))[1].records} == held
+    fewer = {r.image for r in data.hold_out(some.take(mixed[:150]))[1].records}
+    assert len(fewer) == 15 and len(fewer - held) <= 1
+
+
 @pytest.mark.parametrize("pictures, held", [(9, None), (10, 2), (19, 2), (30, 3), (8000, 500)])
 def test_two_pictures_at_least_and_500_at_most_are_held_out(pictures, held):
     test = data.hold_out(plain_dataset([(1, 1)] * pictures, pictures))[1]

@@ -238,9 +238,9 @@ def test_intervals_of_the_scores_of_ten_pictures_hold_in_nineteen_of_twenty_draw
 
 @pytest.mark.parametrize("most", (1, 500, 4096))
 def test_no_batch_holds_more_tokens_than_told_each_record_comes_once_and_the_longest_first(most):
-    model, four = tiny_model(), ("red", "two small", "no", "yes")
-    records = [Record("c.jpg", (), "a caption")] * 5
+    model, records = tiny_model(), [Record("c.jpg", (), "a caption")] * 5
     for i in range(100):
+        four = ("red", "two " * (1 + i % 7), "no", "yes")
         records.append(Record("a.jpg", ("two " * (i % 20),), "red", choices=four if i % 3 == 0 else ()))
     some = dataset(model, records)
     batches = sample.batches_by_length(model, some, most)
@@ -248,10 +248,11 @@ def test_no_batch_holds_more_tokens_than_told_each_record_comes_once_and_the_lon
     firsts = {}
     for batch in batches:
         kind, = {(len(records[i].choices), bool(records[i].turns)) for i in batch}
-        longest = max(len(some.tokens[i][0]) for i in batch)
-        answer = 3 if kind[0] else sample.MAX_TOKENS  # "two small" with its eos
-        assert len(batch) == 1 or len(batch) * max(1, kind[0]) * (longest + answer) <= most
-        firsts.setdefault(kind, []).append(longest)
+        question = max(len(some.tokens[i][0]) for i in batch)
+        answers = [len(model.answer_ids([text])[0]) for i in batch for text in records[i].choices]
+        longest = question + max(answers, default=sample.MAX_TOKENS)
+        assert len(batch) == 1 or len(batch) * max(1, kind[0]) * longest <= most
+        firsts.setdefault(kind, []).append(len(some.tokens[batch[0]][0]) + answers[1] if answers else longest)
     assert len(firsts) == 3
     for lengths in firsts.values():
         assert lengths == sorted(lengths, reverse=True)

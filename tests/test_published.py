@@ -152,7 +152,7 @@ def test_vcr_counts_objects_from_zero_and_asks_for_answer_and_rationale(tmp_path
         "conversations": [{"from": who, "value": text} for who, text in turns],
         "choices": [["No.", answer, "A", "B"], ["C", "D", "person 2 does n't know.", "E"]]}]
     assert skips == {"no label": 1, "a text that names an object which is not in the picture": 1,
-                     "a line that is not JSON": 1, published.MALFORMED: 1}
+                     "a line that is not JSON (as with not json)": 1, published.MALFORMED: 1}
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -375,6 +375,8 @@ def scored(command, *files):
     ("cat", ["cat"] * 4 + ["dog"] * 6, 1.0),
     ("The Cat.", ["cat"] * 4 + ["dog"] * 6, 1.0),
     ("The Cat.", ["cat"] * 10, 0.0),  # the official scorer normalises only where the annotators differ
+    ("no\nparking ", ["no parking"] * 10, 1.0),
+    ("Cat", ["cat"] * 9 + ["cat\t"], 0.0),  # which do not differ
     (unicodedata.normalize("NFD", "café"), ["café"] * 10, 1.0),
     ("café", [unicodedata.normalize("NFD", "café")] * 5 + ["café"] * 5, 1.0),
     ("Café", [unicodedata.normalize("NFD", "café")] * 5 + ["café"] * 5, 0.0),  # these do not differ
@@ -389,8 +391,8 @@ def test_vqa_accuracy_compares_with_the_nine_others(said, answers, expected):
     ("an apple a day", "apple day"), ("Its red", "its red"), ("yes!", "yes"), ("red-blue", "red blue"),
     ("red - blue", "red blue"), ("x-y)-z", "x y z"), ("1,000", "1000"), ("3.5 m.", "3.5 m"),
     ("shell", "shell"),
-    ("four oclock", "4 o'clock"), ("hed itd dont ive theyre im whats youll maam somebodys",
-                                   "he'd it'd don't i've they're i'm what's you'll ma'am somebody's")])
+    ("four oclock", "4 o'clock"), ("hed itd dont ive mustve theyre im whats youll maam somebodys somethings",
+                                   "he'd it'd don't ive must've they're im what's you'll ma'am somebody's somethings")])
 def test_texts_are_normalised_as_the_official_scorer_does(text, expected):
     assert published.normalize_vqa(text) == expected
 

@@ -163,6 +163,17 @@ def test_a_stop_ends_the_step_and_saves(tmp_path, monkeypatch, step, batches):
     assert (tmp_path / "a" / CHECKPOINT).read_bytes() == (tmp_path / "b" / CHECKPOINT).read_bytes()
 
 
+def test_a_stop_while_a_line_is_printed_waits_for_a_step_and_its_state(tmp_path, monkeypatch):
+    def write(bar, line):
+        if line.startswith("step 3/"):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.tqdm, "write", write)
+    with pytest.raises(KeyboardInterrupt, match="after step 4 of 100"):
+        start(tiny_model(), tmp_path / "a", steps=100)
+    assert torch.load(tmp_path / "a" / train.STATE)["step"] == 4
+
+
 def test_averages_go_on_after_a_stop_between_two_lines_of_the_log(tmp_path, monkeypatch):
     """Of 200 steps the first and every second make a line; the stop is behind the first of a line's two."""
     long = dict(steps=200, batch_size=100)

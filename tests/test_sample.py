@@ -139,6 +139,12 @@ def test_a_stage_1_checkpoint_writes_captions_and_says_so(home, streams):
     assert [s.texts for s in streams] == [None, None]
 
 
+@pytest.mark.parametrize("words", ([PICTURE, "--max-tokens", 2, "  what?\r\n"], ["--max-tokens", 2, PICTURE, "what?"]))
+def test_flags_and_spaces_around_a_question_change_nothing(home, streams, words):
+    assert run("sample.py", *words, cwd=home).returncode == 0
+    assert [s.texts for s in streams] == [["what?"]]
+
+
 # ---- A chat
 
 
@@ -271,7 +277,7 @@ def test_models_that_are_found_nowhere_are_told_with_where_they_were_looked_for(
     for given, name in (([], "--llm models/llm"), (found[:2], "--clip local-dir:models/clip")):
         result = run(*ask, *given, cwd=tmp_path)
         assert fails_in_answering(result, f"{name}: can't be loaded")
-        assert f"looked for here and in {copied}, others are named by --llm and --clip" in result.stderr
+        assert f"others here and in {copied}; elsewhere they are named by" in result.stderr
     assert run(*ask, *found, cwd=tmp_path).returncode == 0
 
 

@@ -176,6 +176,12 @@ def test_fp16_weights_train_with_a_scaled_loss_and_the_trained_weights_stay_fp32
     assert norms[0] == pytest.approx(exact, rel=0.1)  # that of the loss, not of the scaled one
 
 
+def test_what_is_due_ten_times_is_done_so_often_the_last_time_at_the_end():
+    for steps in (1, 7, 19, 25, 95, 2400):
+        due = [done for done in range(1, steps + 1) if train.is_due(done, steps, parts=10)]
+        assert len(due) == min(10, steps) and due[-1] == steps
+
+
 def test_learning_rate_rises_then_falls_along_a_cosine():
     rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(2 / 5) and rates[4] == pytest.approx(2.0, rel=0.01)  # 5% of warm-up

@@ -202,11 +202,10 @@ def convert_release(file, skips):
         turns, question = [], ""
         for text in item["questions"]:
             match = re.fullmatch(NUMBERED, text, re.DOTALL)
-            if match and match[1] == "Question":
-                question = match[2]
-            elif match and question:
+            if match and match[1] == "Answer" and question:
                 turns += [question, match[2]]
-                question = ""  # a second answer belongs to no question
+            # An answer belongs to the question right before it, or to none.
+            question = match[2] if match and match[1] == "Question" else ""
         caption = (item.get("caption") or "").strip()
         if not turns and not caption:
             raise UserError("no question with its answer")
@@ -250,7 +249,8 @@ def unpack_webdataset(shards, out, skips):
         return item | {"image": image, "id": info.name}
 
     records = convert(groups, to_record, skips)
-    Path(out).mkdir(parents=True)
+    if records:
+        Path(out).mkdir(parents=True)
     for record in records:
         Path(out, record["image"]).write_bytes(bytes_of(*pictures[record["image"]]))
     return records
@@ -301,8 +301,8 @@ def read_vqa_answers(path):
 
 
 def score_vqa(answers, annotations, skips):
-    """VQA's soft accuracy → lines of a table. Every question with annotations counts, as 0 if it has no
-    answer: an evaluation may have left some out."""
+    """VQA's soft accuracy → lines of a table. Every question that several people answered counts, as 0 if it
+    has no answer: an evaluation may have left some out."""
     said, rows = read_vqa_answers(answers), read_tables(annotations, "annotations")["annotations"]
     annotated = index(rows, "question_id", skips)  # one that is there twice is not to be scored
     columns = defaultdict(list)
@@ -314,9 +314,10 @@ def score_vqa(answers, annotations, skips):
         scores = (0.0, 0.0)  # with the picture, and blind
         if key in said:
             scores = vqa_accuracy(said[key]["answer"], people), vqa_accuracy(said[key]["blind"], people)
+        else:
+            skips["a question that was not answered: it counts as wrong"] += 1
         for name in ("VQA", f"VQA, {printable(str(row['answer_type']))}"):
             columns[name].append((row["image_id"], *scores))
-    skips["a question that was not answered: it counts as wrong"] += len(annotated.keys() - said.keys())
     skips["an answer to no question that counts"] += len(said.keys() - annotated.keys())
     return table(columns)
 
@@ -326,14 +327,16 @@ def vqa_accuracy(said, answers):
     official scorer, https://github.com/GT-Vision-Lab/VQA, texts are normalised only where annotators differ.
     Before, a letter with an accent is made one character (NFC): language models may write it as two.
     """
-    said, *answers = [unicodedata.normalize("NFC", text) for text in (said, *answers)]
-    normalize = normalize_vqa if len(set(answers)) > 1 else str.strip
+    texts = [re.sub(r"[\n\t]", " ", text).strip() for text in (said, *answers)]
+    said, *answers = [unicodedata.normalize("NFC", text) for text in texts]
+    normalize = normalize_vqa if len(set(answers)) > 1 else str
     match = [normalize(answer) == normalize(said) for answer in answers]
     return sum(min(1, (sum(match) - m) / 3) for m in match) / len(match)
 
 
 def normalize_vqa(text):
-    """A text as the official scorer compares it, whatever its case, punctuation, articles, apostrophes."""
+    """A text as the official scorer compares it, whatever its case, punctuation, articles, apostrophes (but
+    for double contractions, as couldn't've)."""
     before = text = text.lower()
     comma = re.search(r"\d,\d", text)
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
@@ -349,8 +352,8 @@ NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", 
 CONTRACTIONS = {"oclock": "o'clock", "maam": "ma'am", "yall": "y'all", "twas": "'twas"}
 for ending, stems in {
     "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
-    "'ve": "could i might not should they we what where who would you", "'re": "there they what why you",
-    "'s": "he how that there what when where who why someone somebody something", "'m": "i",
+    "'ve": "could might must not should they we what where who would you", "'re": "there they what why you",
+    "'s": "he how that there what when where who why someone somebody",
     "'d": "he how it there they where who you someone something",
     "'ll": "how it they what who why you someone somebody something",
 }.items():
@@ -360,8 +363,9 @@ for ending, stems in {
 
 def score_vcr(answers, skips):
     """VCR's accuracies → lines of a table: of the answer (Q→A), of the rationale after the right answer
-    (QA→R), and of both (Q→AR, over the rationales asked for: an answer that was left out was not right). The
-    likeliest choice is taken by the sum of its tokens' log p, and by its mean per token.
+    (QA→R), and of both (Q→AR, over the rationales asked for: an answer that was left out was not right).
+    Questions that an evaluation left out don't count. The likeliest choice is taken by the sum of its tokens'
+    log p, and by its mean per token.
     """
     columns, answered = defaultdict(list), {}  # answered: whether each question's answer was right
     rows = [row for row in read_answers(answers) if row.get("choices")]
