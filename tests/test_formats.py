@@ -143,9 +143,9 @@ def test_other_words_in_angle_brackets_are_text(tmp_path):
 
 
 def test_a_category_is_any_value_but_none(tmp_path):
-    values = ["color", 0, False, "", None, 1.5, "a\x1b[2J\nb"]
+    values = ["color", 0, False, "", None, " \x1b", 1.5, "a\x1b[2J\nb"]
     records, _ = read(tmp_path, [captioned("x", category=value) for value in values] + [captioned("x")], 1)
-    assert [r.category for r in records] == ["color", "0", "False", "all", "all", "1.5", "a[2J b", "all"]
+    assert [r.category for r in records] == ["color", "0", "False", *["all"] * 3, "1.5", "a[2J b", "all"]
 
 
 @pytest.mark.parametrize("item", [
@@ -318,7 +318,7 @@ def test_a_folder_of_captions_passes_over_nothing(tmp_path):
         Image.new("RGB", (40, 30)).save(folder / name)
     for name in ("a.txt", "b.TXT", "deeper/c.txt", "e.2020.txt", "f.txt", "two.txt", "two.TXT", "p.txt"):
         write(folder / name, f"\ufeff\n{name} here\r\n")
-    write(folder / "lines.txt", "a cat\nthere is a cat\na black cat")
+    write(folder / "lines.txt", "a cat\u2028there is a cat\ra black cat")
     write(folder / "chat.json", [])
     (folder / "linked").symlink_to(tmp_path)
     (folder / "latin.txt").write_bytes(b"f\xfcr")
@@ -391,7 +391,7 @@ def test_a_broken_zip_and_broken_members_are_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cut.zip: is neither a folder nor a whole zip archive"):
         Pictures(tmp_path / "cut.zip")
     (tmp_path / "b.zip").write_bytes(content.replace(jpeg(), jpeg()[:-1] + b"x", 1))
-    with pytest.raises(UserError, match="can't be opened .*CRC"):
+    with pytest.raises(UserError, match="can't be opened .*CRC-32 for file …"):  # the same of all pictures
         Pictures(tmp_path / "b.zip").open("1.jpg")
     assert Pictures(tmp_path / "b.zip").open("2.jpg").read() == jpeg()
     monkeypatch.setattr(data, "MAX_BYTES", 100)
@@ -575,6 +575,8 @@ def test_a_picture_whose_end_is_zeros_is_told(kind):
     half = whole[:len(whole) // 2]
     with pytest.raises(UserError, match="zeros at its end"):
         data.decode_image(io.BytesIO(half + bytes(len(whole) - len(half))))
+    if kind in ("JPEG", "PNG"):  # some cameras write zeros behind the end
+        data.decode_image(io.BytesIO(whole + bytes(3000)))
 
 
 @pytest.mark.parametrize("choices", [["red", "Red"], ["red", "red "]])

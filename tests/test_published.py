@@ -188,7 +188,7 @@ def test_lmeyes_own_data_as_its_authors_published_it(tmp_path):
                                             "Question: Why?"]},
         {"image_id": "4", "questions": ["Question: Lost?", "Question: Found?", "Answer: Yes", "Answer: No"]},
         {"image_id": "5", "questions": ["Question: What?", "Answer: That"]},
-        {"image_id": "6", "questions": ["What?"]},
+        {"image_id": "6", "questions": ["Question: What?", "This is an answer", "Answer: To another"]},
         {"image_id": 7, "caption": "A dog.", "questions": [], "category": "pets"},
         {"image_id": "8.PNG", "questions": ["Question: What?", "Answer: That"]}, {"image_id": "9"}])
     records, skips = converted("release", path)
