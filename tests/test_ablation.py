@@ -3,6 +3,7 @@
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablation
 import conftest
@@ -26,8 +27,13 @@ QUESTIONS, ANSWERS = ["what color is it?", "is the background red?"], ["red", "y
 def commands(tmp_path, monkeypatch):
     """The commands that are run; each leaves what a later one looks for. Their flag --out says where."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablation.subprocess, "run", lambda command, check: asked.append(command[2:]))
     asked = []
+
+    def table(command):
+        asked.append(command[2:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(ablation.subprocess, "run", table)
 
     def call(folder, program, *flags):
         flags = [str(flag) for flag in flags]
@@ -104,9 +110,9 @@ def test_a_row_of_other_flags_is_refused_and_the_old_one_kept(commands):
     assert fails_in_one_line(result) and "'--lr 0.005', not with '--lr 0.01'" in result.stderr
 
 
-@pytest.mark.parametrize("row", ("lmeye", "=--lr 1", "mini=", "a/b="))
-def test_a_row_without_a_usable_name_is_refused(row, commands):
-    assert run("ablation.py", row, cwd=Path.cwd()).returncode == 2 and not commands
+@pytest.mark.parametrize("flags", (["lmeye"], ["=--lr 1"], ["mini="], ["a/b="], ["--sets", 0, "a="]))
+def test_a_row_without_a_usable_name_and_no_sets_are_refused(flags, commands):
+    assert run("ablation.py", *flags, cwd=Path.cwd()).returncode == 2 and not commands
 
 
 def test_a_program_that_fails_is_told_with_its_log(tmp_path):

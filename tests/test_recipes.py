@@ -52,7 +52,7 @@ def test_what_can_not_be_compared_is_told_in_one_line(tmp_path):
     write_run(tmp_path / "s0" / "a", 3)
     write_run(tmp_path / "s1" / "a", 3)
     write_run(tmp_path / "s0" / "b", 3, asked="something else?")
-    for rows in (["a=nowhere*"], ["a=s*/a", "b=s0/b"], ["a=s*/a", "b=[s]*/b"], ["a=s0/a", "b=s0/b"]):
+    for rows in (["a=nowhere*"], ["a=s*/a", "b=s0/b"], ["a=s0*/a", "b=s*/a"], ["a=s*/a", "b=[s]*/b"], ["a=s0/a", "b=s0/b"]):
         result = run("table.py", *rows, cwd=tmp_path)
         assert fails_in_one_line(result), (rows, result.stderr)
     assert run("table.py", "a=s*/a", "a=s*/a", cwd=tmp_path).returncode == 2

@@ -5,8 +5,8 @@
 A set is a miniature with its phase 1: OUT/s0, made with seed 0, and so on (frozen models move results more
 than seeds of phase 2 do). A row is a name with the flags of train.py for its phase 2. Its run with seed 1
 in set 0 stands below OUT/s0/NAME/seed1, and is also asked about what is absent. What is complete is not
-made again, what was interrupted goes on. Then table.py prints two tables: the held-out questions, and those
-about absent things.
+made again, what was interrupted goes on. Then table.py prints two tables, of the held-out questions and of
+those about absent things, over all sets and seeds of these rows that stand below OUT.
 """
 
 import argparse
@@ -69,8 +69,10 @@ def make_set(folder, flags):
 
 def stage2(flags):
     """The name of the folder that train.py gives to phase 2 with these flags."""
-    variant = flags[flags.index("--variant") + 1] if "--variant" in flags else "lmeye"
-    return "stage2" + (variant != "lmeye") * f"-{variant}" + ("--train-align" in flags) * "-align"
+    name = "stage2"
+    if "--variant" in flags and "lmeye" not in flags:
+        name += "-" + flags[flags.index("--variant") + 1]
+    return name + ("-align" if "--train-align" in flags else "")
 
 
 def make_run(of_set, row, seed, flags):
@@ -104,6 +106,8 @@ def main():
     add("--out", default="out/ablation", help="the folder of the sets (default: out/ablation)")
     add("--jobs", type=int, default=os.cpu_count(), help="at a time (default: one for each core)")
     args = parser.parse_args()
+    if min(args.sets, args.seeds, args.jobs) < 1:
+        parser.error("--sets, --seeds and --jobs have to be at least 1")
     rows = {}
     for row in args.rows:
         name, equals, flags = row.partition("=")
@@ -128,7 +132,8 @@ def main():
         print(f"\n{evaluation}\n", flush=True)
         patterns = [f"{name}={args.out}/s*/{name}/seed*/mini/{stage2(flags)}/{evaluation}"
                     for name, flags in rows.items()]
-        subprocess.run([sys.executable, ROOT / "tests" / "lab" / "table.py", *patterns], check=True)
+        if subprocess.run([sys.executable, ROOT / "tests" / "lab" / "table.py", *patterns]).returncode:
+            raise UserError("the runs are complete, but there is no table of them: see above")
 
 
 if __name__ == "__main__":

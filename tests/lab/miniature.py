@@ -90,8 +90,8 @@ def train_clip(folder, seed, world=shapes, steps=550, batch_size=64, width=8, co
     Two losses: each picture is to find its whole caption in the batch, each caption its picture; and among
     captions that name one value of one attribute, "red things", a picture is to find the true one. With whole
     captions alone two of a batch almost never differ in one attribute only, and nothing makes CLIP learn it.
-    `context` is the length of the longest caption, with its start and end; `world` is the module shapes or
-    emoji.
+    `context` is at least the length of the longest caption, with its start and end; `world` is the module
+    shapes or emoji.
     """
     tokenizer = world.build_tokenizer(ends=True)
     config = {
@@ -148,8 +148,8 @@ def write_example(scene, turns, hint_share, rng):
 
     A caption, which names a random part of the attributes, so that its reader learns to look for content,
     not for places in it; then questions about that part. Before some answers stands a hint, a phrase that
-    names one or two attributes more. Yes/no takes comparing, the rest only looking up: it gets half of the
-    questions.
+    names one or two attributes, also such as the caption left out. Yes/no takes comparing, the rest only
+    looking up: it gets half of the questions.
     """
     names = Scene._fields
     named = rng.sample(names, rng.randint(1, len(names)))

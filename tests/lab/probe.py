@@ -86,6 +86,8 @@ def main():
     parser.add_argument("--mini", help="the folder of the miniature (default: the one that the run is in)")
     parser.add_argument("--log", metavar="FILE", help="a .npz for requests and v")
     args = parser.parse_args()
+    if args.log and not args.log.endswith(".npz"):
+        parser.error("--log has to end in .npz")
     records, pictures, scenes = ask_all(Path(args.mini or Path(args.run).parent))
     model, dataset = load_run(args.run, records, pictures)
     request, v = requests_and_v(model, dataset)

@@ -1,10 +1,10 @@
-"""The exercises of README.md, solved: each is a class that changes one step of LMEye.
+"""The exercises of the lab book, solved: each is a class that changes one step of LMEye.
 
     python tests/lab/rivals.py --rival TwoRounds --stage 2 --preset mini
 
-trains one of them: --rival names it, all other flags are those of train.py. Phase 1 is LMEye's own. A run
-of LMEye that is in the way is renamed. Only this script, with the flags of sample.py, asks a rival:
-sample.py would take its checkpoint for LMEye's.
+trains one of them: --rival names it, all other flags are those of train.py. (To go on after Ctrl-C, add it
+to the command that is printed.) Phase 1 is LMEye's own. A run of LMEye that is in the way is renamed. Only
+this script, with the flags of sample.py, asks a rival: sample.py would take its checkpoint for LMEye's.
 """
 
 import argparse
@@ -28,7 +28,9 @@ class Rival(LMEye):
     def from_settings(cls, settings):
         """As LMEye's, but unchecked: `check_llm` and `check_clip` would find that this is not LMEye."""
         where = lmeye.device_and_dtype(settings.precision)
-        return cls(settings, *lmeye.load_llm(settings.llm, *where), *lmeye.load_clip(settings.clip, *where))
+        model = cls(settings, *lmeye.load_llm(settings.llm, *where), *lmeye.load_clip(settings.clip, *where))
+        model.identity  # while CLIP's image tower is there
+        return model
 
 
 class CurvedDecomposition(Rival):
@@ -95,7 +97,8 @@ def main():
     args, flags = parser.parse_known_args()
     train.LMEye = sample.LMEye = RIVALS[args.rival]
     sys.argv[1:] = flags
-    program = train if "--stage" in flags else sample
+    training = any(flag.startswith("--stage") for flag in flags)  # --stage 2, or --stage=2
+    program = train if training else sample
     program.main()
 
 

@@ -4,9 +4,9 @@
 
 Every held-out picture of the miniature is asked its six questions about an attribute. Into the answer to one
 goes the request that another question made of the same picture; or the v that another picture gave to its own
-question of the same kind. Nothing else that the model reads changes. The other is drawn among those that have
-another true answer. The table tells whose true answer is given, in percent. Of several runs, each of its own set
-of frozen models, it has the mean with its 95% interval.
+question of the same kind. Nothing else that the model reads changes. The other is drawn among those that
+have another true answer. The table tells whose true answer is given, in percent. Of several runs, one of each
+set of frozen models, it has the mean with its 95% interval over sets.
 """
 
 import argparse
