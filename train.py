@@ -393,7 +393,7 @@ def parse_args():
     add("--n-image-tokens", type=int, help="tokens that stand for the picture, in both stages (default: 1)")
     add("--dropout", type=float, help="on the decomposed picture (default: 0.5; mini, smollm2, emoji: 0)")
     add("--train-align", action="store_true", help="in stage 2, go on training align and img. The authors "
-        "did not, so it is off; all our tables have better scores with it (tests/lab/README.md)")
+        "did not, so it is off; with equal steps it always scored better here (tests/lab/README.md)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, help="optimiser steps (default: whole epochs, at least 500; of mini, smollm2, "
         "emoji as tuned)")
