@@ -152,8 +152,8 @@ def encode_images(model, pictures, names, folder):
 
 def encode_pixels(model, pixels):
     """B tensors (3, side, side) → features (B, C) float16. A row that is not finite becomes NaN."""
-    # Libraries compute few pictures by other routines, which round differently. With 16 at least, copies of a
-    # picture have equal features wherever they stand.
+    # Libraries compute few pictures by other routines, which round differently. In multiples of 16, copies of
+    # a picture have equal features wherever they stand.
     filled = pixels + pixels[:1] * (-len(pixels) % 16)
     f = model.encode_image(torch.stack(filled))[:len(pixels)].half().cpu()
     f[~f.isfinite().all(1)] = torch.nan
@@ -210,8 +210,8 @@ def plan_epoch(dataset, size, max_batch_tokens, seed, epoch, window=500):
                 continue
             side = np.ptp(lengths[rows], 0).argmax()  # 0: questions differ most, 1: answers do
             rows = rows[lengths[rows, side].argsort(kind="stable")]
-            middle = max(size, len(rows) // 2 // size * size)  # whole batches, as long as there are several
-            if middle >= len(rows):
+            middle = max(size, len(rows) // 2 // size * size)  # the left part is whole batches
+            if len(rows) <= size:  # or this is one batch, of too many tokens
                 middle = len(rows) // 2
             parts += [rows[:middle], rows[middle:]]
     return [plan[i] for i in rng.permutation(len(plan))]
@@ -510,7 +510,7 @@ def read_item(item, stage, answered, skipped):
     # A record for each answer. The turns before it are its prompt.
     records = []
     for i in range(0, len(texts), 2):
-        answer = "".join(texts[i + 1:i + 2])  # "" after the last question, if that is not answered
+        answer = texts[i + 1] if i + 1 < len(texts) else ""  # the last question may have none
         check_choices(choices[i // 2], answer)
         turns = tuple(texts[:i + 1])
         records.append(record._replace(turns=turns, answer=answer, choices=tuple(choices[i // 2])))
@@ -565,7 +565,8 @@ def open_pictures(data, images=None):
 class Pictures:
     """The pictures that records name: a folder, or a zip archive, read in place. UserError if it is neither.
 
-    If all of an archive lies in one folder, as in COCO's train2017.zip, its name may be left out.
+    If all of an archive lies in one folder, as in COCO's train2017.zip, its name may be left out. (Where both
+    would fit, a name is taken as it stands.)
     """
 
     def __init__(self, path):

@@ -309,7 +309,7 @@ def summarize(dataset, lines, clip, blind_clip):
         elif i in clip:
             scores["CLIPScore"].append((picture, clip[i], blind_clip[i]))
 
-    names = sorted(scores, key=lambda name: (name in ("all", *OWN_ROWS), name))
+    names = sorted(scores, key=lambda name: (name in ("all", *OWN_ROWS), name))  # categories come first
     return {name: table_row(scores[name], is_share=name != "CLIPScore") for name in names}
 
 
@@ -333,7 +333,8 @@ def interval(scores, picture, is_share):
     which has a width at 0% and 100%, too; other scores the normal one, with Student's factor for 10.
     """
     records = np.unique(picture, return_counts=True)[1]
-    n, mean, z = records.sum() ** 2 / (records ** 2).sum(), scores.mean(), 1.96
+    n = records.sum() ** 2 / (records ** 2).sum()
+    mean, z = scores.mean(), 1.96
     if n < 10:
         return None
     if not is_share:

@@ -287,7 +287,7 @@ class Run:
             return
         log["skipped"] += 1
         log["bad in a row"] += 1
-        most = MAX_BAD_STEPS if done < self.steps else min(2, self.steps)
+        most = MAX_BAD_STEPS if done < self.steps else min(2, self.steps)  # no good one follows the last
         if log["bad in a row"] >= most:
             raise UserError(f"loss or gradient was not finite in {log['bad in a row']} steps in a row: start "
                             "anew with a lower --lr, or with --precision fp32; the adapter of the last "
