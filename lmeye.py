@@ -494,7 +494,8 @@ class LMEye(nn.Module):
         for name in shapes | needed:
             if shapes.get(name) != needed.get(name):
                 raise UserError(f"{path}: holds {name} of shape {shapes.get(name)}, not "
-                                f"{needed.get(name)}: another --variant, or other --n-… flags?")
+                                f"{needed.get(name)}: had its run another --variant, or other --n-… flags? "
+                                "(Earlier runs are kept in folders that end in .1, .2, …)")
         self.load_state_dict(tensors, strict=False)  # the frozen models are not in the file
         return stage
 

@@ -398,15 +398,16 @@ def below(out, name):
 def newest(out):
     """The checkpoint below `out` that was written last. UserError if there is none.
 
-    A model's stage 1 is taken only where it has no stage 2, and a run that was put aside, as stage2.1, never.
+    One of stage 1 is taken only where there is none of stage 2, and a run that was put aside, as stage2.1,
+    never.
     """
     found = Path(out).glob(f"*/*/{CHECKPOINT}")
     found = [path for path in found if not re.search(r"\.\d+$", path.parent.name)]
     if not found:
-        raise UserError(f"no checkpoint below {out}/: make one: python train.py --stage 1, then --stage 2")
-    with_stage2 = {path.parent.parent for path in found if path.parent.name.startswith("stage2")}
-    found = [path for path in found if path.parent.name != "stage1" or path.parent.parent not in with_stage2]
-    return max(found, key=lambda path: path.stat().st_mtime)
+        raise UserError(f"no checkpoint below {Path(out).resolve()}: name another folder by --out, or make "
+                        "one: python train.py --stage 1, then --stage 2")
+    answering = [path for path in found if path.parent.name != "stage1"]
+    return max(answering or found, key=lambda path: path.stat().st_mtime)
 
 
 def load_trained(checkpoint, llm=None, clip=None, precision=None):
@@ -415,8 +416,8 @@ def load_trained(checkpoint, llm=None, clip=None, precision=None):
     It is OUT/MODEL/RUN/adapter.safetensors. A preset's folders are looked for below OUT. Others that are not
     found from here are looked for beside OUT, where training may have been started.
     """
-    print(f"answers: {checkpoint}", file=sys.stderr)
     stage, settings, _, _ = lmeye.read_adapter(checkpoint)
+    print(f"answers: {checkpoint}", file=sys.stderr)
     out = Path(checkpoint).resolve().parent.parent.parent
     for field, elsewhere in (("llm", llm), ("clip", clip)):
         name = getattr(settings, field)

@@ -36,7 +36,7 @@ def test_the_python_of_the_readme_runs_and_does_the_steps_of_plain_loss(tmp_path
     exec(block, names)
     first_word = seen[-1]  # those before are of `generate`
 
-    question, f = "what shape is it?", names["f"]
+    question, f = "what shape are they?", names["f"]
     _, logits, h = lmeye.plain_loss(model, f, question, "circle")
     assert torch.allclose(names["h"], h, atol=1e-5)
     x, _, cache = model.read_prompt(f, *model.tokenize([question], [""])[:2])

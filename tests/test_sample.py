@@ -226,7 +226,8 @@ def test_captions_are_evaluated_with_stage_1_and_refused_with_stage_2(copied):
 @pytest.mark.parametrize("names, chosen", [
     (["m/stage2", "m/stage2-static", "m/stage1"], "m/stage2-static"),
     (["m/stage2", "m/stage2.1", "m/stage2.10"], "m/stage2"),  # what was put aside never answers
-    (["b/stage2", "a/stage2", "c/stage1"], "c/stage1"),  # of another model, and newer
+    (["b/stage2", "a/stage2", "c/stage1"], "a/stage2"),  # another model is still in its phase 1
+    (["b/stage1", "a/stage1"], "a/stage1"),
     (["opt-1.3b+clip/stage2"], "opt-1.3b+clip/stage2"),
 ])
 def test_the_newest_answers_but_stage_2_goes_before_stage_1(tmp_path, names, chosen):

@@ -162,7 +162,7 @@ def main():
     out = parser.parse_args().out
     signal.signal(signal.SIGINT, signal.default_int_handler)
     make(out)
-    print(f"{Path(out, 'emoji')} is there: train with  --preset emoji")
+    print(f"{Path(out, 'emoji')} is complete: train with  --preset emoji")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--out", default="out", help="the folder to write below (default: out)")
     folder = Path(parser.parse_args().out, "smollm2", "llm")
     make(folder)
-    print(f"{folder} is there: train with  --preset smollm2")
+    print(f"{folder} is complete: train with  --preset smollm2  or  emoji")
 
 
 if __name__ == "__main__":
