@@ -11,8 +11,9 @@ Optional are "category" (accuracy is told for each), "id", and "choices" (a list
 Several pairs are a dialogue: each answer becomes a record, with the earlier turns in its prompt. A folder of
 a.jpg beside a.txt is read as well; tests/lab/published.py turns other formats into such a file.
 
-Each picture of a file goes through CLIP once (`encode_images`), and batches are planned by length (`plan_epoch`). What
-can't be used is counted with its reason. Where it can't be known what a file means, it is not guessed.
+Each picture of a file goes through CLIP once (`encode_images`), and batches are planned by length
+(`plan_epoch`). What can't be used is counted with its reason. Where it can't be known what a file means, it
+is not guessed.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from lmeye import ANSWER, QUESTION, UserError, collate, printable, write_atomically
 
-MAX_TURNS = 41  # in a prompt: twenty earlier questions with their answers, and the question itself
+MAX_TURNS = 41  # in a prompt without choices: twenty earlier questions with their answers, and the question
 MAX_BYTES = 100_000_000  # of a picture in a zip, unpacked
 MAX_PIXELS = 100_000_000  # of a picture, in the place of Pillow's own limits
 FEATURE_BATCH = 128  # pictures that go through CLIP together

@@ -9,7 +9,7 @@ model (LM) read the question first and then *ask* for what it needs:
     3. interact   CLIP's own text transformer reads picture and request as if they were words, with
                   f_1 … f_N = decompose(f). What comes out is v = CLIP_text([SOS, f_1 … f_N, r, EOS]).
     4. tell       The LM reads the prompt again, now with transmit(v) + img_d in the place <img-d>, and then
-                  \nAnswer: {answer}[eos]. The loss is on the tokens of {answer} and on [eos].
+                  \nAnswer: {answer} . The loss is on the tokens of {answer} and the [eos] that must follow.
 
 Both models are frozen; four linear layers and two vectors are trained. Stage 1, the paper's phase 1, trains
 `align` and `img` on captions, [bos]Image:<img> {caption}[eos], where nothing is asked. Stage 2 trains the
@@ -380,7 +380,8 @@ class LMEye(nn.Module):
 
     def tokenize(self, questions, answers):
         """Texts → Tokens, on the CPU. Each is tokenised by itself, so that a question's tokens can't depend
-        on its answer's. UserError if a record exceeds the LM's context, or if the lists don't fit."""
+        on its answer's. UserError if a record exceeds the LM's context (captions are counted as if they had
+        an <img-d>, too), or if the lists don't fit."""
         if isinstance(questions, str) or (questions is not None and len(questions) != len(answers)):
             raise UserError("a list with one question for each picture or answer is needed")
         question_ids = None if questions is None else self.question_ids(questions)
