@@ -456,7 +456,7 @@ def parse_args():
     flag("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     flag("--top-k", type=int, default=0, help="with a temperature: draw from the K likeliest tokens only")
     flag("--seed", type=int, default=0, help="with a temperature: of the drawing (default: 0)")
-    flag("--data", metavar="PATH", help="records to evaluate, as for train.py; answers to questions may be missing")
+    flag("--data", metavar="PATH", help="records to evaluate, as for train.py; questions may lack an answer")
     flag("--images", metavar="PATH", help="with --data: a folder or zip (default: beside the file)")
     flag("--max-batch-tokens", type=int, default=4096, help="with --data: bounds the memory (default: 4096)")
     args = parser.parse_intermixed_args()  # flags may stand between picture and question

@@ -1,6 +1,5 @@
 """Features, datasets and batches: what is left out is counted, what is kept belongs together."""
 
-import math
 import os
 import signal
 import subprocess
@@ -421,7 +420,7 @@ def test_shuffled_records_have_some_other_picture_and_records_of_one_picture_the
     assert np.array_equal(data.shuffled(some).picture, other.picture)
 
 
-@pytest.mark.parametrize("size, tokens", [(16, math.inf), (64, 4096), (1000, 4096)])
+@pytest.mark.parametrize("size, tokens", [(16, 10 ** 9), (64, 4096), (1000, 4096)])
 def test_an_epoch_has_every_record_once_in_batches_with_little_padding(size, tokens):
     some = plain_dataset(llava_like_lengths(60_000))
     plan = data.plan_epoch(some, size, tokens, 0, 0)
@@ -432,9 +431,14 @@ def test_an_epoch_has_every_record_once_in_batches_with_little_padding(size, tok
     assert sum(padded) / lengths.sum() <= 1.1
 
 
+def test_batches_are_filled_where_tokens_bound_them():
+    some = plain_dataset([(40, 44)] * 480)
+    assert {len(rows) for rows in data.plan_epoch(some, 64, 4096, 0, 0)} == {4096 // 84}
+
+
 def test_batches_of_an_epoch_do_not_come_in_order_of_length():
     some = plain_dataset([(i % 50, 3) for i in range(5000)])
-    plan = data.plan_epoch(some, 10, math.inf, 0, 0)
+    plan = data.plan_epoch(some, 10, 10 ** 9, 0, 0)
     lengths = [max(len(some.tokens[i][0]) for i in rows) for rows in plan]
     assert abs(np.mean(lengths[:250]) - np.mean(lengths[250:])) < 5
 

@@ -125,10 +125,12 @@ def padding(scale):
     lengths = llava_like_lengths(100_000)
     dataset = data.Dataset([], [(range(question), range(answer)) for question, answer in lengths], None, None)
     lengths = np.array(lengths)
-    for name, size, tokens in (("64 records", 64, 10 ** 9), ("4,096 tokens", 1000, 4096)):
+    for name, size, tokens in (("64 records", 64, 10 ** 9), ("4,096 tokens", 1000, 4096),
+                               ("both, as train.py makes them", 64, 4096)):
         plan = data.plan_epoch(dataset, size, tokens, 0, 0)
         computed = sum(len(rows) * lengths[rows].max(0).sum() for rows in plan)
-        yield f"batches of {name}: {computed / lengths.sum():.3f}, for {len(lengths):,} records"
+        yield (f"batches of {name}: {computed / lengths.sum():.3f} tokens for each real one, "
+               f"{len(lengths) / len(plan):.1f} records a batch")
 
 
 def gpu(scale):
