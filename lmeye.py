@@ -606,6 +606,7 @@ def load_llm(name, device, dtype):
     is_hub_name = name.count("/") == 1 and not Path(name).parent.is_dir()
     if not (Path(name).is_dir() or is_hub_name):
         raise UserError(f"--llm {name}: no such folder, and not a hub name as facebook/opt-1.3b is")
+    transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # In bf16 on a CPU, the attention that torch has fused makes a step 1.4 times as long.

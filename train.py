@@ -434,7 +434,7 @@ def main():
     device, dtype = lmeye.device_and_dtype(settings.precision)
     where = "cuda" if device.type == "cuda" else "cpu (no CUDA GPU was found)"
     if settings.preset == "mini" and device.type == "cpu":
-        torch.set_num_threads(1)  # so small a model gains little by more; and sums are rounded otherwise then
+        torch.set_num_threads(1)  # more gain little with so small a model, and round otherwise
     print(f"models: {settings.preset}, on {where}, frozen weights in {str(dtype).removeprefix('torch.')}",
           flush=True)
 
@@ -482,7 +482,8 @@ def make_miniature(args, settings):
     if settings.preset == "emoji" or Path(args.out, "mini", "llm").is_dir():  # put in its place last of all
         return
     script = Path(__file__).resolve().parent / "tests" / "lab" / "miniature.py"
-    print(f"first use: tests/lab/miniature.py makes models and data in {Path(args.out, 'mini')}", flush=True)
+    print(f"first use: tests/lab/miniature.py makes models and data in {Path(args.out, 'mini')}, in minutes",
+          flush=True)
     with subprocess.Popen([sys.executable, script, "--out", args.out, "--seed", str(args.seed)]) as process:
         # Ctrl-C reaches the script by itself, and it says so. SIGTERM is passed on.
         before = signal.signal(signal.SIGINT, lambda *_: None)
