@@ -451,7 +451,7 @@ def main():
             raise UserError(f"{home / 'stage1'} is not complete: go on with it (--stage 1 --resume), or "
                             "name its adapter as it is now with --init")
         if args.init and folder.resolve() in Path(init).resolve().parents:
-            raise UserError(f"{init} is in the folder of this run, which begins anew: copy the file elsewhere")
+            raise UserError(f"{init} is in the folder of this run, which begins anew: copy it elsewhere")
         if init and not Path(init).is_file():
             advice = "" if args.init else ": run --stage 1 first, for the same models"
             raise UserError(f"{init} is missing{advice}")
