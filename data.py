@@ -666,12 +666,14 @@ def decode_image(file):
                 raise UserError("several frames or pages: save the one that is meant as a picture")
             image.load()
             if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF"):  # Pillow would take zeros for data
-                file.seek(0)
-                content = file.read()
-                # Some cameras write zeros behind the mark that ends a JPEG.
-                whole = content.rstrip(b"\0").endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))
-                if content.endswith(bytes(16)) and not whole:
-                    raise UserError("zeros at its end: is it there in part only, as a stopped download is?")
+                file.seek(-16, os.SEEK_END)
+                if not any(file.read()):
+                    file.seek(0)
+                    content = file.read().rstrip(b"\0")
+                    # Some cameras write zeros behind the mark that ends a JPEG.
+                    if not content.endswith((b"\xff\xd9", b"IEND\xaeB`\x82")):
+                        raise UserError("zeros at its end: is it there in part only, as a stopped "
+                                        "download is?")
             file.seek(24)  # where a PNG tells its bits
             return to_rgb(image, bits=int.from_bytes(file.read(1), "big"))
     except UserError:

@@ -321,8 +321,8 @@ class LMEye(nn.Module):
             raise UserError("max_tokens has to be at least 1")
         eos = self.tokenizer.eos_token_id
         tokens = self.tokenize(questions, [""] * len(f))  # there are no answers yet, but an eos in each
-        room = self.max_text_tokens - tokens.lengths() + 1  # (B,): tokens until the LM's context is full
-        f, question, question_mask, room = self.to_device(f, tokens.question, tokens.question_mask, room)
+        f, question, question_mask, room = self.to_device(
+            f, tokens.question, tokens.question_mask, self.room(tokens))
         x, mask, cache = self.read_prompt(f, question, question_mask)
         ended = torch.zeros(len(f), dtype=torch.bool, device=self.device)
         for n in range(1, max_tokens + 1):
@@ -391,6 +391,10 @@ class LMEye(nn.Module):
             raise UserError(f"{longest} tokens, but the language model's context has room for "
                             f"{self.max_text_tokens}: shorten question or answer")
         return tokens
+
+    def room(self, tokens):
+        """Tokens whose answers are eos alone → how many fit the LM's context in the place of each (B,)."""
+        return self.max_text_tokens - tokens.lengths() + 1
 
     def decode(self, ids):
         """Token ids of an answer → text, without eos."""

@@ -225,7 +225,7 @@ def answer_all(model, f, questions):
     """f (B, C) and B questions, or None → (B answers, whether each ended by itself)."""
     tokens = torch.stack(list(model.stream(f, questions, MAX_TOKENS)), 1).cpu()  # (B, T)
     # An answer for which the context has no more room is continued with eos: this one is not its own.
-    room = model.max_text_tokens - model.tokenize(questions, [""] * len(f)).lengths() + 1
+    room = model.room(model.tokenize(questions, [""] * len(f)))
     places = torch.arange(tokens.shape[1])
     ended = ((tokens == model.tokenizer.eos_token_id) & (places < room[:, None])).any(1)
     return [model.decode(ids) for ids in tokens.tolist()], ended.tolist()

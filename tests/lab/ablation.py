@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm
 
 from lmeye import CHECKPOINT, UserError, run_main
+from train import run_name
 
 STARTED = []  # programs: those that still run are stopped when this one ends
 
@@ -69,10 +70,8 @@ def make_set(folder, flags):
 
 def stage2(flags):
     """The name of the folder that train.py gives to phase 2 with these flags."""
-    name = "stage2"
-    if "--variant" in flags and "lmeye" not in flags:
-        name += "-" + flags[flags.index("--variant") + 1]
-    return name + ("-align" if "--train-align" in flags else "")
+    variant = flags[flags.index("--variant") + 1] if "--variant" in flags else "lmeye"
+    return run_name(2, variant, "--train-align" in flags)
 
 
 def make_run(of_set, row, seed, flags):

@@ -33,7 +33,7 @@ def read_row(pattern, asked):
         sets.setdefault(name, []).append(answers)
         if asked.setdefault(name, questions(answers)) != questions(answers):
             raise UserError(f"{path}: answers other questions than the first run of {name}")
-    if not sets or known and list(sets) != known:
+    if not sets or (known and list(sets) != known):
         raise UserError(f"{pattern}: finds the sets {list(sets)}, and the rows before it have {known}")
     return sets
 
